@@ -1,0 +1,27 @@
+# Decides whether the CUDA parts are built.
+set(FAISS_SAAP_WITH_CUDA OFF)
+if(FAISS_SAAP_CUDA STREQUAL "OFF")
+  message(STATUS "faiss_saap: CPU build, as asked for")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(FAISS_SAAP_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "FAISS_SAAP_CUDA is ON but no CUDA compiler was found")
+  endif()
+  message(STATUS "faiss_saap: CPU build, as no CUDA toolkit was found")
+  return()
+endif()
+
+# sm_80 is the portable path, sm_90a the one that speed is measured on.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80 90a CACHE STRING "")
+endif()
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(FAISS_SAAP_WITH_CUDA ON)
+message(STATUS "faiss_saap: CUDA ${CUDAToolkit_VERSION} build for ${CMAKE_CUDA_ARCHITECTURES}")

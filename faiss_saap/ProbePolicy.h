@@ -1,0 +1,62 @@
+/// How many cells a query probes, and who chooses them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace faiss_saap {
+
+/// Limits of one probe; all of them hold at once.
+struct ProbePolicy {
+    int nprobe = 32; ///< cells at most; clamped to ncell
+    /// far keys at most, per KV head with share_group, else per query head
+    int64_t max_keys = INT64_MAX;
+    /// far keys at most, as a fraction of the far keys there are
+    double max_selectivity = 1.0;
+    /// the query heads of a KV head probe the same cells: each head's scores
+    /// become attention mass per key and are summed. Reads fewer bytes at equal
+    /// quality than a choice per head.
+    bool share_group = true;
+
+    /// @throws faiss::FaissException naming the field that is out of range
+    void check() const;
+    /// The number of keys that max_keys and max_selectivity allow.
+    int64_t key_limit(int64_t far_keys) const;
+};
+
+/// Takes cells by descending score while they fit: a cell that would exceed
+/// the limit is passed over for later ones that fit. Empty cells and cells
+/// with a score of -infinity cost nothing and are never taken.
+///
+/// @param scores       size ncell
+/// @param counts       far keys in each cell, size ncell
+/// @param nprobe       cells at most
+/// @param key_limit    keys at most
+/// @param at_least_one take the best non-empty cell even where it exceeds
+///                     key_limit
+/// @return the cells, best first
+std::vector<int32_t> take_cells(
+        int ncell,
+        const float* scores,
+        const int64_t* counts,
+        int nprobe,
+        int64_t key_limit,
+        bool at_least_one);
+
+/// Scores for a whole GQA group: the logarithm of the estimated attention mass
+/// per key, exp(scale * score) / sum over cells of count * exp(scale * score),
+/// summed over the heads.
+///
+/// @param scores        size nhead * ncell
+/// @param counts        size ncell
+/// @param scale         attention scale
+/// @param group_scores  output, size ncell; -infinity for empty cells
+void share_scores(
+        int nhead,
+        int ncell,
+        const float* scores,
+        const int64_t* counts,
+        float scale,
+        float* group_scores);
+
+} // namespace faiss_saap

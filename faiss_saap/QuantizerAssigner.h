@@ -1,0 +1,33 @@
+/// Any faiss::Index over cell representatives, as a CellAssigner.
+#pragma once
+
+#include <memory>
+
+#include <faiss_saap/CellAssigner.h>
+#include <faiss_saap/faiss_compat.h>
+
+namespace faiss_saap {
+
+/// Scores a cell by its representative in a coarse quantizer: vector number c
+/// of the quantizer stands for cell c. With METRIC_INNER_PRODUCT the score is
+/// q.c; with METRIC_L2 it is -|q-c|^2 / 2, which differs from q.c by the norms
+/// and so stays in the same unit. Other metrics are refused.
+///
+/// Exact for faiss::IndexFlat. An approximate quantizer (HNSW, IVF) serves too;
+/// cells it does not return score -infinity.
+struct QuantizerAssigner : CellAssigner {
+    std::shared_ptr<const faiss::Index> quantizer; ///< ncell vectors
+
+    /// @param quantizer  trained, with at least one vector
+    /// @param space      NEEDS_PRE_ROPE or NEEDS_POST_ROPE
+    QuantizerAssigner(
+            std::shared_ptr<const faiss::Index> quantizer,
+            RoutingNeeds space);
+
+    void scores(const RoutingInput&, const CellStats*, float*) const override;
+    void assign(const RoutingInput&, const CellStats*, int k, int32_t*, float*)
+            const override;
+    size_t bytes_read() const override;
+};
+
+} // namespace faiss_saap

@@ -1,0 +1,31 @@
+/// Writing and reading an IndexAsymmetricIVF.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <faiss/impl/io.h>
+
+#include <faiss_saap/IndexAsymmetricIVF.h>
+
+namespace faiss_saap {
+
+/// Writes the assigners, then the lists through stock faiss::write_index.
+/// The file begins with a fourcc and a version number of its own.
+/// @throws faiss::FaissException for an untrained index or an assigner that
+///         has no file form; a file is written beside and then renamed, so no
+///         half-written file is left under `path`
+void write_index(const IndexAsymmetricIVF& index, const std::string& path);
+void write_index(const IndexAsymmetricIVF& index, faiss::IOWriter& writer);
+std::vector<uint8_t> write_index_to_memory(const IndexAsymmetricIVF& index);
+
+/// @throws faiss::FaissException for a truncated or corrupt file, one of
+///         another kind or of a later version; lengths are checked against the
+///         size of the input before anything is allocated for them
+std::unique_ptr<IndexAsymmetricIVF> read_index(const std::string& path);
+std::unique_ptr<IndexAsymmetricIVF> read_index_from_memory(
+        const uint8_t* data,
+        size_t size);
+
+} // namespace faiss_saap

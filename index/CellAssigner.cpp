@@ -1,0 +1,86 @@
+#include <faiss_saap/CellAssigner.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "check.h"
+
+namespace faiss_saap {
+
+CellAssigner::CellAssigner(int d_in, int ncell_in, unsigned needs_in)
+        : d(d_in), ncell(ncell_in), needs(needs_in) {
+    FAISS_THROW_IF_NOT_FMT(d > 0, "d = %d must be at least 1", d);
+    FAISS_THROW_IF_NOT_FMT(
+            ncell >= 1 && ncell <= 65536,
+            "ncell = %d must be between 1 and 65536",
+            ncell);
+}
+
+void CellAssigner::check(const RoutingInput& input, const CellStats* stats)
+        const {
+    FAISS_THROW_IF_NOT_FMT(
+            input.n >= 0,
+            "input.n = %lld must not be negative",
+            static_cast<long long>(input.n));
+    FAISS_THROW_IF_NOT_FMT(
+            input.d == d, "input.d = %d, the assigner has d = %d", input.d, d);
+    if (input.n == 0) {
+        return;
+    }
+    FAISS_THROW_IF_NOT_MSG(
+            !(needs & NEEDS_PRE_ROPE) || input.pre_rope,
+            "input.pre_rope is null but the assigner needs it");
+    FAISS_THROW_IF_NOT_MSG(
+            !(needs & NEEDS_POST_ROPE) || input.post_rope,
+            "input.post_rope is null but the assigner needs it");
+    FAISS_THROW_IF_NOT_MSG(
+            !(needs & NEEDS_POSITION) || input.position,
+            "input.position is null but the assigner needs it");
+    FAISS_THROW_IF_NOT_MSG(
+            !(needs & NEEDS_STATS) || (stats && stats->count),
+            "stats is null but the assigner needs it");
+}
+
+const float* CellAssigner::vectors(const RoutingInput& input) const {
+    return needs & NEEDS_PRE_ROPE ? input.pre_rope : input.post_rope;
+}
+
+void CellAssigner::assign(
+        const RoutingInput& input,
+        const CellStats* stats,
+        int k,
+        int32_t* cells,
+        float* best_scores) const {
+    FAISS_THROW_IF_NOT_FMT(
+            k >= 1 && k <= ncell,
+            "k = %d must be between 1 and ncell = %d",
+            k,
+            ncell);
+    std::vector<float> all(static_cast<size_t>(input.n) * ncell);
+    scores(input, stats, all.data());
+    std::vector<int32_t> order(ncell);
+    for (int64_t i = 0; i < input.n; i++) {
+        const float* s = all.data() + i * ncell;
+        std::iota(order.begin(), order.end(), 0);
+        // Ties go to the lower cell, so that results do not depend on the
+        // sorting algorithm.
+        std::partial_sort(
+                order.begin(),
+                order.begin() + k,
+                order.end(),
+                [s](int32_t a, int32_t b) {
+                    return s[a] != s[b] ? s[a] > s[b] : a < b;
+                });
+        for (int j = 0; j < k; j++) {
+            const float score = s[order[j]];
+            cells[i * k + j] = score > -INFINITY ? order[j] : -1;
+            if (best_scores) {
+                best_scores[i * k + j] = score;
+            }
+        }
+    }
+}
+
+} // namespace faiss_saap

@@ -1,0 +1,35 @@
+#include <faiss_saap/CellMeanAssigner.h>
+
+#include <cmath>
+
+#include "check.h"
+#include "inner_product.h"
+
+namespace faiss_saap {
+
+CellMeanAssigner::CellMeanAssigner(int d_in, int ncell_in)
+        : CellAssigner(d_in, ncell_in, NEEDS_POST_ROPE | NEEDS_STATS) {}
+
+void CellMeanAssigner::scores(
+        const RoutingInput& input,
+        const CellStats* stats,
+        float* scores) const {
+    check(input, stats);
+    FAISS_THROW_IF_NOT_MSG(
+            input.n == 0 || stats->mean_post_rope,
+            "stats->mean_post_rope is null but the assigner needs it");
+    for (int64_t i = 0; i < input.n; i++) {
+        const float* q = input.post_rope + i * d;
+        for (int c = 0; c < ncell; c++) {
+            scores[i * ncell + c] = stats->count[c] == 0
+                    ? -INFINITY
+                    : inner_product(q, stats->mean_post_rope + int64_t(c) * d, d);
+        }
+    }
+}
+
+size_t CellMeanAssigner::bytes_read() const {
+    return static_cast<size_t>(ncell) * (d * sizeof(float) + sizeof(int32_t));
+}
+
+} // namespace faiss_saap

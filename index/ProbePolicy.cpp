@@ -1,0 +1,111 @@
+#include <faiss_saap/ProbePolicy.h>
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <numeric>
+
+#include "check.h"
+
+namespace faiss_saap {
+
+namespace {
+
+/// ln(exp(a) + exp(b))
+float log_add(float a, float b) {
+    const float larger = std::max(a, b);
+    return larger == -INFINITY
+            ? larger
+            : larger + std::log1p(std::exp(std::min(a, b) - larger));
+}
+
+} // namespace
+
+void ProbePolicy::check() const {
+    FAISS_THROW_IF_NOT_FMT(
+            nprobe >= 1, "policy.nprobe = %d must be at least 1", nprobe);
+    FAISS_THROW_IF_NOT_FMT(
+            max_keys >= 0,
+            "policy.max_keys = %" PRId64 " must not be negative",
+            max_keys);
+    FAISS_THROW_IF_NOT_FMT(
+            max_selectivity >= 0 && max_selectivity <= 1,
+            "policy.max_selectivity = %g must be between 0 and 1",
+            max_selectivity);
+}
+
+int64_t ProbePolicy::key_limit(int64_t far_keys) const {
+    return std::min(
+            max_keys, static_cast<int64_t>(max_selectivity * far_keys));
+}
+
+std::vector<int32_t> take_cells(
+        int ncell,
+        const float* scores,
+        const int64_t* counts,
+        int nprobe,
+        int64_t key_limit,
+        bool at_least_one) {
+    std::vector<int32_t> order(ncell);
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [scores](int32_t a, int32_t b) {
+        return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+    });
+    std::vector<int32_t> taken;
+    int64_t keys = 0;
+    for (int32_t c : order) {
+        if (static_cast<int>(taken.size()) == nprobe ||
+            !(scores[c] > -INFINITY)) {
+            break;
+        }
+        const bool first = at_least_one && taken.empty();
+        if (counts[c] == 0 || (keys + counts[c] > key_limit && !first)) {
+            continue;
+        }
+        taken.push_back(c);
+        keys += counts[c];
+        if (keys >= key_limit) {
+            break;
+        }
+    }
+    return taken;
+}
+
+void share_scores(
+        int nhead,
+        int ncell,
+        const float* scores,
+        const int64_t* counts,
+        float scale,
+        float* group_scores) {
+    // In logarithms throughout: a mass too small for a double still ranks.
+    std::fill(group_scores, group_scores + ncell, -INFINITY);
+    for (int h = 0; h < nhead; h++) {
+        const float* s = scores + int64_t(h) * ncell;
+        double maximum = -INFINITY;
+        for (int c = 0; c < ncell; c++) {
+            if (counts[c] > 0) {
+                maximum = std::max(maximum, double(scale) * s[c]);
+            }
+        }
+        if (maximum == -INFINITY) {
+            continue; // nothing to read, or nothing this head wants to read
+        }
+        double total = 0;
+        for (int c = 0; c < ncell; c++) {
+            if (counts[c] > 0) {
+                total += counts[c] * std::exp(double(scale) * s[c] - maximum);
+            }
+        }
+        const double log_total = maximum + std::log(total);
+        for (int c = 0; c < ncell; c++) {
+            if (counts[c] > 0) {
+                group_scores[c] = log_add(
+                        group_scores[c],
+                        static_cast<float>(double(scale) * s[c] - log_total));
+            }
+        }
+    }
+}
+
+} // namespace faiss_saap

@@ -1,0 +1,97 @@
+#include <faiss_saap/QuantizerAssigner.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "check.h"
+
+namespace faiss_saap {
+
+namespace {
+
+/// faiss distance -> score
+float to_score(faiss::MetricType metric, float distance) {
+    return metric == faiss::METRIC_L2 ? -0.5f * distance : distance;
+}
+
+const faiss::Index& not_null(const std::shared_ptr<const faiss::Index>& q) {
+    FAISS_THROW_IF_NOT_MSG(q, "quantizer is null");
+    return *q;
+}
+
+} // namespace
+
+QuantizerAssigner::QuantizerAssigner(
+        std::shared_ptr<const faiss::Index> q,
+        RoutingNeeds space)
+        : CellAssigner(
+                  not_null(q).d,
+                  static_cast<int>(std::min<idx_t>(q->ntotal, 65537)),
+                  space),
+          quantizer(std::move(q)) {
+    FAISS_THROW_IF_NOT_FMT(
+            space == NEEDS_PRE_ROPE || space == NEEDS_POST_ROPE,
+            "space = %u must be NEEDS_PRE_ROPE or NEEDS_POST_ROPE",
+            static_cast<unsigned>(space));
+    FAISS_THROW_IF_NOT_FMT(
+            quantizer->metric_type == faiss::METRIC_L2 ||
+                    quantizer->metric_type == faiss::METRIC_INNER_PRODUCT,
+            "quantizer's metric_type = %d: only METRIC_L2 and "
+            "METRIC_INNER_PRODUCT give scores",
+            static_cast<int>(quantizer->metric_type));
+}
+
+void QuantizerAssigner::scores(
+        const RoutingInput& input,
+        const CellStats* stats,
+        float* scores) const {
+    check(input, stats);
+    std::vector<int32_t> cells(static_cast<size_t>(input.n) * ncell);
+    std::vector<float> ranked(cells.size());
+    assign(input, stats, ncell, cells.data(), ranked.data());
+    std::fill(scores, scores + cells.size(), -INFINITY);
+    for (int64_t i = 0; i < input.n; i++) {
+        for (int64_t j = i * ncell; j < (i + 1) * ncell; j++) {
+            if (cells[j] >= 0) {
+                scores[i * ncell + cells[j]] = ranked[j];
+            }
+        }
+    }
+}
+
+void QuantizerAssigner::assign(
+        const RoutingInput& input,
+        const CellStats* stats,
+        int k,
+        int32_t* cells,
+        float* scores) const {
+    check(input, stats);
+    FAISS_THROW_IF_NOT_FMT(
+            k >= 1 && k <= ncell,
+            "k = %d must be between 1 and ncell = %d",
+            k,
+            ncell);
+    if (input.n == 0) {
+        return;
+    }
+    const size_t size = static_cast<size_t>(input.n) * k;
+    std::vector<float> distances(size);
+    std::vector<idx_t> labels(size);
+    quantizer->search(
+            input.n, vectors(input), k, distances.data(), labels.data());
+    for (size_t i = 0; i < size; i++) {
+        cells[i] = static_cast<int32_t>(labels[i]);
+        if (scores) {
+            scores[i] = labels[i] < 0
+                    ? -INFINITY
+                    : to_score(quantizer->metric_type, distances[i]);
+        }
+    }
+}
+
+size_t QuantizerAssigner::bytes_read() const {
+    return static_cast<size_t>(ncell) * d * sizeof(float);
+}
+
+} // namespace faiss_saap

@@ -1,0 +1,68 @@
+#include <faiss_saap/dtype.h>
+
+#include <faiss/utils/fp16.h>
+
+namespace faiss_saap {
+
+namespace {
+
+float from_bfloat16(uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, sizeof(x));
+    return x;
+}
+
+uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    if ((bits & 0x7fffffff) > 0x7f800000) {
+        return static_cast<uint16_t>(bits >> 16 | 0x40); // NaN stays NaN
+    }
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+} // namespace
+
+const char* name(DType t) {
+    switch (t) {
+        case DType::float32:
+            return "float32";
+        case DType::float16:
+            return "float16";
+        case DType::bfloat16:
+            return "bfloat16";
+    }
+    return "unknown";
+}
+
+void to_float(DType type, const void* source, int64_t n, float* target) {
+    if (type == DType::float32) {
+        std::memcpy(target, source, n * sizeof(float));
+        return;
+    }
+    // Files do not align their tensors.
+    const char* bytes = static_cast<const char*>(source);
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t bits;
+        std::memcpy(&bits, bytes + 2 * i, sizeof(bits));
+        target[i] = type == DType::float16 ? faiss::decode_fp16(bits)
+                                           : from_bfloat16(bits);
+    }
+}
+
+void from_float(DType type, const float* source, int64_t n, void* target) {
+    if (type == DType::float32) {
+        std::memcpy(target, source, n * sizeof(float));
+        return;
+    }
+    char* bytes = static_cast<char*>(target);
+    for (int64_t i = 0; i < n; i++) {
+        const uint16_t bits = type == DType::float16
+                ? faiss::encode_fp16(source[i])
+                : to_bfloat16(source[i]);
+        std::memcpy(bytes + 2 * i, &bits, sizeof(bits));
+    }
+}
+
+} // namespace faiss_saap

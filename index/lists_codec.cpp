@@ -1,0 +1,78 @@
+#include "lists_codec.h"
+
+#include <typeinfo>
+
+#include <faiss/IndexIVFFlat.h>
+#include <faiss/IndexIVFPQ.h>
+#include <faiss/IndexScalarQuantizer.h>
+#include <faiss/impl/FaissAssert.h>
+
+namespace faiss_saap {
+
+namespace {
+
+template <class T>
+const T* exactly(const faiss::IndexIVF& lists) {
+    // Subclasses (IndexIVFPQR, IndexIVFFlatDedup) store more than their base.
+    return typeid(lists) == typeid(T) ? static_cast<const T*>(&lists) : nullptr;
+}
+
+using faiss::IndexIVFFlat;
+using faiss::IndexIVFPQ;
+using faiss::IndexIVFScalarQuantizer;
+
+} // namespace
+
+void check_storage(const faiss::IndexIVF& lists) {
+    bool by_residual = false;
+    if (const auto* sq = exactly<IndexIVFScalarQuantizer>(lists)) {
+        by_residual = sq->by_residual;
+    } else if (const auto* pq = exactly<IndexIVFPQ>(lists)) {
+        by_residual = pq->by_residual;
+    } else {
+        FAISS_THROW_IF_NOT_FMT(
+                exactly<IndexIVFFlat>(lists),
+                "lists is a %s: storage must be faiss::IndexIVFFlat, "
+                "IndexIVFScalarQuantizer or IndexIVFPQ",
+                typeid(lists).name());
+    }
+    FAISS_THROW_IF_NOT_MSG(
+            !by_residual,
+            "lists->by_residual is true: residual codecs need distances to the "
+            "cells' centroids, which a query assigner's scores are not");
+}
+
+size_t min_training_vectors(const faiss::IndexIVF& lists) {
+    const auto* pq = exactly<IndexIVFPQ>(lists);
+    return pq ? pq->pq.ksub : 1;
+}
+
+bool same_codec(const faiss::IndexIVF& a, const faiss::IndexIVF& b) {
+    if (typeid(a) != typeid(b) || a.d != b.d || a.code_size != b.code_size ||
+        a.metric_type != b.metric_type) {
+        return false;
+    }
+    if (const auto* sq = exactly<IndexIVFScalarQuantizer>(a)) {
+        const auto* other = exactly<IndexIVFScalarQuantizer>(b);
+        return sq->sq.qtype == other->sq.qtype &&
+                sq->sq.trained == other->sq.trained;
+    }
+    if (const auto* pq = exactly<IndexIVFPQ>(a)) {
+        return pq->pq.centroids == exactly<IndexIVFPQ>(b)->pq.centroids;
+    }
+    return true;
+}
+
+bool codec_untrained(const faiss::IndexIVF& lists) {
+    if (lists.is_trained) {
+        return false;
+    }
+    if (const auto* sq = exactly<IndexIVFScalarQuantizer>(lists)) {
+        const auto type = sq->sq.qtype;
+        return type != faiss::ScalarQuantizer::QT_fp16 &&
+                type != faiss::ScalarQuantizer::QT_8bit_direct;
+    }
+    return exactly<IndexIVFPQ>(lists) != nullptr;
+}
+
+} // namespace faiss_saap
