@@ -23,10 +23,16 @@ namespace {
 using faiss::DirectMap;
 using faiss::InvertedLists;
 
+// Arguments of a base's constructor are evaluated in any order: each of them
+// checks the pointer.
 const faiss::IndexIVF& not_null(const std::unique_ptr<faiss::IndexIVF>& lists) {
     FAISS_THROW_IF_NOT_MSG(lists, "lists is null");
     return *lists;
 }
+
+/// Fewer vectors than this are added without the parallel region of
+/// IndexIVF::add_core, which costs more than a token's insertion.
+constexpr idx_t kSequentialAdd = 32;
 
 /// The space that an assigner's vectors are in.
 unsigned space_of(const CellAssigner& assigner) {
@@ -162,7 +168,7 @@ void check_sizes(idx_t n, const void* x, const char* name) {
 } // namespace
 
 IndexAsymmetricIVF::IndexAsymmetricIVF(std::unique_ptr<faiss::IndexIVF> l)
-        : Index(not_null(l).d, l->metric_type),
+        : Index(not_null(l).d, not_null(l).metric_type),
           lists(std::move(l)),
           ncell(static_cast<int>(lists->nlist)) {
     check_storage(*lists);
@@ -181,7 +187,7 @@ IndexAsymmetricIVF::IndexAsymmetricIVF(std::unique_ptr<faiss::IndexIVF> l)
 IndexAsymmetricIVF::IndexAsymmetricIVF(
         std::unique_ptr<faiss::IndexIVF> l,
         Partition p)
-        : Index(not_null(l).d, l->metric_type),
+        : Index(not_null(l).d, not_null(l).metric_type),
           lists(std::move(l)),
           partition(std::move(p)),
           ncell(static_cast<int>(lists->nlist)),
@@ -343,7 +349,19 @@ void IndexAsymmetricIVF::add_with_ids(
                 "the key assigner finds no cell for x[%" PRId64 "]",
                 i);
     }
-    lists->add_core(n, x, xids, cells.data());
+    if (n <= kSequentialAdd) {
+        std::vector<uint8_t> codes(n * lists->code_size);
+        lists->encode_vectors(n, x, cells.data(), codes.data());
+        for (idx_t i = 0; i < n; i++) {
+            const idx_t id = id_of(i);
+            const size_t offset = lists->invlists->add_entry(
+                    cells[i], id, codes.data() + i * lists->code_size);
+            lists->direct_map.add_single_id(id, cells[i], offset);
+        }
+        lists->ntotal += n;
+    } else {
+        lists->add_core(n, x, xids, cells.data());
+    }
     ntotal = lists->ntotal;
 }
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <numeric>
 
 #include "check.h"
 
@@ -46,24 +45,29 @@ std::vector<int32_t> take_cells(
         int nprobe,
         int64_t key_limit,
         bool at_least_one) {
-    std::vector<int32_t> order(ncell);
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [scores](int32_t a, int32_t b) {
-        return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-    });
+    // Worse than: ties go to the lower cell.
+    const auto worse = [scores](int32_t a, int32_t b) {
+        return scores[a] != scores[b] ? scores[a] < scores[b] : a > b;
+    };
+    // A heap, as most cells are never looked at.
+    std::vector<int32_t> heap;
+    for (int32_t c = 0; c < ncell; c++) {
+        if (counts[c] > 0 && scores[c] > -INFINITY) {
+            heap.push_back(c);
+        }
+    }
+    std::make_heap(heap.begin(), heap.end(), worse);
     std::vector<int32_t> taken;
     int64_t keys = 0;
-    for (int32_t c : order) {
-        if (static_cast<int>(taken.size()) == nprobe ||
-            !(scores[c] > -INFINITY)) {
-            break;
+    while (!heap.empty() && static_cast<int>(taken.size()) < nprobe) {
+        std::pop_heap(heap.begin(), heap.end(), worse);
+        const int32_t c = heap.back();
+        heap.pop_back();
+        const bool must = at_least_one && taken.empty();
+        if (must || keys + counts[c] <= key_limit) {
+            taken.push_back(c);
+            keys += counts[c];
         }
-        const bool first = at_least_one && taken.empty();
-        if (counts[c] == 0 || (keys + counts[c] > key_limit && !first)) {
-            continue;
-        }
-        taken.push_back(c);
-        keys += counts[c];
         if (keys >= key_limit) {
             break;
         }

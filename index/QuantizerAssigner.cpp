@@ -4,7 +4,10 @@
 #include <cmath>
 #include <vector>
 
+#include <faiss/IndexFlat.h>
+
 #include "check.h"
+#include "inner_product.h"
 
 namespace faiss_saap {
 
@@ -15,6 +18,8 @@ float to_score(faiss::MetricType metric, float distance) {
     return metric == faiss::METRIC_L2 ? -0.5f * distance : distance;
 }
 
+// Arguments of a base's constructor are evaluated in any order: each of them
+// checks the pointer.
 const faiss::Index& not_null(const std::shared_ptr<const faiss::Index>& q) {
     FAISS_THROW_IF_NOT_MSG(q, "quantizer is null");
     return *q;
@@ -27,7 +32,7 @@ QuantizerAssigner::QuantizerAssigner(
         RoutingNeeds space)
         : CellAssigner(
                   not_null(q).d,
-                  static_cast<int>(std::min<idx_t>(q->ntotal, 65537)),
+                  static_cast<int>(std::min<idx_t>(not_null(q).ntotal, 65537)),
                   space),
           quantizer(std::move(q)) {
     FAISS_THROW_IF_NOT_FMT(
@@ -47,6 +52,22 @@ void QuantizerAssigner::scores(
         const CellStats* stats,
         float* scores) const {
     check(input, stats);
+    // Ranking all cells is wasted on a flat quantizer, which compares with all
+    // of them anyway.
+    if (const auto* flat =
+                dynamic_cast<const faiss::IndexFlat*>(quantizer.get())) {
+        const bool l2 = flat->metric_type == faiss::METRIC_L2;
+        for (int64_t i = 0; i < input.n; i++) {
+            const float* x = vectors(input) + i * d;
+            for (int c = 0; c < ncell; c++) {
+                const float* y = flat->get_xb() + int64_t(c) * d;
+                scores[i * ncell + c] = to_score(
+                        flat->metric_type,
+                        l2 ? squared_distance(x, y, d) : inner_product(x, y, d));
+            }
+        }
+        return;
+    }
     std::vector<int32_t> cells(static_cast<size_t>(input.n) * ncell);
     std::vector<float> ranked(cells.size());
     assign(input, stats, ncell, cells.data(), ranked.data());

@@ -53,6 +53,24 @@ struct OnlineSoftmax {
         }
     }
 
+    /// Rows of a chosen slot lie anywhere: asking for them a tile ahead hides
+    /// the memory's latency.
+    template <class SlotOf>
+    void prefetch_tile(int kv_head, int n, const SlotOf& slot_of) const {
+        constexpr size_t kLine = 64;
+        const auto fetch = [](const void* row, size_t bytes) {
+            for (size_t at = 0; at < bytes; at += kLine) {
+                __builtin_prefetch(static_cast<const char*>(row) + at);
+            }
+        };
+        const size_t element = element_size(kv.dtype);
+        for (int i = 0; i < n; i++) {
+            const int64_t slot = slot_of(i);
+            fetch(kv.key(kv_head, slot), kv.d * element);
+            fetch(kv.value(kv_head, slot), kv.d_v * element);
+        }
+    }
+
     template <class SlotOf>
     void add_tile(int kv_head, int n, const SlotOf& slot_of) {
         const float* row[kTile];
@@ -118,10 +136,17 @@ void attend(
         float* output,
         float* lse) {
     OnlineSoftmax state(kv, nq, queries, scale);
+    const auto tile_at = [n](int64_t begin) {
+        return static_cast<int>(std::clamp<int64_t>(n - begin, 0, kTile));
+    };
     for (int64_t begin = 0; begin < n; begin += kTile) {
-        const int tile = static_cast<int>(std::min<int64_t>(kTile, n - begin));
-        state.add_tile(
-                kv_head, tile, [&](int i) { return slot_of(begin + i); });
+        const int64_t next = begin + kTile;
+        state.prefetch_tile(kv_head, tile_at(next), [&](int i) {
+            return slot_of(next + i);
+        });
+        state.add_tile(kv_head, tile_at(begin), [&](int i) {
+            return slot_of(begin + i);
+        });
     }
     state.finish(output, lse);
 }

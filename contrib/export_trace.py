@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Runs SmolLM2-135M-Instruct over a text and records queries, keys and values, before RoPE, as a trace."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import NoReturn, Optional, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from smollm2 import SmolLM2
+from trace_file import Trace, write_trace
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def integers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if len(set(values)) != len(values):
+        raise argparse.ArgumentTypeError(f"'{text}' names a number twice")
+    return sorted(values)
+
+
+integers.__name__ = "list of integers such as 9,15,21"  # argparse names a type so in its messages
+
+
+def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = Parser(prog="export_trace.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text the model reads")
+    parser.add_argument("--tokens", type=int, required=True, metavar="N", help="length of the trace, at least 2")
+    parser.add_argument("--layers", type=integers, required=True, metavar="L,...", help="layers recorded, from 0")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="trace, a .safetensors file")
+    parser.add_argument("--kv-heads", type=integers, metavar="H,...",
+                        help="record only these KV heads and the query heads of their groups (default: all)")
+    parser.add_argument("--offset", type=int, default=0, metavar="TOKENS",
+                        help="tokens of the text to skip; positions start at 0 all the same (default: 0)")
+    parser.add_argument("--rope-scale", type=float, default=1.0, metavar="S",
+                        help="NTK-aware scale: 4 for 32,768 tokens, the model was made for 8,192 (default: 1)")
+    parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16",
+                        help="type of q, k and v in the file; computed in fp32 (default: fp16)")
+    return parser.parse_args(arguments)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for what can be seen before the model is loaded."""
+    if options.tokens < 2:
+        raise ValueError(f"--tokens must be at least 2, not {options.tokens}.")
+    if options.offset < 0:
+        raise ValueError(f"--offset must not be negative, as {options.offset} is.")
+    if not (math.isfinite(options.rope_scale) and options.rope_scale > 0):
+        raise ValueError(f"--rope-scale must be positive and finite, not {options.rope_scale:g}.")
+    if not options.text.is_file():
+        raise ValueError(f"The text {options.text} is not a file.")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"The folder {options.out.parent} of --out does not exist.")
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder, not a file.")
+
+
+def check_heads(options: argparse.Namespace, model: SmolLM2) -> None:
+    for option, values, count in (
+        ("--layers", options.layers, model.num_layers),
+        ("--kv-heads", options.kv_heads or [], model.num_kv_heads),
+    ):
+        for value in values:
+            if not 0 <= value < count:
+                raise ValueError(f"{option}: the model has no {value}, only 0 to {count - 1}.")
+
+
+def read_tokens(options: argparse.Namespace, model: SmolLM2) -> np.ndarray:
+    """Tokens (options.tokens,) int32 of the text from options.offset on."""
+    try:
+        text = options.text.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The text {options.text} is not UTF-8: byte {error.start} is wrong.") from error
+    tokens = model.encode(text)
+    if len(tokens) < options.offset + options.tokens:
+        raise ValueError(
+            f"The text {options.text} has {len(tokens):,} tokens, "
+            f"{options.offset + options.tokens:,} are needed (--offset plus --tokens)."
+        )
+    return tokens[options.offset : options.offset + options.tokens]
+
+
+def record(model: SmolLM2, tokens: np.ndarray, options: argparse.Namespace) -> Trace:
+    kv_heads = list(range(model.num_kv_heads)) if options.kv_heads is None else options.kv_heads
+    group = model.num_heads // model.num_kv_heads
+    query_heads = [head * group + i for head in kv_heads for i in range(group)]
+    dtype = np.float16 if options.dtype == "fp16" else np.float32
+    trace = Trace(
+        model=model.name,
+        text=options.text.name,
+        tokens=tokens,
+        rope_theta=model.rope_theta,
+        rope_scaling="" if model.rope_scale == 1 else f"ntk:{model.rope_scale:.17g}",
+        kv_heads=options.kv_heads,
+    )
+
+    # tqdm's None means: only on a terminal
+    with tqdm(total=model.num_layers + 1, unit=" layer", desc=options.text.name, disable=None) as progress:
+
+        def attention(layer, q, k, v, positions):
+            if layer in options.layers:
+                with np.errstate(over="ignore"):  # too large for fp16 becomes inf, which the trace refuses
+                    trace.q[layer] = q[query_heads].astype(dtype)
+                    trace.k[layer] = k[kv_heads].astype(dtype)
+                    trace.v[layer] = v[kv_heads].astype(dtype)
+            progress.update()
+            return model.attention(layer, q, k, v, positions)
+
+        hidden = model.forward(tokens, attention)
+        trace.nll = model.nll(hidden, tokens)
+        progress.update()
+    return trace
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    options = parse(arguments)
+    try:
+        check_options(options)
+        model = SmolLM2(rope_scale=options.rope_scale)
+        check_heads(options, model)
+        tokens = read_tokens(options, model)
+    except (ValueError, OSError) as error:
+        print(f"export_trace.py: {error}", file=sys.stderr)
+        return 2
+
+    trace = record(model, tokens, options)
+    try:
+        write_trace(options.out, trace)
+    except (ValueError, OSError) as error:
+        print(f"export_trace.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {len(tokens):,} tokens, mean loss {trace.nll.mean():.4f} nats")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

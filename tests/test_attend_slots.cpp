@@ -1,0 +1,327 @@
+#include <faiss_saap/attend_slots.h>
+#include <faiss_saap/merge_states.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "common.h"
+
+namespace faiss_saap {
+namespace {
+
+/// One cache in one of the layouts, and the same numbers as doubles.
+struct Cache {
+    int heads, d, d_v;
+    int64_t length;
+    std::vector<char> k, v;
+    std::vector<int32_t> pages;
+    std::vector<float> keys, values; ///< (heads, length, d) as read back
+    KvView view;
+};
+
+enum class Layout { token_major, head_major, paged };
+
+Cache make_cache(
+        tests::Random& random,
+        DType dtype,
+        Layout layout,
+        int heads,
+        int d,
+        int d_v,
+        int64_t length) {
+    Cache c;
+    c.heads = heads;
+    c.d = d;
+    c.d_v = d_v;
+    c.length = length;
+    constexpr int page_size = 16;
+    const int64_t capacity = layout == Layout::paged
+            ? (length / page_size + 3) * page_size
+            : length + (layout == Layout::head_major ? 5 : 0);
+    c.k.resize(capacity * heads * d * element_size(dtype));
+    c.v.resize(capacity * heads * d_v * element_size(dtype));
+    if (layout == Layout::token_major) {
+        c.view = KvView::token_major(
+                c.k.data(), c.v.data(), dtype, length, heads, d, d_v);
+    } else if (layout == Layout::head_major) {
+        c.view = KvView::head_major(
+                c.k.data(), c.v.data(), dtype, length, capacity, heads, d, d_v);
+    } else {
+        c.pages.resize(capacity / page_size);
+        std::iota(c.pages.begin(), c.pages.end(), 0);
+        std::shuffle(c.pages.begin(), c.pages.end(), random.engine);
+        c.view = KvView::paged(
+                c.k.data(),
+                c.v.data(),
+                dtype,
+                length,
+                capacity / page_size,
+                page_size,
+                c.pages.data(),
+                heads,
+                d,
+                d_v);
+    }
+    for (int h = 0; h < heads; h++) {
+        for (int64_t s = 0; s < length; s++) {
+            const auto fill = [&](const void* row, int width,
+                                  std::vector<float>& copy) {
+                const auto x = random.normal(width);
+                from_float(dtype, x.data(), width, const_cast<void*>(row));
+                std::vector<float> back(width);
+                to_float(dtype, row, width, back.data());
+                copy.insert(copy.end(), back.begin(), back.end());
+            };
+            fill(c.view.key(h, s), d, c.keys);
+            fill(c.view.value(h, s), d_v, c.values);
+        }
+    }
+    return c;
+}
+
+/// Attention in double precision.
+void reference(
+        const Cache& c,
+        int head,
+        const float* q,
+        float scale,
+        const std::vector<int32_t>& slots,
+        std::vector<double>& out,
+        double& lse) {
+    out.assign(c.d_v, 0.0);
+    std::vector<double> s;
+    for (int32_t slot : slots) {
+        double dot = 0;
+        for (int j = 0; j < c.d; j++) {
+            dot += double(q[j]) * c.keys[(head * c.length + slot) * c.d + j];
+        }
+        s.push_back(scale * dot);
+    }
+    const double maximum = s.empty() ? 0 : *std::max_element(s.begin(), s.end());
+    double sum = 0;
+    for (size_t i = 0; i < s.size(); i++) {
+        const double w = std::exp(s[i] - maximum);
+        sum += w;
+        for (int j = 0; j < c.d_v; j++) {
+            out[j] +=
+                    w * c.values[(head * c.length + slots[i]) * c.d_v + j];
+        }
+    }
+    for (double& o : out) {
+        o /= sum > 0 ? sum : 1;
+    }
+    lse = sum > 0 ? maximum + std::log(sum) : -INFINITY;
+}
+
+double relative_error(const float* o, const std::vector<double>& expected) {
+    double difference = 0, norm = 0;
+    for (size_t j = 0; j < expected.size(); j++) {
+        difference += (o[j] - expected[j]) * (o[j] - expected[j]);
+        norm += expected[j] * expected[j];
+    }
+    return std::sqrt(difference / std::max(norm, 1e-300));
+}
+
+struct Inputs {
+    DType dtype;
+    Layout layout;
+    int d, d_v, nq;
+    float logit_scale; ///< large ones make softmax peaked
+};
+
+std::ostream& operator<<(std::ostream& os, const Inputs& in) {
+    static const char* layouts[] = {"token_major", "head_major", "paged"};
+    return os << name(in.dtype) << " " << layouts[int(in.layout)] << " d="
+              << in.d << " d_v=" << in.d_v << " nq=" << in.nq << " scale="
+              << in.logit_scale;
+}
+
+class AttendSlots : public ::testing::TestWithParam<Inputs> {};
+
+TEST_P(AttendSlots, EqualsDoublePrecision) {
+    const Inputs in = GetParam();
+    tests::Random random;
+    const int heads = 2;
+    const int64_t length = 333;
+    const Cache c = make_cache(
+            random, in.dtype, in.layout, heads, in.d, in.d_v, length);
+    const float scale = in.logit_scale / std::sqrt(float(in.d));
+    const auto q = random.normal(in.nq * in.d);
+    for (int64_t n : {0, 1, 63, 64, 65, 200}) {
+        std::vector<int32_t> slots;
+        for (int64_t i = 0; i < n; i++) {
+            slots.push_back(int32_t(random.below(length)));
+        }
+        std::vector<float> out(in.nq * in.d_v, NAN), lse(in.nq, NAN);
+        attend_slots(
+                c.view,
+                1,
+                in.nq,
+                q.data(),
+                scale,
+                n,
+                slots.data(),
+                out.data(),
+                lse.data());
+        for (int i = 0; i < in.nq; i++) {
+            std::vector<double> expected;
+            double expected_lse;
+            reference(
+                    c, 1, q.data() + i * in.d, scale, slots, expected,
+                    expected_lse);
+            if (n == 0) {
+                EXPECT_EQ(lse[i], -INFINITY);
+                EXPECT_EQ(out[i * in.d_v], 0);
+                continue;
+            }
+            EXPECT_NEAR(lse[i], expected_lse, 1e-5 * (1 + std::abs(expected_lse)));
+            EXPECT_LT(relative_error(out.data() + i * in.d_v, expected), 1e-5)
+                    << "n = " << n;
+        }
+    }
+    // A range is the same as its slots.
+    std::vector<int32_t> slots(200);
+    std::iota(slots.begin(), slots.end(), 17);
+    std::vector<float> a(in.nq * in.d_v), b(in.nq * in.d_v), la(in.nq), lb(in.nq);
+    attend_slots(
+            c.view, 0, in.nq, q.data(), scale, 200, slots.data(), a.data(),
+            la.data());
+    attend_range(
+            c.view, 0, in.nq, q.data(), scale, 17, 217, b.data(), lb.data());
+    EXPECT_EQ(a, b);
+    EXPECT_EQ(la, lb);
+}
+
+std::vector<Inputs> cases() {
+    std::vector<Inputs> all;
+    for (DType t : {DType::float32, DType::float16, DType::bfloat16}) {
+        for (Layout l :
+             {Layout::token_major, Layout::head_major, Layout::paged}) {
+            all.push_back({t, l, 64, 64, 3, 1});
+            all.push_back({t, l, 128, 96, 1, 30});
+        }
+        for (int d : {80, 96, 256, 5}) {
+            all.push_back({t, Layout::token_major, d, d, 4, 1});
+        }
+    }
+    return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, AttendSlots, ::testing::ValuesIn(cases()));
+
+TEST(AttendSlots, LongSumsStayExact) {
+    // 200,000 equal logits: a naive float sum would lose three digits.
+    const int64_t n = 200000;
+    std::vector<float> k(n, 0.0f), v(n);
+    for (int64_t i = 0; i < n; i++) {
+        v[i] = 1 + float(i % 2);
+    }
+    const KvView kv = KvView::token_major(
+            k.data(), v.data(), DType::float32, n, 1, 1, 1);
+    float out, lse;
+    const float q = 1;
+    attend_range(kv, 0, 1, &q, 1, 0, n, &out, &lse);
+    EXPECT_NEAR(out, 1.5, 1.5e-5);
+    EXPECT_NEAR(lse, std::log(double(n)), 1e-5);
+}
+
+TEST(AttendSlots, WrongInputLeavesOutputsUntouched) {
+    tests::Random random;
+    const Cache c = make_cache(
+            random, DType::float32, Layout::token_major, 2, 4, 4, 10);
+    const std::vector<float> q(4, 1.0f);
+    std::vector<float> out(4, 7.0f), lse(1, 7.0f);
+    const auto call = [&](int head, int nq, const float* queries, float scale,
+                          std::vector<int32_t> slots) {
+        attend_slots(
+                c.view, head, nq, queries, scale, int64_t(slots.size()),
+                slots.data(), out.data(), lse.data());
+    };
+    EXPECT_SENTENCE(call(2, 1, q.data(), 1, {0}), "kv_head = 2");
+    EXPECT_SENTENCE(call(-1, 1, q.data(), 1, {0}), "kv_head = -1");
+    EXPECT_SENTENCE(call(0, -1, q.data(), 1, {0}), "nq = -1");
+    EXPECT_SENTENCE(call(0, 1, nullptr, 1, {0}), "queries is null");
+    EXPECT_SENTENCE(call(0, 1, q.data(), NAN, {0}), "scale = nan");
+    EXPECT_SENTENCE(call(0, 1, q.data(), 1, {0, 10}), "slots[1] = 10");
+    EXPECT_SENTENCE(call(0, 1, q.data(), 1, {-1}), "slots[0] = -1");
+    EXPECT_SENTENCE(
+            attend_slots(
+                    c.view, 0, 1, q.data(), 1, -2, nullptr, out.data(),
+                    lse.data()),
+            "n = -2");
+    EXPECT_SENTENCE(
+            attend_slots(
+                    c.view, 0, 1, q.data(), 1, 1, nullptr, out.data(),
+                    lse.data()),
+            "slots is null");
+    EXPECT_SENTENCE(
+            attend_range(
+                    c.view, 0, 1, q.data(), 1, 3, 11, out.data(), lse.data()),
+            "outside the view");
+    EXPECT_SENTENCE(
+            attend_range(
+                    c.view, 0, 1, q.data(), 1, 3, 2, out.data(), lse.data()),
+            "outside the view");
+    EXPECT_EQ(out, std::vector<float>(4, 7.0f));
+    EXPECT_EQ(lse[0], 7.0f);
+}
+
+TEST(KvView, WrongInput) {
+    std::vector<float> x(64);
+    const auto paged = [&](int64_t length, int page_size,
+                           std::vector<int32_t> table) {
+        KvView::paged(
+                x.data(), x.data(), DType::float32, length, 4, page_size,
+                table.data(), 1, 4, 4);
+    };
+    paged(16, 4, {3, 1, 0, 2});
+    EXPECT_SENTENCE(paged(16, 4, {3, 1, 4, 2}), "page_table[2] = 4");
+    EXPECT_SENTENCE(paged(16, 4, {3, -1, 0, 2}), "page_table[1] = -1");
+    EXPECT_SENTENCE(paged(16, 0, {0}), "page_size = 0");
+    const auto plain = [&](const void* k, int64_t length, int heads, int d) {
+        KvView::token_major(k, x.data(), DType::float32, length, heads, d, d);
+    };
+    EXPECT_SENTENCE(plain(nullptr, 1, 1, 4), "kv.k is null");
+    EXPECT_SENTENCE(plain(x.data(), -1, 1, 4), "kv.length = -1");
+    EXPECT_SENTENCE(plain(x.data(), int64_t(1) << 31, 1, 4), "kv.length");
+    EXPECT_SENTENCE(plain(x.data(), 1, 0, 4), "kv.heads = 0");
+    EXPECT_SENTENCE(plain(x.data(), 1, 1, 0), "kv.d = 0");
+    EXPECT_SENTENCE(
+            KvView::head_major(
+                    x.data(), x.data(), DType::float32, 8, 4, 1, 2, 2),
+            "exceeds capacity");
+}
+
+TEST(DType, ConversionsRoundToNearestEven) {
+    const std::vector<float> x = {
+            0.0f, 1.0f, -2.5f, 65504.0f, 3.14159274f, INFINITY, -INFINITY};
+    for (DType t : {DType::float32, DType::float16, DType::bfloat16}) {
+        std::vector<char> bytes(x.size() * element_size(t));
+        std::vector<float> back(x.size());
+        from_float(t, x.data(), x.size(), bytes.data());
+        to_float(t, bytes.data(), x.size(), back.data());
+        for (size_t i = 0; i < x.size(); i++) {
+            if (std::isinf(x[i])) {
+                EXPECT_EQ(back[i], x[i]);
+            } else {
+                const double digits = t == DType::bfloat16 ? 1.0 / 256 : 1e-3;
+                EXPECT_NEAR(back[i], x[i], digits * std::abs(x[i])) << name(t);
+            }
+        }
+    }
+    // Exactly between two bfloat16: to the even one.
+    const float tie = 1 + 1.0f / 256, above = 1 + 3.0f / 256;
+    uint16_t bits;
+    from_float(DType::bfloat16, &tie, 1, &bits);
+    EXPECT_EQ(bits, 0x3f80);
+    from_float(DType::bfloat16, &above, 1, &bits);
+    EXPECT_EQ(bits, 0x3f82);
+    const float nan = NAN;
+    float back;
+    from_float(DType::bfloat16, &nan, 1, &bits);
+    to_float(DType::bfloat16, &bits, 1, &back);
+    EXPECT_TRUE(std::isnan(back));
+}
+
+} // namespace
+} // namespace faiss_saap

@@ -1,0 +1,447 @@
+#include <faiss_saap/AttentionAdapter.h>
+
+#include <algorithm>
+#include <memory>
+#include <set>
+
+#include <faiss_saap/CellMeanAssigner.h>
+#include <faiss_saap/attend_slots.h>
+#include <faiss_saap/merge_states.h>
+
+#include "common.h"
+
+namespace faiss_saap {
+namespace {
+
+/// A cache, queries for every token, and partitions of the keys.
+struct World {
+    int heads_q, heads_kv, d;
+    int64_t length;
+    RopeParams rope;
+    std::vector<float> k, v, q; ///< (length, heads, d), post-RoPE
+    std::vector<Partition> partitions;
+
+    World(tests::Random& random,
+          int hq,
+          int hkv,
+          int d_in,
+          int64_t n,
+          int ncell,
+          RoutingNeeds space)
+            : heads_q(hq), heads_kv(hkv), d(d_in), length(n) {
+        rope.d = d;
+        k = random.normal(n * hkv * d);
+        v = random.normal(n * hkv * d);
+        q = random.normal(n * hq * d, 2);
+        const RotaryEmbedding rotary(rope);
+        for (int h = 0; h < hkv; h++) {
+            std::vector<float> keys;
+            std::vector<int64_t> position;
+            for (int64_t i = 0; i < n; i++) {
+                const float* key = k.data() + (i * hkv + h) * d;
+                keys.insert(keys.end(), key, key + d);
+                position.push_back(i);
+            }
+            if (space == NEEDS_PRE_ROPE) {
+                rotary.derotate(n, position.data(), keys.data());
+            }
+            partitions.push_back(kmeans_partition(
+                    n, d, keys.data(), ncell, space, {}, rope));
+        }
+    }
+
+    KvView view(int64_t n) const {
+        return KvView::token_major(
+                k.data(), v.data(), DType::float32, n, heads_kv, d, d);
+    }
+    AdapterParams params(int64_t sink, int64_t window) const {
+        AdapterParams p;
+        p.heads_q = heads_q;
+        p.heads_kv = heads_kv;
+        p.d = d;
+        p.sink = sink;
+        p.window = window;
+        p.dense_below = 0;
+        return p;
+    }
+    const float* queries(int64_t token) const {
+        return q.data() + token * heads_q * d;
+    }
+
+    /// Attention in double precision over the slots that `reads` names.
+    template <class Reads>
+    void reference(
+            int64_t token,
+            int head,
+            const Reads& reads,
+            std::vector<double>& out,
+            double& lse) const {
+        const int kv = head / (heads_q / heads_kv);
+        const float* query = queries(token) + head * d;
+        std::vector<std::pair<double, int64_t>> s;
+        double maximum = -INFINITY;
+        for (int64_t j = 0; j <= token; j++) {
+            if (reads(j)) {
+                double dot = 0;
+                for (int i = 0; i < d; i++) {
+                    dot += double(query[i]) * k[(j * heads_kv + kv) * d + i];
+                }
+                s.emplace_back(dot / std::sqrt(double(d)), j);
+                maximum = std::max(maximum, s.back().first);
+            }
+        }
+        out.assign(d, 0.0);
+        double sum = 0;
+        for (const auto& [score, j] : s) {
+            const double w = std::exp(score - maximum);
+            sum += w;
+            for (int i = 0; i < d; i++) {
+                out[i] += w * v[(j * heads_kv + kv) * d + i];
+            }
+        }
+        for (double& o : out) {
+            o /= sum;
+        }
+        lse = maximum + std::log(sum);
+    }
+};
+
+double relative_error(const float* o, const std::vector<double>& expected) {
+    double difference = 0, norm = 0;
+    for (size_t j = 0; j < expected.size(); j++) {
+        difference += (o[j] - expected[j]) * (o[j] - expected[j]);
+        norm += expected[j] * expected[j];
+    }
+    return std::sqrt(difference / norm);
+}
+
+struct Inputs {
+    int heads_q, heads_kv, d;
+    int64_t length, sink, window, q_len;
+    RoutingNeeds space;
+    bool share_group;
+};
+
+std::ostream& operator<<(std::ostream& os, const Inputs& in) {
+    return os << "Hq=" << in.heads_q << " Hkv=" << in.heads_kv << " d=" << in.d
+              << " length=" << in.length << " sink=" << in.sink
+              << " window=" << in.window << " q_len=" << in.q_len
+              << " needs=" << in.space << " share=" << in.share_group;
+}
+
+class Adapter : public ::testing::TestWithParam<Inputs> {};
+
+/// The test of all tests.
+TEST_P(Adapter, EveryCellProbedIsDenseAttention) {
+    const Inputs in = GetParam();
+    tests::Random random;
+    const World world(
+            random, in.heads_q, in.heads_kv, in.d, in.length, 10, in.space);
+    AttentionAdapter adapter(
+            world.params(in.sink, in.window), world.partitions);
+    const KvView kv = world.view(in.length);
+    adapter.append(kv);
+    ProbePolicy policy;
+    policy.nprobe = 10;
+    policy.share_group = in.share_group;
+    std::vector<float> out(in.q_len * in.heads_q * in.d), lse(in.q_len * in.heads_q);
+    std::vector<AttendStats> stats(in.q_len * in.heads_q);
+    const int64_t first = in.length - in.q_len;
+    adapter.attend(
+            kv, in.q_len, world.queries(first), nullptr, out.data(), lse.data(),
+            stats.data(), &policy);
+    for (int64_t t = 0; t < in.q_len; t++) {
+        for (int h = 0; h < in.heads_q; h++) {
+            std::vector<double> expected;
+            double expected_lse;
+            world.reference(
+                    first + t, h, [](int64_t) { return true; }, expected,
+                    expected_lse);
+            const int64_t row = t * in.heads_q + h;
+            EXPECT_LT(relative_error(out.data() + row * in.d, expected), 1e-5);
+            EXPECT_NEAR(lse[row], expected_lse, 1e-4);
+            EXPECT_EQ(stats[row].keys_read, stats[row].far_keys);
+            EXPECT_EQ(
+                    stats[row].far_keys,
+                    std::max<int64_t>(
+                            0,
+                            first + t + 1 - in.window -
+                                    std::min(in.sink, first + t + 1)));
+        }
+    }
+}
+
+/// What is read is exactly sink, window and the probed cells.
+TEST_P(Adapter, ReadsTheProbedCellsOnce) {
+    const Inputs in = GetParam();
+    tests::Random random;
+    const World world(
+            random, in.heads_q, in.heads_kv, in.d, in.length, 10, in.space);
+    AttentionAdapter adapter(
+            world.params(in.sink, in.window), world.partitions);
+    const KvView kv = world.view(in.length);
+    adapter.append(kv);
+    ProbePolicy policy;
+    policy.nprobe = 3;
+    policy.max_selectivity = 0.4;
+    policy.share_group = in.share_group;
+    const int64_t first = in.length - in.q_len;
+    ProbedCells probed =
+            adapter.route(in.q_len, world.queries(first), nullptr, &policy);
+    // Cells named twice count once.
+    ProbedCells doubled;
+    doubled.share_group = probed.share_group;
+    doubled.begin.push_back(0);
+    for (size_t r = 0; r + 1 < probed.begin.size(); r++) {
+        for (int twice = 0; twice < 2; twice++) {
+            doubled.cells.insert(
+                    doubled.cells.end(),
+                    probed.cells.begin() + probed.begin[r],
+                    probed.cells.begin() + probed.begin[r + 1]);
+        }
+        doubled.begin.push_back(int64_t(doubled.cells.size()));
+    }
+    std::vector<float> out(in.q_len * in.heads_q * in.d), lse(in.q_len * in.heads_q);
+    std::vector<AttendStats> stats(in.q_len * in.heads_q);
+    adapter.attend_preassigned(
+            kv, in.q_len, world.queries(first), nullptr, doubled, out.data(),
+            lse.data(), stats.data());
+    const int group = in.heads_q / in.heads_kv;
+    for (int64_t t = 0; t < in.q_len; t++) {
+        for (int h = 0; h < in.heads_q; h++) {
+            const int64_t row = t * in.heads_q + h;
+            const int64_t choice = in.share_group ? row / group : row;
+            const std::set<int32_t> cells(
+                    probed.cells.begin() + probed.begin[choice],
+                    probed.cells.begin() + probed.begin[choice + 1]);
+            EXPECT_LE(cells.size(), 3u);
+            const int64_t i = first + t;
+            int64_t keys = 0;
+            std::vector<double> expected;
+            double expected_lse;
+            world.reference(
+                    i, h,
+                    [&](int64_t j) {
+                        const bool far = j >= in.sink && j <= i - in.window;
+                        const bool probed_key = far &&
+                                cells.count(adapter.lists(h / group).cell_of(j));
+                        keys += probed_key;
+                        return !far || probed_key;
+                    },
+                    expected, expected_lse);
+            EXPECT_EQ(stats[row].keys_read, keys);
+            EXPECT_EQ(stats[row].cells, int64_t(cells.size()));
+            EXPECT_LT(relative_error(out.data() + row * in.d, expected), 1e-5);
+            EXPECT_NEAR(lse[row], expected_lse, 1e-4);
+            if (cells.size() > 1) {
+                EXPECT_LE(keys, 0.4 * stats[row].far_keys);
+            }
+        }
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+        Cases,
+        Adapter,
+        ::testing::Values(
+                Inputs{3, 1, 16, 300, 4, 32, 1, NEEDS_POST_ROPE, true},
+                Inputs{3, 1, 16, 300, 4, 32, 1, NEEDS_PRE_ROPE, false},
+                Inputs{8, 2, 64, 200, 16, 20, 5, NEEDS_PRE_ROPE, true},
+                Inputs{2, 2, 8, 150, 0, 1, 150, NEEDS_POST_ROPE, true},
+                Inputs{4, 2, 8, 100, 16, 90, 3, NEEDS_POST_ROPE, false},
+                Inputs{4, 2, 8, 40, 16, 64, 40, NEEDS_POST_ROPE, true},
+                Inputs{4, 4, 8, 40, 64, 8, 2, NEEDS_POST_ROPE, true}));
+
+TEST(AttentionAdapter, BulkEqualsTokenByToken) {
+    tests::Random random;
+    World world(random, 4, 2, 8, 200, 12, NEEDS_PRE_ROPE);
+    for (auto& p : world.partitions) {
+        p.query = std::make_shared<CellMeanAssigner>(8, 12);
+    }
+    AttentionAdapter bulk(world.params(5, 20), world.partitions);
+    AttentionAdapter single(world.params(5, 20), world.partitions);
+    bulk.append(world.view(200));
+    for (int64_t n = 1; n <= 200; n++) {
+        single.append(world.view(n));
+    }
+    for (int h = 0; h < 2; h++) {
+        ASSERT_EQ(bulk.lists(h).size(), 200 - 5 - 20);
+        for (int c = 0; c < 12; c++) {
+            EXPECT_EQ(bulk.lists(h).slots(c), single.lists(h).slots(c));
+        }
+        const CellStats a = bulk.lists(h).stats(), b = single.lists(h).stats();
+        for (int i = 0; i < 12 * 8; i++) {
+            EXPECT_EQ(a.mean_post_rope[i], b.mean_post_rope[i]);
+        }
+    }
+    std::vector<float> x(4 * 8), y(4 * 8);
+    bulk.attend(world.view(200), 1, world.queries(199), nullptr, x.data(), nullptr);
+    single.attend(world.view(200), 1, world.queries(199), nullptr, y.data(), nullptr);
+    EXPECT_EQ(x, y);
+}
+
+TEST(AttentionAdapter, MergesWithADenseKernelElsewhere) {
+    // A caller attends to everything on its own and asks us for the far keys.
+    tests::Random random;
+    const World world(random, 2, 1, 8, 120, 6, NEEDS_POST_ROPE);
+    AttentionAdapter adapter(world.params(0, 1), world.partitions);
+    adapter.append(world.view(120));
+    std::vector<float> out(16), lse(2), dense(16), dense_lse(2);
+    adapter.attend(world.view(120), 1, world.queries(119), nullptr, out.data(), lse.data());
+    attend_range(
+            world.view(120), 0, 2, world.queries(119), 1 / std::sqrt(8.0f), 0, 0,
+            dense.data(), dense_lse.data());
+    merge_states(2, 8, out.data(), lse.data(), dense.data(), dense_lse.data());
+    std::vector<double> expected;
+    double expected_lse;
+    world.reference(119, 1, [](int64_t) { return true; }, expected, expected_lse);
+    EXPECT_LT(relative_error(out.data() + 8, expected), 1e-5);
+}
+
+TEST(AttentionAdapter, FewFarKeysAreReadDensely) {
+    tests::Random random;
+    const World world(random, 2, 1, 8, 100, 6, NEEDS_POST_ROPE);
+    AdapterParams params = world.params(4, 36);
+    params.policy.nprobe = 1;
+    params.dense_below = 60; // exactly as many as there are
+    AttentionAdapter adapter(params, world.partitions);
+    adapter.append(world.view(100));
+    std::vector<float> out(16);
+    std::vector<AttendStats> stats(2);
+    const auto attend = [&](const AttentionAdapter& a) {
+        a.attend(
+                world.view(100), 1, world.queries(99), nullptr, out.data(),
+                nullptr, stats.data());
+    };
+    attend(adapter);
+    EXPECT_EQ(stats[0].far_keys, 60);
+    EXPECT_EQ(stats[0].keys_read, 60);
+    params.dense_below = 59;
+    AttentionAdapter sparse(params, world.partitions);
+    sparse.append(world.view(100));
+    attend(sparse);
+    EXPECT_EQ(stats[0].cells, 1);
+    EXPECT_LT(stats[0].keys_read, 60);
+}
+
+TEST(AttentionAdapter, PositionsAskForEarlierTokens) {
+    tests::Random random;
+    const World world(random, 2, 1, 8, 100, 6, NEEDS_POST_ROPE);
+    AdapterParams params = world.params(4, 10);
+    params.position_offset = 1000;
+    params.policy.nprobe = 6;
+    AttentionAdapter adapter(params, world.partitions);
+    adapter.append(world.view(100));
+    const int64_t position = 1050;
+    std::vector<float> out(16), lse(2);
+    adapter.attend(
+            world.view(100), 1, world.queries(50), &position, out.data(),
+            lse.data());
+    std::vector<double> expected;
+    double expected_lse;
+    world.reference(50, 0, [](int64_t) { return true; }, expected, expected_lse);
+    EXPECT_LT(relative_error(out.data(), expected), 1e-5);
+    for (int64_t wrong : {999, 1100, -5}) {
+        EXPECT_SENTENCE(
+                adapter.attend(
+                        world.view(100), 1, world.queries(50), &wrong,
+                        out.data(), lse.data()),
+                "positions[0] = " + std::to_string(wrong));
+    }
+}
+
+TEST(AttentionAdapter, EmptySequence) {
+    tests::Random random;
+    const World world(random, 2, 1, 8, 50, 6, NEEDS_POST_ROPE);
+    AttentionAdapter adapter(world.params(4, 10), world.partitions);
+    adapter.append(world.view(0));
+    EXPECT_EQ(adapter.length(), 0);
+    float unused;
+    adapter.attend(world.view(0), 0, nullptr, nullptr, &unused, nullptr);
+    EXPECT_SENTENCE(
+            adapter.attend(
+                    world.view(0), 1, world.queries(0), nullptr, &unused, nullptr),
+            "q_len = 1 exceeds");
+}
+
+TEST(AttentionAdapter, WrongInputChangesNothing) {
+    tests::Random random;
+    World world(random, 4, 2, 8, 100, 6, NEEDS_POST_ROPE);
+    AttentionAdapter adapter(world.params(4, 10), world.partitions);
+    adapter.append(world.view(80));
+    std::vector<float> out(32, 7.0f);
+    const auto attend = [&](const KvView& kv, const float* q, int64_t q_len) {
+        adapter.attend(kv, q_len, q, nullptr, out.data(), nullptr);
+    };
+    EXPECT_SENTENCE(adapter.append(world.view(79)), "kv.length = 79");
+    KvView kv = world.view(100);
+    kv.heads = 1;
+    EXPECT_SENTENCE(adapter.append(kv), "kv.heads = 1");
+    kv = world.view(100);
+    kv.d = 4;
+    EXPECT_SENTENCE(adapter.append(kv), "kv.d = 4");
+    EXPECT_SENTENCE(attend(world.view(79), world.queries(79), 1), "kv.length = 79");
+    EXPECT_SENTENCE(attend(world.view(80), nullptr, 1), "queries is null");
+    EXPECT_SENTENCE(attend(world.view(80), world.queries(0), -1), "q_len = -1");
+    EXPECT_SENTENCE(attend(world.view(80), world.queries(0), 81), "q_len = 81");
+    EXPECT_SENTENCE(
+            adapter.attend(
+                    world.view(80), 1, world.queries(79), nullptr, nullptr, nullptr),
+            "output is null");
+    auto q = std::vector<float>(32, 1.0f);
+    q[19] = INFINITY;
+    EXPECT_SENTENCE(attend(world.view(80), q.data(), 1), "queries[19]");
+    world.k[95 * 16 + 11] = NAN;
+    EXPECT_SENTENCE(
+            adapter.append(world.view(100)),
+            "key of slot 95, head 1: component 3");
+    EXPECT_EQ(adapter.length(), 80);
+    EXPECT_EQ(adapter.lists(0).size(), 80 - 14);
+
+    ProbedCells probed = adapter.route(1, world.queries(79), nullptr);
+    const auto preassigned = [&](const ProbedCells& p) {
+        adapter.attend_preassigned(
+                world.view(80), 1, world.queries(79), nullptr, p, out.data(),
+                nullptr);
+    };
+    ProbedCells wrong = probed;
+    wrong.cells[0] = 6;
+    EXPECT_SENTENCE(preassigned(wrong), "probed.cells[0] = 6");
+    wrong = probed;
+    wrong.begin.pop_back();
+    EXPECT_SENTENCE(preassigned(wrong), "probed.begin");
+    wrong = probed;
+    wrong.begin[1] = -1;
+    EXPECT_SENTENCE(preassigned(wrong), "out of order");
+    EXPECT_EQ(out, std::vector<float>(32, 7.0f));
+}
+
+TEST(AttentionAdapter, WrongParameters) {
+    tests::Random random;
+    const World world(random, 4, 2, 8, 50, 6, NEEDS_PRE_ROPE);
+    const auto make = [&](auto change) {
+        AdapterParams p = world.params(4, 10);
+        auto partitions = world.partitions;
+        change(p, partitions);
+        AttentionAdapter adapter(p, partitions);
+    };
+    using P = AdapterParams&;
+    using V = std::vector<Partition>&;
+    EXPECT_SENTENCE(make([](P p, V) { p.heads_kv = 0; }), "heads_kv = 0");
+    EXPECT_SENTENCE(make([](P p, V) { p.heads_q = 3; }), "heads_q = 3");
+    EXPECT_SENTENCE(make([](P p, V) { p.heads_q = 0; }), "heads_q = 0");
+    EXPECT_SENTENCE(make([](P p, V) { p.d = 0; }), "d = 0");
+    EXPECT_SENTENCE(make([](P p, V) { p.d = 4; }), "partitions[0] has d = 8");
+    EXPECT_SENTENCE(make([](P p, V) { p.sink = -1; }), "sink = -1");
+    EXPECT_SENTENCE(make([](P p, V) { p.window = 0; }), "window = 0");
+    EXPECT_SENTENCE(make([](P p, V) { p.scale = NAN; }), "scale");
+    EXPECT_SENTENCE(make([](P p, V) { p.policy.nprobe = 0; }), "nprobe = 0");
+    EXPECT_SENTENCE(make([](P p, V) { p.dense_below = -1; }), "dense_below");
+    EXPECT_SENTENCE(make([](P p, V) { p.position_offset = -1; }), "offset");
+    EXPECT_SENTENCE(make([](P, V v) { v.pop_back(); }), "1 partitions");
+    EXPECT_SENTENCE(make([](P, V v) { v[1].query = nullptr; }), "no query");
+    EXPECT_SENTENCE(make([](P, V v) { v[1].rope.d = 4; }), "partial rotary");
+}
+
+} // namespace
+} // namespace faiss_saap

@@ -1,0 +1,167 @@
+#include <faiss_saap/CellMeanAssigner.h>
+#include <faiss_saap/QuantizerAssigner.h>
+
+#include <algorithm>
+#include <memory>
+
+#include <faiss/IndexFlat.h>
+#include <faiss/IndexHNSW.h>
+
+#include "common.h"
+
+namespace faiss_saap {
+namespace {
+
+constexpr int d = 12, ncell = 30, n = 25;
+
+std::shared_ptr<faiss::IndexFlat> flat(
+        tests::Random& random,
+        faiss::MetricType metric) {
+    auto index = std::make_shared<faiss::IndexFlat>(d, metric);
+    index->add(ncell, random.normal(ncell * d).data());
+    return index;
+}
+
+RoutingInput post(const std::vector<float>& x) {
+    RoutingInput input;
+    input.n = static_cast<int64_t>(x.size()) / d;
+    input.d = d;
+    input.post_rope = x.data();
+    return input;
+}
+
+class FlatAssigner : public ::testing::TestWithParam<faiss::MetricType> {};
+
+TEST_P(FlatAssigner, ScoresAreInUnitsOfTheInnerProduct) {
+    tests::Random random;
+    const auto quantizer = flat(random, GetParam());
+    const QuantizerAssigner assigner(quantizer, NEEDS_POST_ROPE);
+    const auto x = random.normal(n * d);
+    std::vector<float> scores(n * ncell);
+    assigner.scores(post(x), nullptr, scores.data());
+    for (int i = 0; i < n; i++) {
+        for (int c = 0; c < ncell; c++) {
+            double dot = 0, distance = 0;
+            for (int j = 0; j < d; j++) {
+                const double a = x[i * d + j];
+                const double b = quantizer->get_xb()[c * d + j];
+                dot += a * b;
+                distance += (a - b) * (a - b);
+            }
+            const double expected =
+                    GetParam() == faiss::METRIC_L2 ? -distance / 2 : dot;
+            EXPECT_NEAR(scores[i * ncell + c], expected, 1e-4);
+        }
+    }
+}
+
+TEST_P(FlatAssigner, AssignIsTheTopOfTheScores) {
+    tests::Random random;
+    const QuantizerAssigner assigner(flat(random, GetParam()), NEEDS_POST_ROPE);
+    const auto x = random.normal(n * d);
+    std::vector<float> scores(n * ncell);
+    assigner.scores(post(x), nullptr, scores.data());
+    for (int k : {1, 7, ncell}) {
+        std::vector<int32_t> cells(n * k), generic(n * k);
+        std::vector<float> best(n * k);
+        assigner.assign(post(x), nullptr, k, cells.data(), best.data());
+        assigner.CellAssigner::assign(
+                post(x), nullptr, k, generic.data(), nullptr);
+        EXPECT_EQ(cells, generic);
+        for (int i = 0; i < n * k; i++) {
+            EXPECT_NEAR(best[i], scores[i / k * ncell + cells[i]], 1e-4);
+        }
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+        Metrics,
+        FlatAssigner,
+        ::testing::Values(faiss::METRIC_L2, faiss::METRIC_INNER_PRODUCT));
+
+TEST(QuantizerAssigner, ApproximateQuantizerServesToo) {
+    tests::Random random;
+    auto hnsw = std::make_shared<faiss::IndexHNSWFlat>(d, 16);
+    hnsw->add(ncell, random.normal(ncell * d).data());
+    const QuantizerAssigner assigner(hnsw, NEEDS_PRE_ROPE);
+    const auto x = random.normal(n * d);
+    RoutingInput input = post(x);
+    std::swap(input.pre_rope, input.post_rope);
+    std::vector<int32_t> cells(n * 4);
+    std::vector<float> scores(n * ncell);
+    assigner.assign(input, nullptr, 4, cells.data(), nullptr);
+    assigner.scores(input, nullptr, scores.data());
+    for (int i = 0; i < n; i++) {
+        const float* s = scores.data() + i * ncell;
+        EXPECT_EQ(s[cells[i * 4]], *std::max_element(s, s + ncell));
+    }
+}
+
+TEST(QuantizerAssigner, WrongInput) {
+    tests::Random random;
+    const QuantizerAssigner assigner(
+            flat(random, faiss::METRIC_L2), NEEDS_POST_ROPE);
+    std::vector<float> x(d), scores(ncell);
+    std::vector<int32_t> cells(ncell);
+    RoutingInput input = post(x);
+    input.n = -1;
+    EXPECT_SENTENCE(
+            assigner.scores(input, nullptr, scores.data()), "input.n = -1");
+    input = post(x);
+    input.d = d + 1;
+    EXPECT_SENTENCE(
+            assigner.scores(input, nullptr, scores.data()), "input.d = 13");
+    input = post(x);
+    std::swap(input.pre_rope, input.post_rope);
+    EXPECT_SENTENCE(
+            assigner.scores(input, nullptr, scores.data()), "post_rope is null");
+    for (int k : {0, -3, ncell + 1}) {
+        EXPECT_SENTENCE(
+                assigner.assign(post(x), nullptr, k, cells.data(), nullptr),
+                "k = " + std::to_string(k));
+    }
+    EXPECT_SENTENCE(QuantizerAssigner(nullptr, NEEDS_POST_ROPE), "is null");
+    EXPECT_SENTENCE(
+            QuantizerAssigner(
+                    std::make_shared<faiss::IndexFlatL2>(d), NEEDS_POST_ROPE),
+            "ncell = 0");
+    EXPECT_SENTENCE(
+            QuantizerAssigner(flat(random, faiss::METRIC_L2), NEEDS_STATS),
+            "space = 8");
+    EXPECT_SENTENCE(
+            QuantizerAssigner(flat(random, faiss::METRIC_L1), NEEDS_PRE_ROPE),
+            "metric_type = 2");
+}
+
+TEST(CellMeanAssigner, ScoresMeansAndSkipsEmptyCells) {
+    tests::Random random;
+    const CellMeanAssigner assigner(d, ncell);
+    const auto means = random.normal(ncell * d);
+    std::vector<int32_t> count(ncell, 2);
+    count[3] = 0;
+    CellStats stats;
+    stats.count = count.data();
+    stats.mean_post_rope = means.data();
+    const auto x = random.normal(d);
+    std::vector<float> scores(ncell);
+    assigner.scores(post(x), &stats, scores.data());
+    EXPECT_EQ(scores[3], -INFINITY);
+    float dot = 0;
+    for (int j = 0; j < d; j++) {
+        dot += x[j] * means[4 * d + j];
+    }
+    EXPECT_NEAR(scores[4], dot, 1e-4);
+    std::vector<int32_t> cells(ncell);
+    assigner.assign(post(x), &stats, ncell, cells.data(), nullptr);
+    EXPECT_EQ(cells.back(), -1);
+    EXPECT_EQ(std::count(cells.begin(), cells.end(), 3), 0);
+
+    EXPECT_SENTENCE(
+            assigner.scores(post(x), nullptr, scores.data()), "stats is null");
+    stats.mean_post_rope = nullptr;
+    EXPECT_SENTENCE(
+            assigner.scores(post(x), &stats, scores.data()), "mean_post_rope");
+}
+
+} // namespace
+} // namespace faiss_saap

@@ -1,0 +1,154 @@
+#include <faiss_saap/index_io.h>
+
+#include <cstring>
+#include <fstream>
+
+#include <faiss/IndexFlat.h>
+#include <faiss/IndexIVFFlat.h>
+#include <faiss/clone_index.h>
+#include <faiss/index_io.h>
+
+#include <faiss_saap/index_factory.h>
+
+#include "common.h"
+
+namespace faiss_saap {
+namespace {
+
+constexpr int d = 8, n = 300;
+
+std::unique_ptr<IndexAsymmetricIVF> make_index(
+        const std::string& description,
+        const std::vector<float>& x) {
+    auto index = index_factory(d, description, faiss::METRIC_INNER_PRODUCT);
+    index->train(n, x.data());
+    index->add(n, x.data());
+    index->nprobe = 3;
+    index->max_codes = 1000;
+    return index;
+}
+
+std::vector<idx_t> search(const faiss::Index& index, const std::vector<float>& q) {
+    const idx_t nq = idx_t(q.size()) / d;
+    std::vector<float> distances(nq * 5);
+    std::vector<idx_t> labels(nq * 5);
+    index.search(nq, q.data(), 5, distances.data(), labels.data());
+    return labels;
+}
+
+class IndexIO : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(IndexIO, RoundTripsThroughFileAndMemory) {
+    tests::Random random;
+    const auto x = random.normal(n * d), q = random.normal(20 * d);
+    auto index = make_index(GetParam(), x);
+    index->set_direct_map(true);
+    const tests::TemporaryFile file;
+    write_index(*index, file.path);
+    const auto bytes = write_index_to_memory(*index);
+    auto from_file = read_index(file.path);
+    auto from_memory = read_index_from_memory(bytes.data(), bytes.size());
+    for (const auto* copy : {from_file.get(), from_memory.get()}) {
+        EXPECT_EQ(copy->ntotal, n);
+        EXPECT_EQ(copy->nprobe, 3u);
+        EXPECT_EQ(copy->max_codes, 1000u);
+        EXPECT_EQ(copy->metric_type, faiss::METRIC_INNER_PRODUCT);
+        EXPECT_EQ(search(*copy, q), search(*index, q));
+        std::vector<float> a(d), b(d);
+        index->reconstruct(77, a.data());
+        copy->reconstruct(77, b.data()); // the direct map came along
+        EXPECT_EQ(a, b);
+    }
+    // What was read keeps working: more insertion, and merging with the
+    // original, whose cells are equal but not the same objects.
+    from_file->set_direct_map(false);
+    index->set_direct_map(false); // stock Faiss writes its map in any order
+    EXPECT_EQ(
+            write_index_to_memory(*from_file), write_index_to_memory(*index));
+    from_file->add(n, x.data());
+    from_file->merge_from(*from_memory, 10000);
+    EXPECT_EQ(from_file->ntotal, 3 * n);
+    // A symmetric partition stays one.
+    EXPECT_EQ(
+            from_file->partition.key == from_file->partition.query,
+            GetParam().substr(0, 3) == "Sym");
+}
+
+TEST_P(IndexIO, DamageIsNoticed) {
+    tests::Random random;
+    const auto x = random.normal(n * d);
+    const auto bytes = write_index_to_memory(*make_index(GetParam(), x));
+    const auto read = [](const std::vector<uint8_t>& b) {
+        read_index_from_memory(b.data(), b.size());
+    };
+    for (size_t size = 0; size < bytes.size(); size += 1 + bytes.size() / 97) {
+        // A copy of exactly this size, so that reading beyond it is noticed.
+        const std::vector<uint8_t> part(bytes.begin(), bytes.begin() + size);
+        if (size > 0) {
+            EXPECT_SENTENCE(read(part), "index in memory");
+        }
+    }
+    auto longer = bytes;
+    longer.insert(longer.end(), 1000, 0);
+    EXPECT_SENTENCE(read(longer), "corrupt");
+    for (int round = 0; round < 200; round++) {
+        auto flipped = bytes;
+        flipped[random.below(flipped.size())] ^= 1 << random.below(8);
+        EXPECT_SENTENCE(read(flipped), "index in memory");
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+        Storages,
+        IndexIO,
+        ::testing::Values(
+                "AIVF12,Flat",
+                "SymAIVF12,Flat",
+                "SphAIVF12,SQfp16",
+                "AIVF12,SQ8",
+                "AIVF12,PQ4x4"));
+
+TEST(IndexIOErrors, FilesThatAreNoIndex) {
+    const tests::TemporaryFile file;
+    EXPECT_SENTENCE(read_index(file.path), "No such file");
+    EXPECT_SENTENCE(read_index("/"), "not a regular file");
+    std::ofstream(file.path) << "";
+    EXPECT_SENTENCE(read_index(file.path), "0 bytes are too few");
+    faiss::IndexFlatL2 flat(d);
+    faiss::write_index(&flat, file.path.c_str());
+    EXPECT_SENTENCE(read_index(file.path), "faiss::read_index");
+    EXPECT_SENTENCE(read_index_from_memory(nullptr, 100), "data is null");
+
+    tests::Random random;
+    const auto x = random.normal(n * d);
+    auto bytes = write_index_to_memory(*make_index("AIVF12,Flat", x));
+    bytes[4] = 9;
+    EXPECT_SENTENCE(
+            read_index_from_memory(bytes.data(), bytes.size()), "version 9");
+}
+
+TEST(IndexIOErrors, NothingHalfWritten) {
+    tests::Random random;
+    const auto x = random.normal(n * d);
+    const auto index = make_index("AIVF12,Flat", x);
+    EXPECT_SENTENCE(
+            write_index(*index, "/no/such/folder/index"), "cannot be created");
+    const auto untrained = index_factory(d, "AIVF12,Flat");
+    const tests::TemporaryFile file;
+    EXPECT_SENTENCE(write_index(*untrained, file.path), "not trained");
+    EXPECT_FALSE(std::ifstream(file.path).good());
+}
+
+TEST(IndexIOErrors, StockFaissRefusesToLoseTheQueryAssigner) {
+    tests::Random random;
+    const auto x = random.normal(n * d);
+    const auto index = make_index("AIVF12,Flat", x);
+    const tests::TemporaryFile file;
+    EXPECT_THROW(
+            faiss::write_index(index.get(), file.path.c_str()),
+            faiss::FaissException);
+    EXPECT_THROW(faiss::clone_index(index.get()), faiss::FaissException);
+}
+
+} // namespace
+} // namespace faiss_saap

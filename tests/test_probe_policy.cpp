@@ -1,0 +1,195 @@
+#include <faiss_saap/CellLists.h>
+#include <faiss_saap/ProbePolicy.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "common.h"
+
+namespace faiss_saap {
+namespace {
+
+using Cells = std::vector<int32_t>;
+
+TEST(TakeCells, DescendingScoreWhileTheyFit) {
+    const std::vector<float> scores = {1, 5, 3, 4, 2};
+    const std::vector<int64_t> counts = {10, 10, 10, 10, 10};
+    const auto take = [&](int nprobe, int64_t limit, bool one) {
+        return take_cells(5, scores.data(), counts.data(), nprobe, limit, one);
+    };
+    EXPECT_EQ(take(5, 1000, true), (Cells{1, 3, 2, 4, 0}));
+    EXPECT_EQ(take(2, 1000, true), (Cells{1, 3}));
+    EXPECT_EQ(take(5, 30, true), (Cells{1, 3, 2}));
+    EXPECT_EQ(take(5, 29, true), (Cells{1, 3}));
+    EXPECT_EQ(take(5, 0, true), (Cells{1}));
+    EXPECT_EQ(take(5, 0, false), (Cells{}));
+}
+
+TEST(TakeCells, ALaterCellFillsTheBudget) {
+    const std::vector<float> scores = {3, 2, 1};
+    const std::vector<int64_t> counts = {10, 50, 5};
+    EXPECT_EQ(
+            take_cells(3, scores.data(), counts.data(), 3, 15, true),
+            (Cells{0, 2}));
+}
+
+TEST(TakeCells, EmptyAndForbiddenCellsAreNeverTaken) {
+    const std::vector<float> scores = {9, -INFINITY, NAN, 1};
+    const std::vector<int64_t> counts = {0, 5, 5, 5};
+    EXPECT_EQ(
+            take_cells(4, scores.data(), counts.data(), 4, 100, true),
+            (Cells{3}));
+}
+
+TEST(TakeCells, NeverExceedsTheBudget) {
+    tests::Random random;
+    for (int round = 0; round < 200; round++) {
+        const int ncell = 1 + int(random.below(40));
+        const auto scores = random.normal(ncell);
+        std::vector<int64_t> counts(ncell);
+        for (auto& c : counts) {
+            c = random.below(30);
+        }
+        const int64_t limit = random.below(300);
+        const auto cells = take_cells(
+                ncell, scores.data(), counts.data(), ncell, limit, false);
+        int64_t keys = 0;
+        for (int32_t c : cells) {
+            keys += counts[c];
+            EXPECT_GT(counts[c], 0);
+        }
+        EXPECT_LE(keys, limit);
+        EXPECT_TRUE(std::is_sorted(
+                cells.begin(), cells.end(), [&](int32_t a, int32_t b) {
+                    return scores[a] > scores[b];
+                }));
+        // Whatever was left out does not fit any more.
+        for (int c = 0; c < ncell; c++) {
+            if (counts[c] > 0 &&
+                std::find(cells.begin(), cells.end(), c) == cells.end()) {
+                EXPECT_GT(keys + counts[c], limit);
+            }
+        }
+    }
+}
+
+TEST(ShareScores, SumsTheMassPerKey) {
+    tests::Random random;
+    const int nhead = 4, ncell = 9;
+    const float scale = 0.3f;
+    const auto scores = random.normal(nhead * ncell, 5);
+    std::vector<int64_t> counts(ncell);
+    std::iota(counts.begin(), counts.end(), 0); // cell 0 is empty
+    std::vector<float> shared(ncell);
+    share_scores(
+            nhead, ncell, scores.data(), counts.data(), scale, shared.data());
+    EXPECT_EQ(shared[0], -INFINITY);
+    for (int c = 1; c < ncell; c++) {
+        double sum = 0;
+        for (int h = 0; h < nhead; h++) {
+            double total = 0;
+            for (int o = 0; o < ncell; o++) {
+                total += counts[o] * std::exp(scale * scores[h * ncell + o]);
+            }
+            sum += std::exp(scale * scores[h * ncell + c]) / total;
+        }
+        EXPECT_NEAR(shared[c], std::log(sum), 1e-5);
+    }
+}
+
+TEST(ShareScores, TinyMassesKeepTheirOrder) {
+    const std::vector<float> scores = {0, -5000, -9000};
+    const std::vector<int64_t> counts = {1, 1, 1};
+    std::vector<float> shared(3);
+    share_scores(1, 3, scores.data(), counts.data(), 1, shared.data());
+    EXPECT_GT(shared[0], shared[1]);
+    EXPECT_GT(shared[1], shared[2]);
+    EXPECT_GT(shared[2], -INFINITY);
+}
+
+TEST(ShareScores, AHeadThatWantsNothing) {
+    const std::vector<float> scores = {
+            -INFINITY, -INFINITY, 1, 2}; // two heads, two cells
+    const std::vector<int64_t> counts = {3, 3};
+    std::vector<float> shared(2);
+    share_scores(2, 2, scores.data(), counts.data(), 1, shared.data());
+    EXPECT_GT(shared[1], shared[0]);
+    EXPECT_TRUE(std::isfinite(shared[0]));
+}
+
+TEST(ProbePolicy, ChecksItsFields) {
+    ProbePolicy p;
+    p.check();
+    p.nprobe = 0;
+    EXPECT_SENTENCE(p.check(), "nprobe = 0");
+    p = {};
+    p.max_keys = -1;
+    EXPECT_SENTENCE(p.check(), "max_keys = -1");
+    for (double s : {-0.1, 1.1, double(NAN)}) {
+        p = {};
+        p.max_selectivity = s;
+        EXPECT_SENTENCE(p.check(), "max_selectivity");
+    }
+    p = {};
+    p.max_keys = 70;
+    p.max_selectivity = 0.05;
+    EXPECT_EQ(p.key_limit(1000), 50);
+    EXPECT_EQ(p.key_limit(10000), 70);
+}
+
+TEST(CellLists, KeepsSlotsAndStatistics) {
+    tests::Random random;
+    const int ncell = 7, d = 3, n = 500, first = 16;
+    CellLists lists(ncell, d, first, /*with_means=*/true);
+    const auto keys = random.normal(n * d);
+    std::vector<std::vector<int32_t>> expected(ncell);
+    std::vector<std::vector<double>> sum(ncell, std::vector<double>(d));
+    for (int i = 0; i < n; i++) {
+        const auto cell = int32_t(random.below(ncell - 1)); // one stays empty
+        lists.append(cell, keys.data() + i * d, 1000 + i);
+        expected[cell].push_back(first + i);
+        for (int j = 0; j < d; j++) {
+            sum[cell][j] += keys[i * d + j];
+        }
+        EXPECT_EQ(lists.cell_of(first + i), cell);
+    }
+    EXPECT_EQ(lists.size(), n);
+    const CellStats stats = lists.stats();
+    for (int c = 0; c < ncell; c++) {
+        EXPECT_EQ(lists.slots(c), expected[c]);
+        ASSERT_EQ(stats.count[c], int(expected[c].size()));
+        EXPECT_EQ(
+                stats.newest[c],
+                expected[c].empty() ? -1 : 1000 + expected[c].back() - first);
+        for (int j = 0; stats.count[c] && j < d; j++) {
+            EXPECT_NEAR(
+                    stats.mean_post_rope[c * d + j],
+                    sum[c][j] / stats.count[c],
+                    1e-5);
+        }
+        for (int64_t end : {0, 16, 100, 300, 516, 600}) {
+            EXPECT_EQ(
+                    lists.count_before(c, end),
+                    std::count_if(
+                            expected[c].begin(),
+                            expected[c].end(),
+                            [end](int32_t s) { return s < end; }));
+        }
+    }
+    EXPECT_GE(lists.bytes_used(), n * 6u);
+}
+
+TEST(CellLists, WrongInput) {
+    CellLists lists(4, 2, 0, true);
+    const float key[2] = {1, 2};
+    EXPECT_SENTENCE(lists.append(4, key, 0), "cell = 4");
+    EXPECT_SENTENCE(lists.append(-1, key, 0), "cell = -1");
+    EXPECT_SENTENCE(lists.append(0, nullptr, 0), "post_rope is null");
+    EXPECT_EQ(lists.size(), 0);
+    EXPECT_SENTENCE(CellLists(0, 2, 0, false), "ncell = 0");
+    EXPECT_SENTENCE(CellLists(65537, 2, 0, false), "ncell = 65537");
+    EXPECT_SENTENCE(CellLists(4, 2, -1, false), "first_slot = -1");
+}
+
+} // namespace
+} // namespace faiss_saap
