@@ -434,7 +434,7 @@ int main(int argc, char** argv) {
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
     app.add_option("--window", o.window, "most recent tokens, always read")
-            ->check(CLI::PositiveNumber)
+            ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
     app.add_option(
                "--cluster-on",

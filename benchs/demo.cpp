@@ -475,7 +475,7 @@ int main(int argc, char** argv) {
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
     app.add_option("--window", o.window, "most recent tokens, always read")
-            ->check(CLI::PositiveNumber)
+            ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);

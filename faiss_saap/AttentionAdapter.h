@@ -18,9 +18,9 @@ struct AdapterParams {
     int heads_kv = 0; ///< KV heads
     int d = 0;        ///< head dimension
     int64_t sink = 16;     ///< first tokens, always attended
-    int64_t window = 1024; ///< most recent tokens, the query's own included,
-                           ///< always attended; at least 1 as a token attends
-                           ///< to itself
+    /// most recent tokens, the query's own included, always attended; 0 where
+    /// the caller attends to recent tokens itself and merges
+    int64_t window = 1024;
     float scale = 0;       ///< multiplies q.k; 0: 1 / sqrt(d)
     int64_t position_offset = 0; ///< position of slot 0
     /// with this many far keys or fewer, all of them are read

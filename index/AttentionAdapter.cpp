@@ -36,10 +36,12 @@ AttentionAdapter::AttentionAdapter(
             p.heads_kv);
     FAISS_THROW_IF_NOT_FMT(p.d >= 1, "d = %d must be at least 1", p.d);
     FAISS_THROW_IF_NOT_FMT(
-            p.sink >= 0, "sink = %" PRId64 " must not be negative", p.sink);
+            p.sink >= 0 && p.sink <= INT32_MAX,
+            "sink = %" PRId64 " must be between 0 and 2^31 - 1",
+            p.sink);
     FAISS_THROW_IF_NOT_FMT(
-            p.window >= 1 && p.window <= INT32_MAX && p.sink <= INT32_MAX,
-            "window = %" PRId64 " must be at least 1",
+            p.window >= 0 && p.window <= INT32_MAX,
+            "window = %" PRId64 " must be between 0 and 2^31 - 1",
             p.window);
     FAISS_THROW_IF_NOT_FMT(
             std::isfinite(p.scale), "scale = %f must be finite", p.scale);

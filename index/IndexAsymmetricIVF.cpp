@@ -165,6 +165,16 @@ void check_sizes(idx_t n, const void* x, const char* name) {
     FAISS_THROW_IF_NOT_FMT(n == 0 || x, "%s is null but n = %" PRId64, name, n);
 }
 
+void check_results(
+        idx_t n,
+        idx_t k,
+        const float* distances,
+        const idx_t* labels) {
+    FAISS_THROW_IF_NOT_FMT(k >= 1, "k = %" PRId64 " must be at least 1", k);
+    FAISS_THROW_IF_NOT_MSG(n == 0 || distances, "distances is null");
+    FAISS_THROW_IF_NOT_MSG(n == 0 || labels, "labels is null");
+}
+
 } // namespace
 
 IndexAsymmetricIVF::IndexAsymmetricIVF(std::unique_ptr<faiss::IndexIVF> l)
@@ -374,9 +384,7 @@ void IndexAsymmetricIVF::search(
         const faiss::SearchParameters* params) const {
     const CallParams call(*this, params);
     check_call(n, x, "x");
-    FAISS_THROW_IF_NOT_FMT(k >= 1, "k = %" PRId64 " must be at least 1", k);
-    FAISS_THROW_IF_NOT_MSG(n == 0 || distances, "distances is null");
-    FAISS_THROW_IF_NOT_MSG(n == 0 || labels, "labels is null");
+    check_results(n, k, distances, labels);
     const auto nprobe = call.ivf.nprobe;
     call.report(for_slices(
             n, [&](idx_t begin, idx_t end, faiss::IndexIVFStats* stats) {
@@ -456,15 +464,13 @@ void IndexAsymmetricIVF::search_preassigned(
         const faiss::SearchParameters* params) const {
     CallParams call(*this, params);
     check_call(n, x, "x");
-    FAISS_THROW_IF_NOT_FMT(k >= 1, "k = %" PRId64 " must be at least 1", k);
     FAISS_THROW_IF_NOT_FMT(
             nprobe >= 1 && nprobe <= static_cast<size_t>(ncell),
             "nprobe = %zd must be between 1 and ncell = %d",
             nprobe,
             ncell);
     FAISS_THROW_IF_NOT_MSG(n == 0 || cells, "cells is null");
-    FAISS_THROW_IF_NOT_MSG(n == 0 || distances, "distances is null");
-    FAISS_THROW_IF_NOT_MSG(n == 0 || labels, "labels is null");
+    check_results(n, k, distances, labels);
     for (size_t i = 0; i < n * nprobe; i++) {
         FAISS_THROW_IF_NOT_FMT(
                 cells[i] >= -1 && cells[i] < ncell,

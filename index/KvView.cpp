@@ -6,7 +6,10 @@
 
 namespace faiss_saap {
 
-KvView KvView::token_major(
+namespace {
+
+/// The view whose rows follow each other token by token, unchecked.
+KvView dense_rows(
         const void* k,
         const void* v,
         DType dtype,
@@ -26,6 +29,20 @@ KvView KvView::token_major(
     view.k_head_stride = d;
     view.v_token_stride = int64_t(heads) * d_v;
     view.v_head_stride = d_v;
+    return view;
+}
+
+} // namespace
+
+KvView KvView::token_major(
+        const void* k,
+        const void* v,
+        DType dtype,
+        int64_t length,
+        int heads,
+        int d,
+        int d_v) {
+    const KvView view = dense_rows(k, v, dtype, length, heads, d, d_v);
     view.check();
     return view;
 }
@@ -44,14 +61,7 @@ KvView KvView::head_major(
             "length = %" PRId64 " exceeds capacity = %" PRId64,
             length,
             capacity);
-    KvView view;
-    view.k = k;
-    view.v = v;
-    view.dtype = dtype;
-    view.length = length;
-    view.heads = heads;
-    view.d = d;
-    view.d_v = d_v;
+    KvView view = dense_rows(k, v, dtype, length, heads, d, d_v);
     view.k_token_stride = d;
     view.k_head_stride = capacity * d;
     view.v_token_stride = d_v;
@@ -72,18 +82,7 @@ KvView KvView::paged(
         int d,
         int d_v) {
     FAISS_THROW_IF_NOT_MSG(page_table || length == 0, "page_table is null");
-    KvView view;
-    view.k = k;
-    view.v = v;
-    view.dtype = dtype;
-    view.length = length;
-    view.heads = heads;
-    view.d = d;
-    view.d_v = d_v;
-    view.k_token_stride = int64_t(heads) * d;
-    view.k_head_stride = d;
-    view.v_token_stride = int64_t(heads) * d_v;
-    view.v_head_stride = d_v;
+    KvView view = dense_rows(k, v, dtype, length, heads, d, d_v);
     view.page_table = page_table;
     view.page_size = page_size;
     view.npages = npages;

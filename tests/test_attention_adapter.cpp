@@ -100,7 +100,7 @@ struct World {
             }
         }
         for (double& o : out) {
-            o /= sum;
+            o /= sum > 0 ? sum : 1;
         }
         lse = maximum + std::log(sum);
     }
@@ -250,7 +250,9 @@ INSTANTIATE_TEST_SUITE_P(
                 Inputs{2, 2, 8, 150, 0, 1, 150, NEEDS_POST_ROPE, true},
                 Inputs{4, 2, 8, 100, 16, 90, 3, NEEDS_POST_ROPE, false},
                 Inputs{4, 2, 8, 40, 16, 64, 40, NEEDS_POST_ROPE, true},
-                Inputs{4, 4, 8, 40, 64, 8, 2, NEEDS_POST_ROPE, true}));
+                Inputs{4, 4, 8, 40, 64, 8, 2, NEEDS_POST_ROPE, true},
+                Inputs{4, 2, 8, 90, 0, 0, 3, NEEDS_POST_ROPE, true},
+                Inputs{3, 1, 8, 90, 5, 0, 90, NEEDS_PRE_ROPE, false}));
 
 TEST(AttentionAdapter, BulkEqualsTokenByToken) {
     tests::Random random;
@@ -281,21 +283,29 @@ TEST(AttentionAdapter, BulkEqualsTokenByToken) {
 }
 
 TEST(AttentionAdapter, MergesWithADenseKernelElsewhere) {
-    // A caller attends to everything on its own and asks us for the far keys.
+    // The caller attends to the last 20 tokens and asks for the others: an
+    // adapter of the first 100, without window.
     tests::Random random;
     const World world(random, 2, 1, 8, 120, 6, NEEDS_POST_ROPE);
-    AttentionAdapter adapter(world.params(0, 1), world.partitions);
-    adapter.append(world.view(120));
+    AttentionAdapter adapter(world.params(4, 0), world.partitions);
+    adapter.append(world.view(100));
+    const int64_t last = 99;
     std::vector<float> out(16), lse(2), dense(16), dense_lse(2);
-    adapter.attend(world.view(120), 1, world.queries(119), nullptr, out.data(), lse.data());
+    adapter.attend(
+            world.view(100), 1, world.queries(119), &last, out.data(),
+            lse.data());
     attend_range(
-            world.view(120), 0, 2, world.queries(119), 1 / std::sqrt(8.0f), 0, 0,
-            dense.data(), dense_lse.data());
+            world.view(120), 0, 2, world.queries(119), 1 / std::sqrt(8.0f), 100,
+            120, dense.data(), dense_lse.data());
     merge_states(2, 8, out.data(), lse.data(), dense.data(), dense_lse.data());
-    std::vector<double> expected;
-    double expected_lse;
-    world.reference(119, 1, [](int64_t) { return true; }, expected, expected_lse);
-    EXPECT_LT(relative_error(out.data() + 8, expected), 1e-5);
+    for (int h = 0; h < 2; h++) {
+        std::vector<double> expected;
+        double expected_lse;
+        world.reference(
+                119, h, [](int64_t) { return true; }, expected, expected_lse);
+        EXPECT_LT(relative_error(out.data() + h * 8, expected), 1e-5);
+        EXPECT_NEAR(lse[h], expected_lse, 1e-4);
+    }
 }
 
 TEST(AttentionAdapter, FewFarKeysAreReadDensely) {
@@ -433,7 +443,7 @@ TEST(AttentionAdapter, WrongParameters) {
     EXPECT_SENTENCE(make([](P p, V) { p.d = 0; }), "d = 0");
     EXPECT_SENTENCE(make([](P p, V) { p.d = 4; }), "partitions[0] has d = 8");
     EXPECT_SENTENCE(make([](P p, V) { p.sink = -1; }), "sink = -1");
-    EXPECT_SENTENCE(make([](P p, V) { p.window = 0; }), "window = 0");
+    EXPECT_SENTENCE(make([](P p, V) { p.window = -1; }), "window = -1");
     EXPECT_SENTENCE(make([](P p, V) { p.scale = NAN; }), "scale");
     EXPECT_SENTENCE(make([](P p, V) { p.policy.nprobe = 0; }), "nprobe = 0");
     EXPECT_SENTENCE(make([](P p, V) { p.dense_below = -1; }), "dense_below");
