@@ -21,13 +21,7 @@ die() {
 }
 
 as_root() {
-  if [ "$(id -u)" = 0 ]; then
-    "$@"
-  elif command -v sudo >/dev/null; then
-    sudo "$@"
-  else
-    die "installing packages needs root or sudo: run 'apt-get install ${APT_PACKAGES[*]}' as root first"
-  fi
+  if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
 check_disk() {
@@ -43,6 +37,8 @@ install_packages() {
   done
   [ ${#missing[@]} -gt 0 ] || return 0
   command -v apt-get >/dev/null || die "this is no Debian or Ubuntu: install the counterparts of: ${missing[*]}"
+  [ "$(id -u)" = 0 ] || command -v sudo >/dev/null ||
+    die "installing packages needs root or sudo: as root, run apt-get install ${missing[*]}"
   say "installing Debian packages: ${missing[*]}"
   local log
   log=$(mktemp)
