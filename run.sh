@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-APT_PACKAGES=(g++ cmake ninja-build ccache libfaiss-dev libopenblas-dev libfmt-dev
+APT_PACKAGES=(g++ cmake ninja-build ccache libfaiss-dev libopenblas-dev libhwy-dev libfmt-dev
   nlohmann-json3-dev libcli11-dev libgtest-dev python3 python3-venv)
 VENV=build/venv
 NEEDED_MB=2000

@@ -4,6 +4,7 @@ find_package(BLAS REQUIRED)
 find_package(faiss REQUIRED)
 find_package(nlohmann_json 3.7 REQUIRED)
 find_package(fmt 8 REQUIRED)
+find_package(hwy 1.0.3 REQUIRED)
 
 if(FAISS_SAAP_BENCHS)
   find_package(CLI11 2.1 REQUIRED)

@@ -18,11 +18,13 @@ struct AdapterParams {
     int heads_kv = 0; ///< KV heads
     int d = 0;        ///< head dimension
     int64_t sink = 16;     ///< first tokens, always attended
-    /// most recent tokens, the query's own included, always attended; 0 where
-    /// the caller attends to recent tokens itself and merges
-    int64_t window = 1024;
-    float scale = 0;       ///< multiplies q.k; 0: 1 / sqrt(d)
-    int64_t position_offset = 0; ///< position of slot 0
+    int64_t window = 1024; ///< most recent tokens, the query's own included,
+                           ///< always attended
+    /// false: the caller attends to sink and window with a kernel of its own
+    /// and merges; output and LSE are of the probed far keys alone
+    bool attend_dense = true;
+    float scale = 0;       ///< multiplies q.k, positive; 0: 1 / sqrt(d)
+    int64_t position_offset = 0; ///< position of slot 0, at most 2^40
     /// with this many far keys or fewer, all of them are read
     int64_t dense_below = 64;
     ProbePolicy policy; ///< default of `route` and `attend`
@@ -61,7 +63,8 @@ struct AttendStats {
 /// with every cell probed the answer is dense attention to rounding.
 ///
 /// `append` needs exclusive access; the const methods may run concurrently.
-/// They are parallel inside (OpenMP, over tokens and KV heads).
+/// They are parallel inside (OpenMP, over tokens, KV heads and pieces of long
+/// lists).
 class AttentionAdapter {
    public:
     /// @param partitions  one for each KV head
@@ -97,7 +100,8 @@ class AttentionAdapter {
 
     /// Attention of the queries of q_len tokens.
     /// @param queries    post-RoPE, size q_len * heads_q * d
-    /// @param positions  of the tokens, size q_len; null: the last q_len ones
+    /// @param positions  of the tokens, size q_len; null: the last q_len ones,
+    ///                   and every token of the view must have been appended
     /// @param output     size q_len * heads_q * kv.d_v
     /// @param lse        size q_len * heads_q; may be null
     /// @param stats      size q_len * heads_q; may be null
@@ -134,16 +138,32 @@ class AttentionAdapter {
 
    private:
     struct Zones;
+    struct Row;
+    /// Slots of the far keys in some cells, ascending, each once.
+    std::vector<int32_t> far_slots(
+            int kv_head,
+            const Zones& zones,
+            const int32_t* cells,
+            const int32_t* cells_end,
+            int64_t* distinct) const;
     Zones zones(int64_t q_len, const int64_t* positions, int64_t token) const;
     void check_queries(
             int64_t q_len,
             const float* queries,
             const int64_t* positions) const;
     void check_view(const KvView& kv) const;
+    /// Cells of the keys in slots begin .. end - 1 of one head.
+    std::vector<int32_t> assign_keys(
+            const KvView& kv,
+            int kv_head,
+            int64_t begin,
+            int64_t end) const;
 
     AdapterParams params_;
     int group_;
     std::vector<Partition> partitions_;
+    /// per KV head; null where vectors need not be rotated back
+    std::vector<std::shared_ptr<const RotaryEmbedding>> rotary_;
     std::vector<CellLists> lists_;
     int64_t length_ = 0;
 };

@@ -35,8 +35,8 @@ struct CellTraining {
 /// queries are sent to cells by another. Storage is any faiss::IndexIVF that
 /// encodes vectors, not residuals: IndexIVFFlat, IndexIVFScalarQuantizer and
 /// IndexIVFPQ with by_residual = false (a query's cell scores are no distances
-/// that a residual codec could use). Its own quantizer is never asked; an empty
-/// faiss::IndexFlat will do.
+/// that a residual codec could use). Its own quantizer is never asked and is
+/// replaced by an empty one.
 ///
 /// In Faiss, compare faiss::IndexIVFIndependentQuantizer. Deriving from
 /// faiss::Index and not from IndexIVF is deliberate: stock faiss::write_index
@@ -53,7 +53,9 @@ struct CellTraining {
 /// running out of memory inside Faiss's `add` may not).
 struct IndexAsymmetricIVF : faiss::Index {
     std::unique_ptr<faiss::IndexIVF> lists; ///< the storage
-    Partition partition;                    ///< empty until trained
+    /// empty until trained; the query assigner may be exchanged at any time,
+    /// the key assigner while the index is empty
+    Partition partition;
     int ncell = 0;
     size_t nprobe = 1;    ///< cells to probe; more than ncell is clamped
     size_t max_codes = 0; ///< stop after this many vectors; 0: no limit
@@ -67,6 +69,8 @@ struct IndexAsymmetricIVF : faiss::Index {
     /// Cells are given. Trained at once unless the codec of `lists` needs
     /// training, which `train` then does without touching the cells.
     /// `lists` may hold vectors already, put there by the same key assigner.
+    /// Their quantizer is deleted where they own it: an assigner that uses it
+    /// needs a copy (faiss::clone_index).
     IndexAsymmetricIVF(
             std::unique_ptr<faiss::IndexIVF> lists,
             Partition partition);
@@ -146,7 +150,7 @@ struct IndexAsymmetricIVF : faiss::Index {
     /// @param key  an id in the index; needs the direct map
     void reconstruct(idx_t key, float* recons) const override;
     /// Vectors with ids i0 .. i0 + ni - 1, all of which must be there.
-    /// Needs no direct map.
+    /// Needs no direct map (search_and_reconstruct does).
     void reconstruct_n(idx_t i0, idx_t ni, float* recons) const override;
 
     /// Removes all vectors; stays trained.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include <faiss_saap/CellAssigner.h>
 #include <faiss_saap/faiss_compat.h>
@@ -28,6 +29,9 @@ struct QuantizerAssigner : CellAssigner {
     void assign(const RoutingInput&, const CellStats*, int k, int32_t*, float*)
             const override;
     size_t bytes_read() const override;
+
+   private:
+    std::vector<float> half_norm; ///< |c|^2 / 2, for a flat L2 quantizer
 };
 
 } // namespace faiss_saap

@@ -21,8 +21,10 @@ namespace faiss_saap {
 ///                 counts twice
 /// @param output   size nq * kv.d_v; zero for n = 0
 /// @param lse      size nq, natural logarithm; -infinity for n = 0
+/// A key that makes a logit NaN or infinite makes output and LSE NaN.
 /// @throws faiss::FaissException for a null pointer, a head outside the view,
-///         a negative size or a slot outside the view; outputs are untouched
+///         a negative size, a slot outside the view or a query that is not
+///         finite; outputs are untouched
 void attend_slots(
         const KvView& kv,
         int kv_head,

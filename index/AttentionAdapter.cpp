@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <string>
 
 #include <faiss_saap/attend_slots.h>
 #include <faiss_saap/faiss_compat.h>
@@ -44,10 +45,12 @@ AttentionAdapter::AttentionAdapter(
             "window = %" PRId64 " must be between 0 and 2^31 - 1",
             p.window);
     FAISS_THROW_IF_NOT_FMT(
-            std::isfinite(p.scale), "scale = %f must be finite", p.scale);
+            std::isfinite(p.scale) && p.scale >= 0,
+            "scale = %f must be positive, or 0 for 1 / sqrt(d)",
+            p.scale);
     FAISS_THROW_IF_NOT_FMT(
-            p.position_offset >= 0,
-            "position_offset = %" PRId64 " must not be negative",
+            p.position_offset >= 0 && p.position_offset <= int64_t(1) << 40,
+            "position_offset = %" PRId64 " must be between 0 and 2^40",
             p.position_offset);
     FAISS_THROW_IF_NOT_FMT(
             p.dense_below >= 0,
@@ -74,14 +77,25 @@ AttentionAdapter::AttentionAdapter(
                 partition.d(),
                 p.d);
         const unsigned needs = partition.key->needs | partition.query->needs;
-        FAISS_THROW_IF_NOT_FMT(
-                !(needs & NEEDS_PRE_ROPE) || partition.rope.d == 0 ||
-                        partition.rope.d == p.d,
-                "partitions[%zd].rope.d = %d: partial rotary embeddings (here "
-                "of d = %d) are not supported",
-                h,
-                partition.rope.d,
-                p.d);
+        if (needs & NEEDS_PRE_ROPE) {
+            FAISS_THROW_IF_NOT_FMT(
+                    partition.rope.d != 0,
+                    "partitions[%zd] reads pre-RoPE vectors but has no RoPE "
+                    "parameters; a model without rotation has the same vectors "
+                    "post-RoPE",
+                    h);
+            FAISS_THROW_IF_NOT_FMT(
+                    partition.rope.d == p.d,
+                    "partitions[%zd].rope.d = %d: partial rotary embeddings "
+                    "(here of d = %d) are not supported",
+                    h,
+                    partition.rope.d,
+                    p.d);
+            rotary_.push_back(
+                    std::make_shared<const RotaryEmbedding>(partition.rope));
+        } else {
+            rotary_.push_back(nullptr);
+        }
         lists_.emplace_back(
                 partition.ncell(), p.d, p.sink, needs & NEEDS_STATS);
     }
@@ -123,7 +137,7 @@ struct Routed {
     std::vector<float> pre_rope;
     RoutingInput input;
 
-    Routed(const Partition& partition,
+    Routed(const RotaryEmbedding* rotary,
            const CellAssigner& assigner,
            int64_t n,
            const float* post_rope,
@@ -134,87 +148,84 @@ struct Routed {
         input.post_rope = post_rope;
         input.position = position.data();
         if (assigner.needs & NEEDS_PRE_ROPE) {
-            if (partition.rope.d == 0) {
-                input.pre_rope = post_rope; // the model does not rotate
-            } else {
-                pre_rope.assign(post_rope, post_rope + n * assigner.d);
-                RotaryEmbedding(partition.rope)
-                        .derotate(n, position.data(), pre_rope.data());
-                input.pre_rope = pre_rope.data();
-            }
+            pre_rope.assign(post_rope, post_rope + n * assigner.d);
+            rotary->derotate(n, position.data(), pre_rope.data());
+            input.pre_rope = pre_rope.data();
         }
     }
 };
 
 } // namespace
 
+std::vector<int32_t> AttentionAdapter::assign_keys(
+        const KvView& kv,
+        int h,
+        int64_t begin,
+        int64_t end) const {
+    constexpr int64_t kBlock = 4096; // bounds the memory of a long prefill
+    const int64_t d = params_.d;
+    const CellAssigner& assigner = *partitions_[h].key;
+    std::vector<int32_t> cells(end - begin);
+    std::vector<float> keys(std::min(kBlock, end - begin) * d);
+    for (int64_t first = begin; first < end; first += kBlock) {
+        const int64_t n = std::min(kBlock, end - first);
+        std::vector<int64_t> position(n);
+        for (int64_t i = 0; i < n; i++) {
+            position[i] = first + i + params_.position_offset;
+            to_float(kv.dtype, kv.key(h, first + i), d, keys.data() + i * d);
+        }
+        const Routed routed(
+                rotary_[h].get(), assigner, n, keys.data(), std::move(position));
+        int32_t* out = cells.data() + (first - begin);
+        assigner.assign(routed.input, nullptr, 1, out, nullptr);
+        for (int64_t i = 0; i < n; i++) {
+            FAISS_THROW_IF_NOT_FMT(
+                    out[i] >= 0 && out[i] < assigner.ncell,
+                    "the key assigner of head %d puts slot %" PRId64
+                    " into cell %d, there are %d cells",
+                    h,
+                    first + i,
+                    out[i],
+                    assigner.ncell);
+        }
+    }
+    return cells;
+}
+
 void AttentionAdapter::append(const KvView& kv) {
     check_view(kv);
     const int64_t d = params_.d;
-    const int64_t fresh = kv.length - length_;
     parallel_for(params_.heads_kv, [&](int64_t h) {
         std::vector<float> key(d);
         for (int64_t slot = length_; slot < kv.length; slot++) {
             to_float(kv.dtype, kv.key(h, slot), d, key.data());
-            const int64_t at = first_not_finite(key.data(), d);
-            FAISS_THROW_IF_NOT_FMT(
-                    at < 0,
-                    "key of slot %" PRId64 ", head %" PRId64
-                    ": component %" PRId64 " is %f",
-                    slot,
-                    h,
-                    at,
-                    double(key[at]));
+            if (!finite_norm(key.data(), d)) {
+                const std::string name = "key of slot " + std::to_string(slot) +
+                        ", head " + std::to_string(h) + ": key";
+                check_finite(key.data(), 1, d, name.c_str());
+            }
         }
     });
 
     // Tokens that have left the window since the last call.
     const int64_t begin = std::max(params_.sink, length_ - params_.window);
-    const int64_t end =
-            std::max(params_.sink, length_ + fresh - params_.window);
+    const int64_t end = std::max(params_.sink, kv.length - params_.window);
     // Cells first, for all heads: assigning may throw, listing does not.
     std::vector<std::vector<int32_t>> cells(params_.heads_kv);
-    std::vector<std::vector<float>> keys(params_.heads_kv);
     parallel_for(params_.heads_kv, [&](int64_t h) {
-        const int64_t n = end - begin;
-        cells[h].resize(n);
-        keys[h].resize(n * d);
-        std::vector<int64_t> position(n);
-        for (int64_t i = 0; i < n; i++) {
-            position[i] = begin + i + params_.position_offset;
-            to_float(
-                    kv.dtype,
-                    kv.key(h, begin + i),
-                    d,
-                    keys[h].data() + i * d);
-        }
-        const Partition& partition = partitions_[h];
-        const Routed routed(
-                partition,
-                *partition.key,
-                n,
-                keys[h].data(),
-                std::move(position));
-        partition.key->assign(
-                routed.input, nullptr, 1, cells[h].data(), nullptr);
-        for (int64_t i = 0; i < n; i++) {
-            FAISS_THROW_IF_NOT_FMT(
-                    cells[h][i] >= 0,
-                    "the key assigner of head %" PRId64
-                    " finds no cell for slot %" PRId64,
-                    h,
-                    begin + i);
+        cells[h] = assign_keys(kv, static_cast<int>(h), begin, end);
+    });
+    parallel_for(params_.heads_kv, [&](int64_t h) {
+        std::vector<float> key(d);
+        for (int64_t slot = begin; slot < end; slot++) {
+            to_float(kv.dtype, kv.key(h, slot), d, key.data());
+            lists_[h].append(
+                    cells[h][slot - begin],
+                    key.data(),
+                    slot + params_.position_offset);
         }
     });
-    for (int h = 0; h < params_.heads_kv; h++) {
-        for (int64_t i = 0; i < end - begin; i++) {
-            lists_[h].append(
-                    cells[h][i],
-                    keys[h].data() + i * d,
-                    begin + i + params_.position_offset);
-        }
-    }
-    length_ += fresh;
+    length_ = kv.length;
 }
 
 void AttentionAdapter::check_queries(
@@ -230,9 +241,9 @@ void AttentionAdapter::check_queries(
             q_len,
             length_);
     for (int64_t t = 0; positions && t < q_len; t++) {
-        const int64_t slot = positions[t] - params_.position_offset;
         FAISS_THROW_IF_NOT_FMT(
-                slot >= 0 && slot < length_,
+                positions[t] >= params_.position_offset &&
+                        positions[t] < params_.position_offset + length_,
                 "positions[%" PRId64 "] = %" PRId64
                 " is outside the sequence, which covers %" PRId64
                 " .. %" PRId64,
@@ -258,6 +269,77 @@ AttentionAdapter::Zones AttentionAdapter::zones(
     z.window_begin = std::max(z.sink_end, z.window_end - params_.window);
     return z;
 }
+
+std::vector<int32_t> AttentionAdapter::far_slots(
+        int kv_head,
+        const Zones& z,
+        const int32_t* cells,
+        const int32_t* cells_end,
+        int64_t* distinct) const {
+    // A bitmap puts the slots into ascending order, which is kinder to the
+    // memory system, in one pass over the lists.
+    const CellLists& lists = lists_[kv_head];
+    std::vector<uint64_t> bits((z.far_keys() + 63) / 64, 0);
+    std::vector<bool> seen(lists.ncell(), false);
+    int64_t n = 0;
+    *distinct = 0;
+    for (; cells != cells_end; ++cells) {
+        if (seen[*cells]) {
+            continue;
+        }
+        seen[*cells] = true;
+        ++*distinct;
+        const auto& list = lists.slots(*cells);
+        const int64_t count = lists.count_before(*cells, z.window_begin);
+        n += count;
+        for (int64_t i = 0; i < count; i++) {
+            const uint64_t at = list[i] - z.sink_end;
+            bits[at / 64] |= uint64_t(1) << (at % 64);
+        }
+    }
+    std::vector<int32_t> slots;
+    slots.reserve(n);
+    for (size_t w = 0; w < bits.size(); w++) {
+        for (uint64_t left = bits[w]; left; left &= left - 1) {
+            slots.push_back(static_cast<int32_t>(
+                    z.sink_end + 64 * w + __builtin_ctzll(left)));
+        }
+    }
+    return slots;
+}
+
+namespace {
+
+constexpr int64_t kPiece = 4096;
+
+/// Slots begin .. end - 1, of the cache or of a row's chosen ones.
+struct Piece {
+    enum Kind { dense, chosen };
+    int64_t row;
+    Kind kind;
+    int64_t begin, end;
+};
+
+void cut(
+        int64_t row,
+        Piece::Kind kind,
+        int64_t begin,
+        int64_t end,
+        std::vector<Piece>& pieces) {
+    for (; begin < end; begin += kPiece) {
+        pieces.push_back({row, kind, begin, std::min(begin + kPiece, end)});
+    }
+}
+
+} // namespace
+
+/// What one row of probed cells reads.
+struct AttentionAdapter::Row {
+    int kv_head = 0;
+    Zones zones{};
+    int64_t cells = 0;
+    std::vector<int32_t> slots;
+};
 
 ProbedCells AttentionAdapter::route(
         int64_t q_len,
@@ -290,7 +372,7 @@ ProbedCells AttentionAdapter::route(
         const float* q = queries +
                 (t * params_.heads_q + int64_t(h) * group_) * params_.d;
         const Routed routed(
-                partition,
+                rotary_[h].get(),
                 *partition.query,
                 group_,
                 q,
@@ -352,6 +434,12 @@ void AttentionAdapter::attend_preassigned(
         AttendStats* stats) const {
     check_view(kv);
     check_queries(q_len, queries, positions);
+    FAISS_THROW_IF_NOT_FMT(
+            positions || kv.length == length_,
+            "kv.length = %" PRId64 ", but %" PRId64
+            " tokens were appended: append first, or give positions",
+            kv.length,
+            length_);
     FAISS_THROW_IF_NOT_MSG(q_len == 0 || output, "output is null");
     const int choices = probed.share_group ? 1 : group_;
     const int64_t rows = q_len * params_.heads_kv * choices;
@@ -383,73 +471,90 @@ void AttentionAdapter::attend_preassigned(
         }
     }
 
-    const int heads_per_choice = probed.share_group ? group_ : 1;
+    // Every row is cut into pieces of at most kPiece slots, so that one long
+    // sequence occupies all cores; partial results merge exactly.
+    const int nq = probed.share_group ? group_ : 1; // query heads of a row
+    std::vector<Row> all(rows);
     parallel_for(rows, [&](int64_t r) {
-        const int64_t t = r / (params_.heads_kv * choices);
-        const int h = static_cast<int>(r / choices % params_.heads_kv);
-        const Zones z = zones(q_len, positions, t);
-        const int64_t first = r * heads_per_choice; // of q_len * heads_q
-        const float* q = queries + first * params_.d;
-        float* out = output + first * kv.d_v;
-
-        std::vector<int32_t> cells(
-                probed.cells.begin() + probed.begin[r],
-                probed.cells.begin() + probed.begin[r + 1]);
-        std::sort(cells.begin(), cells.end());
-        cells.erase(std::unique(cells.begin(), cells.end()), cells.end());
-        std::vector<int32_t> slots;
-        for (int32_t c : cells) {
-            const auto& list = lists_[h].slots(c);
-            slots.insert(
-                    slots.end(),
-                    list.begin(),
-                    list.begin() + lists_[h].count_before(c, z.window_begin));
+        Row& row = all[r];
+        row.kv_head = static_cast<int>(r / choices % params_.heads_kv);
+        row.zones = zones(q_len, positions, r / (params_.heads_kv * choices));
+        row.slots = far_slots(
+                row.kv_head,
+                row.zones,
+                probed.cells.data() + probed.begin[r],
+                probed.cells.data() + probed.begin[r + 1],
+                &row.cells);
+    });
+    std::vector<Piece> pieces;
+    for (int64_t r = 0; r < rows; r++) {
+        const Zones& z = all[r].zones;
+        if (params_.attend_dense) {
+            cut(r, Piece::dense, 0, z.sink_end, pieces);
+            cut(r, Piece::dense, z.window_begin, z.window_end, pieces);
         }
-        // Ascending addresses are kinder to the memory system.
-        std::sort(slots.begin(), slots.end());
-
-        const int nq = heads_per_choice;
-        std::vector<float> part(size_t(nq) * kv.d_v), part_lse(nq), total(nq);
-        attend_range(
-                kv, h, nq, q, params_.scale, 0, z.sink_end, out, total.data());
-        attend_range(
-                kv,
-                h,
-                nq,
-                q,
-                params_.scale,
-                z.window_begin,
-                z.window_end,
-                part.data(),
-                part_lse.data());
-        merge_states(
-                nq, kv.d_v, out, total.data(), part.data(), part_lse.data());
-        const std::vector<float> dense = total;
-        attend_slots(
-                kv,
-                h,
-                nq,
-                q,
-                params_.scale,
-                static_cast<int64_t>(slots.size()),
-                slots.data(),
-                part.data(),
-                part_lse.data());
-        merge_states(
-                nq, kv.d_v, out, total.data(), part.data(), part_lse.data());
-        for (int i = 0; i < nq; i++) {
-            if (lse) {
-                lse[first + i] = total[i];
-            }
-            if (stats) {
-                AttendStats& s = stats[first + i];
-                s.cells = static_cast<int64_t>(cells.size());
-                s.keys_read = static_cast<int64_t>(slots.size());
-                s.far_keys = z.far_keys();
-                s.dense_mass = std::exp(dense[i] - total[i]);
-            }
+        cut(r,
+            Piece::chosen,
+            0,
+            static_cast<int64_t>(all[r].slots.size()),
+            pieces);
+    }
+    const auto count = static_cast<int64_t>(pieces.size());
+    std::vector<float> part(count * nq * kv.d_v), part_lse(count * nq);
+    parallel_for(count, [&](int64_t i) {
+        const Piece& p = pieces[i];
+        const Row& row = all[p.row];
+        const float* q = queries + p.row * nq * params_.d;
+        float* o = part.data() + i * nq * kv.d_v;
+        float* l = part_lse.data() + i * nq;
+        if (p.kind == Piece::dense) {
+            attend_range(
+                    kv, row.kv_head, nq, q, params_.scale, p.begin, p.end, o, l);
+        } else {
+            attend_slots(
+                    kv,
+                    row.kv_head,
+                    nq,
+                    q,
+                    params_.scale,
+                    p.end - p.begin,
+                    row.slots.data() + p.begin,
+                    o,
+                    l);
         }
     });
+
+    const int64_t results = rows * nq; // q_len * heads_q
+    std::fill(output, output + results * kv.d_v, 0.0f);
+    std::vector<float> total(results, -INFINITY), dense(results, -INFINITY);
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t first = pieces[i].row * nq;
+        const float* l = part_lse.data() + i * nq;
+        merge_states(
+                nq,
+                kv.d_v,
+                output + first * kv.d_v,
+                total.data() + first,
+                part.data() + i * nq * kv.d_v,
+                l);
+        for (int h = 0; pieces[i].kind == Piece::dense && h < nq; h++) {
+            dense[first + h] = merge_weights(dense[first + h], l[h]).lse;
+        }
+    }
+    for (int64_t i = 0; i < results; i++) {
+        if (lse) {
+            lse[i] = total[i];
+        }
+        if (stats) {
+            const Row& row = all[i / nq];
+            stats[i].cells = row.cells;
+            stats[i].keys_read = static_cast<int64_t>(row.slots.size());
+            stats[i].far_keys = row.zones.far_keys();
+            stats[i].dense_mass = total[i] == -INFINITY
+                    ? 0.0f
+                    : std::exp(dense[i] - total[i]);
+        }
+    }
 }
 
 void AttentionAdapter::attend(

@@ -47,6 +47,19 @@ const float* CellAssigner::vectors(const RoutingInput& input) const {
     return needs & NEEDS_PRE_ROPE ? input.pre_rope : input.post_rope;
 }
 
+namespace {
+
+RoutingInput slice(const RoutingInput& input, int64_t begin, int64_t n) {
+    RoutingInput part = input;
+    part.n = n;
+    part.pre_rope += input.pre_rope ? begin * input.d : 0;
+    part.post_rope += input.post_rope ? begin * input.d : 0;
+    part.position += input.position ? begin : 0;
+    return part;
+}
+
+} // namespace
+
 void CellAssigner::assign(
         const RoutingInput& input,
         const CellStats* stats,
@@ -58,11 +71,19 @@ void CellAssigner::assign(
             "k = %d must be between 1 and ncell = %d",
             k,
             ncell);
-    std::vector<float> all(static_cast<size_t>(input.n) * ncell);
-    scores(input, stats, all.data());
+    check(input, stats);
+    // In blocks, so that memory does not grow with n * ncell.
+    constexpr int64_t kBlock = 64;
+    std::vector<float> block_scores(
+            static_cast<size_t>(std::min(kBlock, input.n)) * ncell);
     std::vector<int32_t> order(ncell);
     for (int64_t i = 0; i < input.n; i++) {
-        const float* s = all.data() + i * ncell;
+        if (i % kBlock == 0) {
+            scores(slice(input, i, std::min(kBlock, input.n - i)),
+                   stats,
+                   block_scores.data());
+        }
+        const float* s = block_scores.data() + i % kBlock * ncell;
         std::iota(order.begin(), order.end(), 0);
         // Ties go to the lower cell, so that results do not depend on the
         // sorting algorithm.

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "check.h"
-#include "inner_product.h"
+#include "vector_kernels.h"
 
 namespace faiss_saap {
 
@@ -18,12 +18,18 @@ void CellMeanAssigner::scores(
     FAISS_THROW_IF_NOT_MSG(
             input.n == 0 || stats->mean_post_rope,
             "stats->mean_post_rope is null but the assigner needs it");
+    inner_products(
+            static_cast<int>(input.n),
+            d,
+            input.post_rope,
+            ncell,
+            stats->mean_post_rope,
+            scores);
     for (int64_t i = 0; i < input.n; i++) {
-        const float* q = input.post_rope + i * d;
         for (int c = 0; c < ncell; c++) {
-            scores[i * ncell + c] = stats->count[c] == 0
-                    ? -INFINITY
-                    : inner_product(q, stats->mean_post_rope + int64_t(c) * d, d);
+            if (stats->count[c] == 0) {
+                scores[i * ncell + c] = -INFINITY;
+            }
         }
     }
 }

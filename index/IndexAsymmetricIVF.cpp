@@ -84,7 +84,23 @@ std::vector<idx_t> cells_of(
             static_cast<int>(k),
             cells.data(),
             nullptr);
+    // Assigners may be the user's own: Faiss would abort on a wrong cell.
+    for (int32_t c : cells) {
+        FAISS_THROW_IF_NOT_FMT(
+                c >= -1 && c < assigner.ncell,
+                "an assigner returned cell %d, there are %d cells",
+                c,
+                assigner.ncell);
+    }
     return std::vector<idx_t>(cells.begin(), cells.end());
+}
+
+void check_nprobe(size_t nprobe) {
+    // A negative number that was put into a size_t is meant as one.
+    FAISS_THROW_IF_NOT_FMT(
+            static_cast<int64_t>(nprobe) >= 1,
+            "nprobe = %" PRId64 " must be at least 1",
+            static_cast<int64_t>(nprobe));
 }
 
 /// Parameters of one call, from the index and from what the caller gave.
@@ -120,7 +136,7 @@ struct CallParams {
                 stats = a->stats;
             }
         }
-        FAISS_THROW_IF_NOT_MSG(ivf.nprobe >= 1, "nprobe = 0 must be at least 1");
+        check_nprobe(ivf.nprobe);
         ivf.nprobe = std::min(ivf.nprobe, static_cast<size_t>(index.ncell));
     }
 
@@ -181,7 +197,7 @@ IndexAsymmetricIVF::IndexAsymmetricIVF(std::unique_ptr<faiss::IndexIVF> l)
         : Index(not_null(l).d, not_null(l).metric_type),
           lists(std::move(l)),
           ncell(static_cast<int>(lists->nlist)) {
-    check_storage(*lists);
+    adopt_storage(*lists);
     FAISS_THROW_IF_NOT_FMT(
             lists->nlist >= 1 && lists->nlist <= 65536,
             "lists->nlist = %zd must be between 1 and 65536",
@@ -202,7 +218,7 @@ IndexAsymmetricIVF::IndexAsymmetricIVF(
           partition(std::move(p)),
           ncell(static_cast<int>(lists->nlist)),
           cells_given(true) {
-    check_storage(*lists);
+    adopt_storage(*lists);
     check_partition_for_index(partition, d, ncell);
     ntotal = lists->ntotal;
     is_trained = !codec_untrained(*lists);
@@ -212,6 +228,8 @@ IndexAsymmetricIVF::IndexAsymmetricIVF(
 void IndexAsymmetricIVF::check_call(idx_t n, const float* x, const char* name)
         const {
     FAISS_THROW_IF_NOT_MSG(is_trained, "the index is not trained");
+    // The field is public: what does not fit must not reach Faiss.
+    check_partition_for_index(partition, d, ncell);
     check_sizes(n, x, name);
     check_finite(x, n, d, name);
 }
@@ -293,7 +311,8 @@ void IndexAsymmetricIVF::train_with_queries(
                     left -= size[c];
                 }
                 for (idx_t j = 0; j < k; j++) {
-                    found += probed.count(cell[wanted[q * k + j]]);
+                    const idx_t id = wanted[q * k + j];
+                    found += id >= 0 && probed.count(cell[id]);
                 }
             }
             return static_cast<double>(found) / (n_train_q * k);
@@ -545,7 +564,14 @@ void IndexAsymmetricIVF::reconstruct(idx_t key, float* recons) const {
 void IndexAsymmetricIVF::reconstruct_n(idx_t i0, idx_t ni, float* recons)
         const {
     FAISS_THROW_IF_NOT_FMT(
-            ni >= 0, "ni = %" PRId64 " must not be negative", ni);
+            ni >= 0 && ni <= ntotal,
+            "ni = %" PRId64 " must be between 0 and ntotal = %" PRId64,
+            ni,
+            ntotal);
+    FAISS_THROW_IF_NOT_FMT(
+            i0 >= 0 && i0 <= INT64_MAX - ni,
+            "i0 = %" PRId64 " is outside the range of ids",
+            i0);
     FAISS_THROW_IF_NOT_MSG(ni == 0 || recons, "recons is null");
     std::vector<uint64_t> place(ni, UINT64_MAX);
     for_each_id(*lists, [&](idx_t id, size_t cell, size_t offset) {

@@ -13,7 +13,8 @@
 namespace faiss_saap {
 
 MappedFile::MappedFile(const std::string& path) {
-    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    // Without O_NONBLOCK, opening a pipe would wait for its writer.
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     FAISS_THROW_IF_NOT_FMT(
             fd >= 0, "%s: %s", path.c_str(), std::strerror(errno));
     struct stat st;

@@ -6,6 +6,7 @@
 
 #include <faiss/Clustering.h>
 #include <faiss/IndexFlat.h>
+#include <faiss/utils/distances.h>
 
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/faiss_compat.h>
@@ -115,10 +116,13 @@ Partition kmeans_partition(
         key = std::make_shared<faiss::IndexFlatL2>(d);
     }
     clustering.train(n, x, *key);
-    if (key->ntotal != ncell) {
-        key->reset();
-        key->add(ncell, clustering.centroids.data());
+    if (params.spherical) {
+        // faiss::Clustering does not normalise what it merely copies (n ==
+        // ncell).
+        faiss::fvec_renorm_L2(d, ncell, clustering.centroids.data());
     }
+    key->reset();
+    key->add(ncell, clustering.centroids.data());
 
     Partition partition;
     partition.rope = rope;

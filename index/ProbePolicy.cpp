@@ -5,20 +5,9 @@
 #include <cmath>
 
 #include "check.h"
+#include "vector_kernels.h"
 
 namespace faiss_saap {
-
-namespace {
-
-/// ln(exp(a) + exp(b))
-float log_add(float a, float b) {
-    const float larger = std::max(a, b);
-    return larger == -INFINITY
-            ? larger
-            : larger + std::log1p(std::exp(std::min(a, b) - larger));
-}
-
-} // namespace
 
 void ProbePolicy::check() const {
     FAISS_THROW_IF_NOT_FMT(
@@ -82,34 +71,9 @@ void share_scores(
         const int64_t* counts,
         float scale,
         float* group_scores) {
-    // In logarithms throughout: a mass too small for a double still ranks.
-    std::fill(group_scores, group_scores + ncell, -INFINITY);
-    for (int h = 0; h < nhead; h++) {
-        const float* s = scores + int64_t(h) * ncell;
-        double maximum = -INFINITY;
-        for (int c = 0; c < ncell; c++) {
-            if (counts[c] > 0) {
-                maximum = std::max(maximum, double(scale) * s[c]);
-            }
-        }
-        if (maximum == -INFINITY) {
-            continue; // nothing to read, or nothing this head wants to read
-        }
-        double total = 0;
-        for (int c = 0; c < ncell; c++) {
-            if (counts[c] > 0) {
-                total += counts[c] * std::exp(double(scale) * s[c] - maximum);
-            }
-        }
-        const double log_total = maximum + std::log(total);
-        for (int c = 0; c < ncell; c++) {
-            if (counts[c] > 0) {
-                group_scores[c] = log_add(
-                        group_scores[c],
-                        static_cast<float>(double(scale) * s[c] - log_total));
-            }
-        }
-    }
+    const std::vector<float> weights(counts, counts + ncell);
+    share_scores_kernel(
+            nhead, ncell, scores, weights.data(), scale, group_scores);
 }
 
 } // namespace faiss_saap

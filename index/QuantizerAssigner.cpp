@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "inner_product.h"
+#include "vector_kernels.h"
 
 namespace faiss_saap {
 
@@ -45,6 +46,13 @@ QuantizerAssigner::QuantizerAssigner(
             "quantizer's metric_type = %d: only METRIC_L2 and "
             "METRIC_INNER_PRODUCT give scores",
             static_cast<int>(quantizer->metric_type));
+    const auto* flat = dynamic_cast<const faiss::IndexFlat*>(quantizer.get());
+    if (flat && flat->metric_type == faiss::METRIC_L2) {
+        for (int c = 0; c < ncell; c++) {
+            const float* y = flat->get_xb() + int64_t(c) * d;
+            half_norm.push_back(inner_product(y, y, d) / 2);
+        }
+    }
 }
 
 void QuantizerAssigner::scores(
@@ -56,14 +64,13 @@ void QuantizerAssigner::scores(
     // of them anyway.
     if (const auto* flat =
                 dynamic_cast<const faiss::IndexFlat*>(quantizer.get())) {
-        const bool l2 = flat->metric_type == faiss::METRIC_L2;
-        for (int64_t i = 0; i < input.n; i++) {
-            const float* x = vectors(input) + i * d;
+        const float* x = vectors(input);
+        inner_products(
+                static_cast<int>(input.n), d, x, ncell, flat->get_xb(), scores);
+        for (int64_t i = 0; !half_norm.empty() && i < input.n; i++) {
+            const float own = inner_product(x + i * d, x + i * d, d) / 2;
             for (int c = 0; c < ncell; c++) {
-                const float* y = flat->get_xb() + int64_t(c) * d;
-                scores[i * ncell + c] = to_score(
-                        flat->metric_type,
-                        l2 ? squared_distance(x, y, d) : inner_product(x, y, d));
+                scores[i * ncell + c] -= half_norm[c] + own;
             }
         }
         return;
@@ -101,6 +108,14 @@ void QuantizerAssigner::assign(
     std::vector<idx_t> labels(size);
     quantizer->search(
             input.n, vectors(input), k, distances.data(), labels.data());
+    for (size_t i = 0; i < size; i++) {
+        FAISS_THROW_IF_NOT_FMT(
+                labels[i] < ncell,
+                "the quantizer returned vector %lld, the assigner was made for "
+                "%d",
+                static_cast<long long>(labels[i]),
+                ncell);
+    }
     for (size_t i = 0; i < size; i++) {
         cells[i] = static_cast<int32_t>(labels[i]);
         if (scores) {

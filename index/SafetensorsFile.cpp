@@ -1,12 +1,11 @@
 #include <faiss_saap/SafetensorsFile.h>
 
 #include <cinttypes>
-#include <nlohmann/json.hpp>
-
 #include <faiss_saap/dtype.h>
 
 #include "MappedFile.h"
 #include "check.h"
+#include "shallow_json.h"
 #include "write_file.h"
 
 namespace faiss_saap {
@@ -50,18 +49,6 @@ size_t bytes_of(
 
 /// The header may not be larger than this, as in the reference implementation.
 constexpr uint64_t kMaxHeader = 100'000'000;
-
-/// JSON that nests deeper than a safetensors header can is refused while
-/// parsing, before it can exhaust the stack.
-nlohmann::json parse_header(const char* begin, const char* end) {
-    bool too_deep = false;
-    const auto callback = [&too_deep](int depth, auto, auto&) {
-        too_deep |= depth > 4;
-        return !too_deep;
-    };
-    auto j = nlohmann::json::parse(begin, end, callback, false);
-    return too_deep ? nlohmann::json() : j;
-}
 
 } // namespace
 
@@ -107,7 +94,7 @@ SafetensorsFile::SafetensorsFile(const std::string& path)
             header,
             size);
     const char* text = reinterpret_cast<const char*>(bytes + 8);
-    const auto json = parse_header(text, text + header);
+    const auto json = parse_shallow_json(text, text + header);
     FAISS_THROW_IF_NOT_FMT(
             json.is_object(),
             "%s: the header is not a JSON object",
@@ -209,7 +196,13 @@ void write_safetensors(
                 {"data_offsets", {at, at + bytes}}};
         at += bytes;
     }
-    std::string text = header.dump();
+    std::string text;
+    try {
+        text = header.dump();
+    } catch (const nlohmann::json::exception&) {
+        FAISS_THROW_FMT(
+                "%s: a name or metadata is not valid UTF-8", path.c_str());
+    }
     text.resize((text.size() + 7) / 8 * 8, ' '); // data begins aligned
     write_file(path, [&](FileSink& sink) {
         uint8_t length[8];

@@ -147,7 +147,9 @@ Trace::Trace(const std::string& path)
     rope.d = d;
     const std::string theta = required("rope_theta");
     try {
-        rope.theta = std::stod(theta);
+        size_t end = 0;
+        rope.theta = std::stod(theta, &end);
+        FAISS_THROW_IF_NOT(end == theta.size());
     } catch (const std::exception&) {
         FAISS_THROW_FMT(
                 "%s: rope_theta = '%s' is not a number",

@@ -8,46 +8,44 @@
 
 namespace faiss_saap {
 
-/// Index of the first value that is NaN or infinite, or -1.
-inline int64_t first_not_finite(const float* x, int64_t n) {
-    // A sum of x * 0 is NaN exactly when a value is not finite: one pass
-    // without branches, as this runs on every query.
-    constexpr int64_t block = 4096;
-    for (int64_t begin = 0; begin < n; begin += block) {
-        const int64_t end = begin + block < n ? begin + block : n;
-        float sum = 0;
+/// Whether all components are finite and so is the squared norm: then every
+/// inner product and distance between checked vectors is finite too.
+inline bool finite_norm(const float* x, int64_t d) {
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = begin; i < end; i++) {
-            sum += x[i] * 0.0f;
-        }
-        if (!(sum == 0.0f)) {
-            for (int64_t i = begin; i < end; i++) {
-                if (!std::isfinite(x[i])) {
-                    return i;
-                }
-            }
-        }
+    for (int64_t j = 0; j < d; j++) {
+        sum += x[j] * x[j];
     }
-    return -1;
+    return std::isfinite(sum);
 }
 
-/// @throws faiss::FaissException when a component of the n * d matrix x is not
-///         finite
+/// @throws faiss::FaissException when a vector of the n * d matrix x has a
+///         component or a squared norm that is not finite
 inline void check_finite(
         const float* x,
         int64_t n,
         int64_t d,
         const char* name) {
-    const int64_t at = first_not_finite(x, n * d);
-    FAISS_THROW_IF_NOT_FMT(
-            at < 0,
-            "%s[%lld] (vector %lld, component %lld) is %f: values must be "
-            "finite",
-            name,
-            static_cast<long long>(at),
-            static_cast<long long>(at / d),
-            static_cast<long long>(at % d),
-            static_cast<double>(x[at]));
+    for (int64_t i = 0; i < n; i++) {
+        if (finite_norm(x + i * d, d)) {
+            continue;
+        }
+        for (int64_t j = 0; j < d; j++) {
+            FAISS_THROW_IF_NOT_FMT(
+                    std::isfinite(x[i * d + j]),
+                    "%s[%lld] (vector %lld, component %lld) is %f: values must "
+                    "be finite",
+                    name,
+                    static_cast<long long>(i * d + j),
+                    static_cast<long long>(i),
+                    static_cast<long long>(j),
+                    static_cast<double>(x[i * d + j]));
+        }
+        FAISS_THROW_FMT(
+                "%s: the squared norm of vector %lld is too large for a float",
+                name,
+                static_cast<long long>(i));
+    }
 }
 
 } // namespace faiss_saap

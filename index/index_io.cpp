@@ -3,10 +3,9 @@
 #include <cinttypes>
 #include <cstring>
 
-#include <faiss/index_io.h>
-
 #include "MappedFile.h"
 #include "check.h"
+#include "lists_io.h"
 #include "partition_io.h"
 #include "write_file.h"
 
@@ -18,9 +17,8 @@ constexpr uint32_t kVersion = 1;
 /// Bytes around the payload: fourcc and version; size and checksum.
 constexpr size_t kHeader = 8, kTrailer = 16;
 
-/// 64-bit FNV-1a. It is checked before a byte of the payload is interpreted:
-/// stock Faiss allocates what a length in the file says. It guards against
-/// damage, not against malice.
+/// 64-bit FNV-1a, checked before a byte of the payload is interpreted. It
+/// guards against damage; against malice every length is checked again.
 struct Checksum {
     uint64_t value = 0xcbf29ce484222325;
     void add(const void* data, size_t bytes) {
@@ -56,24 +54,6 @@ struct SinkWriter : faiss::IOWriter {
     size_t operator()(const void* p, size_t size, size_t n) override {
         sink.write(p, size * n);
         return n;
-    }
-};
-
-struct MemoryReader : faiss::IOReader {
-    const uint8_t* at;
-    size_t left;
-    MemoryReader(const std::string& n, const uint8_t* data, size_t size)
-            : at(data), left(size) {
-        name = n;
-    }
-    size_t operator()(void* p, size_t size, size_t n) override {
-        const size_t can = size ? std::min(n, left / size) : 0;
-        if (can) {
-            std::memcpy(p, at, can * size);
-        }
-        at += can * size;
-        left -= can * size;
-        return can;
     }
 };
 
@@ -132,17 +112,18 @@ std::unique_ptr<IndexAsymmetricIVF> read(
     const auto nprobe = read_value<uint64_t>(reader);
     const auto max_codes = read_value<uint64_t>(reader);
     Partition partition = read_partition(reader);
-    std::unique_ptr<faiss::Index> stored(faiss::read_index(&reader));
-    auto* lists = dynamic_cast<faiss::IndexIVF*>(stored.get());
-    FAISS_THROW_IF_NOT_FMT(lists, "%s: the lists are no IndexIVF", file);
-    stored.release();
     auto index = std::make_unique<IndexAsymmetricIVF>(
-            std::unique_ptr<faiss::IndexIVF>(lists), std::move(partition));
+            read_lists(reader), std::move(partition));
     FAISS_THROW_IF_NOT_FMT(
-            reader.left == 0 && index->is_trained && nprobe >= 1,
+            reader.left == 0,
             "%s: corrupt: %zd bytes are left over",
             file,
             reader.left);
+    FAISS_THROW_IF_NOT_FMT(
+            static_cast<int64_t>(nprobe) >= 1,
+            "%s: corrupt: nprobe = %" PRIu64,
+            file,
+            nprobe);
     index->training = training;
     index->cells_given = cells_given;
     index->nprobe = nprobe;
@@ -155,6 +136,10 @@ std::unique_ptr<IndexAsymmetricIVF> read(
 void write_index(const IndexAsymmetricIVF& index, faiss::IOWriter& target) {
     FAISS_THROW_IF_NOT_MSG(
             index.is_trained, "an index that is not trained cannot be written");
+    FAISS_THROW_IF_NOT_FMT(
+            static_cast<int64_t>(index.nprobe) >= 1,
+            "nprobe = %" PRId64 " must be at least 1",
+            static_cast<int64_t>(index.nprobe));
     write_value(target, faiss::fourcc("SaIx"));
     write_value(target, kVersion);
     ChecksumWriter writer(target);
@@ -167,7 +152,7 @@ void write_index(const IndexAsymmetricIVF& index, faiss::IOWriter& target) {
     write_value<uint64_t>(writer, index.nprobe);
     write_value<uint64_t>(writer, index.max_codes);
     write_partition(index.partition, writer);
-    faiss::write_index(index.lists.get(), &writer);
+    write_lists(*index.lists, writer);
     write_value(target, writer.bytes);
     write_value(target, writer.checksum.value);
 }
@@ -195,6 +180,22 @@ std::unique_ptr<IndexAsymmetricIVF> read_index_from_memory(
         size_t size) {
     FAISS_THROW_IF_NOT_MSG(data, "data is null");
     return read("index in memory", data, size);
+}
+
+std::unique_ptr<IndexAsymmetricIVF> read_index(faiss::IOReader& reader) {
+    // To its end, in steps: nothing is allocated that was not there.
+    std::vector<uint8_t> bytes;
+    constexpr size_t kStep = 1 << 20;
+    for (size_t got = kStep; got == kStep;) {
+        const size_t size = bytes.size();
+        bytes.resize(size + kStep);
+        got = reader(bytes.data() + size, 1, kStep);
+        bytes.resize(size + got);
+    }
+    return read(
+            reader.name.empty() ? "index" : reader.name,
+            bytes.data(),
+            bytes.size());
 }
 
 } // namespace faiss_saap

@@ -1,4 +1,4 @@
-/// Inner product and distance of two float vectors.
+/// Inner product of two float vectors.
 #pragma once
 
 namespace faiss_saap {
@@ -15,23 +15,6 @@ inline float inner_product(const float* a, const float* b, int d) {
     }
     for (; i < d; i++) {
         sum[0] += a[i] * b[i];
-    }
-    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) +
-            ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-}
-
-/// Squared Euclidean distance.
-inline float squared_distance(const float* a, const float* b, int d) {
-    float sum[8] = {};
-    int i = 0;
-    for (; i + 8 <= d; i += 8) {
-        for (int j = 0; j < 8; j++) {
-            const float difference = a[i + j] - b[i + j];
-            sum[j] += difference * difference;
-        }
-    }
-    for (; i < d; i++) {
-        sum[0] += (a[i] - b[i]) * (a[i] - b[i]);
     }
     return ((sum[0] + sum[4]) + (sum[1] + sum[5])) +
             ((sum[2] + sum[6]) + (sum[3] + sum[7]));

@@ -1,7 +1,9 @@
 #include "lists_codec.h"
 
+#include <memory>
 #include <typeinfo>
 
+#include <faiss/IndexFlat.h>
 #include <faiss/IndexIVFFlat.h>
 #include <faiss/IndexIVFPQ.h>
 #include <faiss/IndexScalarQuantizer.h>
@@ -23,7 +25,7 @@ using faiss::IndexIVFScalarQuantizer;
 
 } // namespace
 
-void check_storage(const faiss::IndexIVF& lists) {
+void adopt_storage(faiss::IndexIVF& lists) {
     bool by_residual = false;
     if (const auto* sq = exactly<IndexIVFScalarQuantizer>(lists)) {
         by_residual = sq->by_residual;
@@ -40,6 +42,23 @@ void check_storage(const faiss::IndexIVF& lists) {
             !by_residual,
             "lists->by_residual is true: residual codecs need distances to the "
             "cells' centroids, which a query assigner's scores are not");
+    FAISS_THROW_IF_NOT_FMT(
+            lists.metric_type == faiss::METRIC_L2 ||
+                    lists.metric_type == faiss::METRIC_INNER_PRODUCT,
+            "lists->metric_type = %d must be METRIC_L2 or "
+            "METRIC_INNER_PRODUCT",
+            static_cast<int>(lists.metric_type));
+    // Never asked again, but written with the lists: it must live as long.
+    auto empty =
+            std::make_unique<faiss::IndexFlat>(lists.d, lists.metric_type);
+    if (lists.own_fields) {
+        delete lists.quantizer;
+    }
+    lists.quantizer = empty.release();
+    lists.own_fields = true;
+    if (lists.direct_map.type == faiss::DirectMap::Array) {
+        lists.set_direct_map_type(faiss::DirectMap::Hashtable);
+    }
 }
 
 size_t min_training_vectors(const faiss::IndexIVF& lists) {

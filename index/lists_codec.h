@@ -5,9 +5,11 @@
 
 namespace faiss_saap {
 
+/// Makes foreign lists ours: their quantizer is replaced by an empty one that
+/// they own, and a direct map of sequential ids by one of any ids.
 /// @throws faiss::FaissException when the storage encodes residuals or is of a
-///         kind that is not known to work with foreign assignments
-void check_storage(const faiss::IndexIVF& lists);
+///         kind or metric that is not known to work with foreign assignments
+void adopt_storage(faiss::IndexIVF& lists);
 
 /// The smallest number of vectors that the codec can be trained with.
 size_t min_training_vectors(const faiss::IndexIVF& lists);

@@ -1,8 +1,13 @@
 #include "partition_io.h"
 
+#include <new>
+#include <stdexcept>
+
+#include <faiss/IndexFlat.h>
 #include <faiss/index_io.h>
 
 #include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/faiss_compat.h>
 
 #include "check.h"
 
@@ -10,7 +15,7 @@ namespace faiss_saap {
 
 namespace {
 
-constexpr uint32_t kMaxText = 1 << 16;
+const uint32_t kFlat = faiss::fourcc("SaFl"), kOther = faiss::fourcc("SaQz");
 
 void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
     const auto* q = dynamic_cast<const QuantizerAssigner*>(&assigner);
@@ -18,51 +23,68 @@ void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
             q,
             "an assigner of type %s has no file form",
             typeid(assigner).name());
-    write_value(writer, faiss::fourcc("SaQz"));
-    write_value<uint32_t>(writer, q->needs);
-    faiss::write_index(q->quantizer.get(), &writer);
+    const faiss::Index& quantizer = *q->quantizer;
+    if (const auto* flat = dynamic_cast<const faiss::IndexFlat*>(&quantizer)) {
+        write_value(writer, kFlat);
+        write_value<uint32_t>(writer, q->needs);
+        write_value<int32_t>(writer, flat->d);
+        write_value<int32_t>(writer, flat->metric_type);
+        write_array(writer, flat->get_xb(), size_t(flat->ntotal) * flat->d);
+    } else {
+        write_value(writer, kOther);
+        write_value<uint32_t>(writer, q->needs);
+        faiss::write_index(&quantizer, &writer);
+    }
 }
 
-std::shared_ptr<const CellAssigner> read_assigner(faiss::IOReader& reader) {
+std::shared_ptr<const CellAssigner> read_assigner(MemoryReader& reader) {
     const auto kind = read_value<uint32_t>(reader);
     FAISS_THROW_IF_NOT_FMT(
-            kind == faiss::fourcc("SaQz"),
-            "an assigner of kind %08x is not known to this version",
+            kind == kFlat || kind == kOther,
+            "%s: an assigner of kind %08x is not known to this version",
+            reader.name.c_str(),
             kind);
     const auto space = static_cast<RoutingNeeds>(read_value<uint32_t>(reader));
-    const std::shared_ptr<const faiss::Index> quantizer(
-            faiss::read_index(&reader));
+    std::shared_ptr<const faiss::Index> quantizer;
+    if (kind == kFlat) {
+        const auto d = read_value<int32_t>(reader);
+        const auto metric =
+                static_cast<faiss::MetricType>(read_value<int32_t>(reader));
+        const auto rows = read_array<float>(reader);
+        FAISS_THROW_IF_NOT_FMT(
+                d >= 1 && rows.size() % d == 0,
+                "%s: corrupt: %zd floats make no vectors of d = %d",
+                reader.name.c_str(),
+                rows.size(),
+                d);
+        auto flat = std::make_shared<faiss::IndexFlat>(d, metric);
+        flat->add(static_cast<idx_t>(rows.size()) / d, rows.data());
+        quantizer = flat;
+    } else {
+        // Stock Faiss allocates what a length says.
+        try {
+            quantizer.reset(faiss::read_index(&reader));
+        } catch (const std::bad_alloc&) {
+            FAISS_THROW_FMT(
+                    "%s: corrupt: the quantizer has an impossible size",
+                    reader.name.c_str());
+        } catch (const std::length_error&) {
+            FAISS_THROW_FMT(
+                    "%s: corrupt: the quantizer has an impossible size",
+                    reader.name.c_str());
+        }
+    }
     return std::make_shared<QuantizerAssigner>(quantizer, space);
 }
 
 } // namespace
-
-void write_bytes(faiss::IOWriter& writer, const void* data, size_t bytes) {
-    const size_t written = writer(data, 1, bytes);
-    FAISS_THROW_IF_NOT_FMT(
-            written == bytes,
-            "%s: %zd of %zd bytes could be written",
-            writer.name.c_str(),
-            written,
-            bytes);
-}
-
-void read_bytes(faiss::IOReader& reader, void* data, size_t bytes) {
-    const size_t got = reader(data, 1, bytes);
-    FAISS_THROW_IF_NOT_FMT(
-            got == bytes,
-            "%s: ends %zd bytes too early",
-            reader.name.c_str(),
-            bytes - got);
-}
 
 void write_partition(const Partition& p, faiss::IOWriter& writer) {
     write_value<int32_t>(writer, p.rope.d);
     write_value(writer, p.rope.theta);
     write_value<uint32_t>(writer, static_cast<uint32_t>(p.rope.layout));
     const std::string scaling = p.rope.scaling_text();
-    write_value<uint32_t>(writer, static_cast<uint32_t>(scaling.size()));
-    write_bytes(writer, scaling.data(), scaling.size());
+    write_array(writer, scaling.data(), scaling.size());
     // A symmetric partition is one assigner, on disk as in memory.
     const uint8_t symmetric = p.key == p.query;
     write_value(writer, symmetric);
@@ -72,7 +94,7 @@ void write_partition(const Partition& p, faiss::IOWriter& writer) {
     }
 }
 
-Partition read_partition(faiss::IOReader& reader) {
+Partition read_partition(MemoryReader& reader) {
     Partition p;
     p.rope.d = read_value<int32_t>(reader);
     p.rope.theta = read_value<double>(reader);
@@ -80,12 +102,8 @@ Partition read_partition(faiss::IOReader& reader) {
     FAISS_THROW_IF_NOT_FMT(
             layout <= 1, "a RoPE layout of %u is not known", layout);
     p.rope.layout = static_cast<RopeLayout>(layout);
-    const auto length = read_value<uint32_t>(reader);
-    FAISS_THROW_IF_NOT_FMT(
-            length <= kMaxText, "a RoPE scaling of %u bytes", length);
-    std::string scaling(length, '\0');
-    read_bytes(reader, scaling.data(), length);
-    p.rope.set_scaling(scaling);
+    const auto scaling = read_array<char>(reader);
+    p.rope.set_scaling(std::string(scaling.begin(), scaling.end()));
     const bool symmetric = read_value<uint8_t>(reader) != 0;
     p.key = read_assigner(reader);
     p.query = symmetric ? p.key : read_assigner(reader);

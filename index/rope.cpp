@@ -4,9 +4,9 @@
 #include <cmath>
 
 #include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "check.h"
+#include "shallow_json.h"
 
 namespace faiss_saap {
 
@@ -21,17 +21,18 @@ double number(const nlohmann::json& j, const char* key, double otherwise) {
     }
     FAISS_THROW_IF_NOT_FMT(
             it->is_number(),
-            "rope_scaling: %s = %s is not a number",
+            "rope_scaling: %s is of type %s, not a number",
             key,
-            it->dump().c_str());
+            it->type_name());
     return it->get<double>();
 }
 
 nlohmann::json parse_json(const std::string& text) {
-    const auto j = nlohmann::json::parse(text, nullptr, false);
+    const auto j =
+            parse_shallow_json(text.data(), text.data() + text.size());
     FAISS_THROW_IF_NOT_FMT(
             j.is_object(),
-            "rope_scaling: '%s' is not a JSON object",
+            "rope_scaling: '%.200s' is not a JSON object",
             text.c_str());
     return j;
 }

@@ -3,8 +3,9 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <random>
 
-#include <sys/stat.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -34,8 +35,14 @@ class StdioSink : public FileSink {
 void write_file(
         const std::string& path,
         const std::function<void(FileSink&)>& body) {
-    std::string temporary = path + ".XXXXXX";
-    const int fd = mkstemp(temporary.data());
+    int fd = -1;
+    std::string temporary;
+    std::random_device random;
+    do {
+        temporary = path + ".tmp" + std::to_string(random());
+        fd = open(
+                temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    } while (fd < 0 && errno == EEXIST);
     FAISS_THROW_IF_NOT_FMT(
             fd >= 0,
             "%s: cannot be created: %s",
@@ -45,11 +52,7 @@ void write_file(
     try {
         StdioSink sink(path, file);
         body(sink);
-        // mkstemp gives 0600; a file should be as readable as any other.
-        const mode_t mask = umask(0);
-        umask(mask);
-        const bool flushed = fflush(file) == 0 && fsync(fd) == 0 &&
-                fchmod(fd, 0666 & ~mask) == 0;
+        const bool flushed = fflush(file) == 0 && fsync(fd) == 0;
         FAISS_THROW_IF_NOT_FMT(
                 flushed,
                 "%s: cannot be written: %s",

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "common.h"
 
@@ -264,6 +265,32 @@ TEST(AttendSlots, WrongInputLeavesOutputsUntouched) {
             "outside the view");
     EXPECT_EQ(out, std::vector<float>(4, 7.0f));
     EXPECT_EQ(lse[0], 7.0f);
+}
+
+TEST(AttendSlots, NotFiniteValuesAreNeitherLostNorFound) {
+    // An empty set is (0, -infinity); a broken one must not look like it.
+    tests::Random random;
+    std::vector<float> k = random.normal(200 * 8), v = random.normal(200 * 8);
+    const KvView kv = KvView::token_major(
+            k.data(), v.data(), DType::float32, 200, 1, 8, 8);
+    std::vector<float> q = random.normal(2 * 8), out(16), lse(2);
+    const auto attend = [&] {
+        attend_range(kv, 0, 2, q.data(), 1, 0, 200, out.data(), lse.data());
+    };
+    for (float evil : {NAN, INFINITY, -INFINITY}) {
+        for (int at : {0, 70 * 8 + 3, 199 * 8 + 7}) {
+            const float before = std::exchange(k[at], evil);
+            attend();
+            EXPECT_TRUE(std::isnan(lse[0])) << evil << " at " << at;
+            EXPECT_TRUE(std::isnan(out[5]));
+            k[at] = before;
+        }
+        q[11] = evil;
+        EXPECT_SENTENCE(attend(), "queries[11]");
+        q[11] = 1;
+    }
+    attend();
+    EXPECT_TRUE(std::isfinite(lse[0]) && std::isfinite(out[15]));
 }
 
 TEST(KvView, WrongInput) {

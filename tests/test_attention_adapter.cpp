@@ -308,6 +308,60 @@ TEST(AttentionAdapter, MergesWithADenseKernelElsewhere) {
     }
 }
 
+TEST(AttentionAdapter, SinkAndWindowMayBeTheCallers) {
+    tests::Random random;
+    const World world(random, 2, 1, 8, 120, 6, NEEDS_POST_ROPE);
+    AdapterParams params = world.params(4, 20);
+    AttentionAdapter whole(params, world.partitions);
+    params.attend_dense = false;
+    AttentionAdapter far(params, world.partitions);
+    const KvView kv = world.view(120);
+    whole.append(kv);
+    far.append(kv);
+    ProbePolicy policy;
+    policy.nprobe = 2;
+    std::vector<float> expected(16), expected_lse(2), out(16), lse(2), part(16), part_lse(2);
+    whole.attend(kv, 1, world.queries(119), nullptr, expected.data(),
+                 expected_lse.data(), nullptr, &policy);
+    std::vector<AttendStats> stats(2);
+    far.attend(kv, 1, world.queries(119), nullptr, out.data(), lse.data(),
+               stats.data(), &policy);
+    EXPECT_EQ(stats[0].dense_mass, 0);
+    const float scale = 1 / std::sqrt(8.0f);
+    for (const auto& [begin, end] : {std::pair(0, 4), std::pair(100, 120)}) {
+        attend_range(kv, 0, 2, world.queries(119), scale, begin, end,
+                     part.data(), part_lse.data());
+        merge_states(2, 8, out.data(), lse.data(), part.data(), part_lse.data());
+    }
+    for (int i = 0; i < 16; i++) {
+        EXPECT_NEAR(out[i], expected[i], 1e-5);
+    }
+    EXPECT_NEAR(lse[1], expected_lse[1], 1e-5);
+}
+
+TEST(AttentionAdapter, AnAssignerThatReturnsWrongCells) {
+    struct Wrong : CellAssigner {
+        Wrong() : CellAssigner(8, 6, NEEDS_POST_ROPE) {}
+        void scores(const RoutingInput&, const CellStats*, float*) const override {}
+        void assign(const RoutingInput& in, const CellStats*, int, int32_t* cells,
+                    float*) const override {
+            for (int64_t i = 0; i < in.n; i++) {
+                cells[i] = i < 3 ? 0 : 6;
+            }
+        }
+        size_t bytes_read() const override {
+            return 0;
+        }
+    };
+    tests::Random random;
+    World world(random, 2, 1, 8, 50, 6, NEEDS_POST_ROPE);
+    world.partitions[0].key = std::make_shared<Wrong>();
+    AttentionAdapter adapter(world.params(4, 10), world.partitions);
+    EXPECT_SENTENCE(adapter.append(world.view(50)), "slot 7 into cell 6");
+    EXPECT_EQ(adapter.length(), 0);
+    EXPECT_EQ(adapter.lists(0).size(), 0);
+}
+
 TEST(AttentionAdapter, FewFarKeysAreReadDensely) {
     tests::Random random;
     const World world(random, 2, 1, 8, 100, 6, NEEDS_POST_ROPE);
@@ -392,6 +446,15 @@ TEST(AttentionAdapter, WrongInputChangesNothing) {
     EXPECT_SENTENCE(adapter.append(kv), "kv.d = 4");
     EXPECT_SENTENCE(attend(world.view(79), world.queries(79), 1), "kv.length = 79");
     EXPECT_SENTENCE(attend(world.view(80), nullptr, 1), "queries is null");
+    EXPECT_SENTENCE(attend(world.view(81), world.queries(80), 1), "append first");
+    const int64_t far_away[] = {INT64_MIN, INT64_MAX};
+    for (const int64_t& position : far_away) {
+        EXPECT_SENTENCE(
+                adapter.attend(
+                        world.view(80), 1, world.queries(0), &position,
+                        out.data(), nullptr),
+                "positions[0]");
+    }
     EXPECT_SENTENCE(attend(world.view(80), world.queries(0), -1), "q_len = -1");
     EXPECT_SENTENCE(attend(world.view(80), world.queries(0), 81), "q_len = 81");
     EXPECT_SENTENCE(
@@ -404,7 +467,7 @@ TEST(AttentionAdapter, WrongInputChangesNothing) {
     world.k[95 * 16 + 11] = NAN;
     EXPECT_SENTENCE(
             adapter.append(world.view(100)),
-            "key of slot 95, head 1: component 3");
+            "key of slot 95, head 1: key[3]");
     EXPECT_EQ(adapter.length(), 80);
     EXPECT_EQ(adapter.lists(0).size(), 80 - 14);
 
@@ -451,6 +514,9 @@ TEST(AttentionAdapter, WrongParameters) {
     EXPECT_SENTENCE(make([](P, V v) { v.pop_back(); }), "1 partitions");
     EXPECT_SENTENCE(make([](P, V v) { v[1].query = nullptr; }), "no query");
     EXPECT_SENTENCE(make([](P, V v) { v[1].rope.d = 4; }), "partial rotary");
+    EXPECT_SENTENCE(make([](P, V v) { v[1].rope.d = 0; }), "no RoPE parameters");
+    EXPECT_SENTENCE(make([](P, V v) { v[1].rope.theta = 0; }), "theta = 0");
+    EXPECT_SENTENCE(make([](P p, V) { p.scale = -1; }), "scale = -1");
 }
 
 } // namespace

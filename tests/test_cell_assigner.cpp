@@ -6,6 +6,7 @@
 
 #include <faiss/IndexFlat.h>
 #include <faiss/IndexHNSW.h>
+#include <faiss/IndexIDMap.h>
 
 #include "common.h"
 
@@ -97,6 +98,25 @@ TEST(QuantizerAssigner, ApproximateQuantizerServesToo) {
     }
 }
 
+TEST(QuantizerAssigner, AQuantizerWithItsOwnIds) {
+    tests::Random random;
+    auto inner = flat(random, faiss::METRIC_L2);
+    auto mapped = std::make_shared<faiss::IndexIDMap>(
+            new faiss::IndexFlatL2(d));
+    mapped->own_fields = true;
+    std::vector<faiss::Index::idx_t> ids(ncell);
+    for (int c = 0; c < ncell; c++) {
+        ids[c] = 1000000 + c;
+    }
+    mapped->add_with_ids(ncell, inner->get_xb(), ids.data());
+    const QuantizerAssigner assigner(mapped, NEEDS_POST_ROPE);
+    const auto x = random.normal(d);
+    std::vector<float> scores(ncell);
+    EXPECT_SENTENCE(
+            assigner.scores(post(x), nullptr, scores.data()),
+            "returned vector 10000");
+}
+
 TEST(QuantizerAssigner, WrongInput) {
     tests::Random random;
     const QuantizerAssigner assigner(
@@ -158,6 +178,11 @@ TEST(CellMeanAssigner, ScoresMeansAndSkipsEmptyCells) {
 
     EXPECT_SENTENCE(
             assigner.scores(post(x), nullptr, scores.data()), "stats is null");
+    RoutingInput negative = post(x);
+    negative.n = -1;
+    EXPECT_SENTENCE(
+            assigner.assign(negative, &stats, 1, cells.data(), nullptr),
+            "input.n = -1");
     stats.mean_post_rope = nullptr;
     EXPECT_SENTENCE(
             assigner.scores(post(x), &stats, scores.data()), "mean_post_rope");

@@ -16,6 +16,7 @@
 #include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/index_factory.h>
+#include <faiss_saap/index_io.h>
 
 #include "common.h"
 
@@ -338,7 +339,19 @@ TEST_P(AsymmetricIVF, WrongInputChangesNothing) {
     EXPECT_SENTENCE(search_with(1, q.data(), 1, &foreign), "not for this index");
     index->nprobe = 0;
     EXPECT_SENTENCE(search_with(1, q.data(), 1), "nprobe = 0");
+    index->nprobe = size_t(-5);
+    EXPECT_SENTENCE(search_with(1, q.data(), 1), "nprobe = -5");
     index->nprobe = 3;
+    const Partition good = index->partition;
+    index->partition =
+            kmeans_partition(n, d, x.data(), 2 * ncell, NEEDS_POST_ROPE);
+    EXPECT_SENTENCE(search_with(1, q.data(), 1), "partition has 40 cells");
+    index->partition = Partition();
+    EXPECT_SENTENCE(search_with(1, q.data(), 1), "no key assigner");
+    index->partition = good;
+    std::vector<float> huge(d, 1.5e19f);
+    EXPECT_SENTENCE(search_with(1, huge.data(), 1), "norm of vector 0");
+    EXPECT_SENTENCE(index->add(1, huge.data()), "norm of vector 0");
     const std::vector<idx_t> cells = {0, ncell};
     EXPECT_SENTENCE(
             index->search_preassigned(
@@ -354,6 +367,11 @@ TEST_P(AsymmetricIVF, WrongInputChangesNothing) {
     EXPECT_SENTENCE(index->reconstruct(1, distances.data()), "set_direct_map");
     EXPECT_SENTENCE(index->train(n, x.data()), "reset()");
     EXPECT_SENTENCE(index->merge_from(*index), "itself");
+    std::vector<float> block(d);
+    EXPECT_SENTENCE(index->reconstruct_n(INT64_MIN, 2, block.data()), "i0 = -9");
+    EXPECT_SENTENCE(index->reconstruct_n(INT64_MAX, 2, block.data()), "i0 = 9");
+    EXPECT_SENTENCE(index->reconstruct_n(0, INT64_MAX / 2, block.data()), "ni = ");
+    EXPECT_SENTENCE(index->reconstruct_n(0, -1, block.data()), "ni = -1");
     faiss::IndexFlatL2 flat(d);
     EXPECT_SENTENCE(index->merge_from(flat), "not an IndexAsymmetricIVF");
     auto foreign_cells = index_factory(d, GetParam().description, GetParam().metric);
@@ -471,6 +489,32 @@ TEST(AsymmetricIVFCells, AnExistingIndexGetsAnotherQueryAssigner) {
     EXPECT_EQ(label, 33);
 }
 
+TEST(AsymmetricIVFCells, ForeignListsBecomeOurs) {
+    tests::Random random;
+    const auto x = random.normal(n * d);
+    const Partition p = kmeans_partition(n, d, x.data(), ncell, NEEDS_POST_ROPE);
+    std::unique_ptr<IndexAsymmetricIVF> index;
+    {
+        faiss::IndexFlatL2 gone(d); // the index outlives it
+        auto lists = std::make_unique<faiss::IndexIVFFlat>(&gone, d, ncell);
+        lists->make_direct_map(); // of sequential ids
+        index = std::make_unique<IndexAsymmetricIVF>(std::move(lists), p);
+    }
+    index->add(n, x.data());
+    const std::vector<idx_t> ids = {9000000, 17000000};
+    index->add_with_ids(2, x.data(), ids.data());
+    std::vector<float> back(d);
+    index->reconstruct(17000000, back.data());
+    EXPECT_EQ(back[3], x[d + 3]);
+    faiss::IDSelectorRange range(5, 10);
+    EXPECT_EQ(index->remove_ids(range), 5u);
+    EXPECT_EQ(read_index_from_memory(
+                      write_index_to_memory(*index).data(),
+                      write_index_to_memory(*index).size())
+                      ->ntotal,
+              n - 3);
+}
+
 TEST(AsymmetricIVFCells, RefusesWhatDoesNotFit) {
     tests::Random random;
     const auto x = random.normal(n * d);
@@ -493,6 +537,10 @@ TEST(AsymmetricIVFCells, RefusesWhatDoesNotFit) {
             IndexAsymmetricIVF(std::make_unique<faiss::IndexIVFFlatDedup>(
                     &quantizer, d, ncell)),
             "storage must be");
+    EXPECT_SENTENCE(
+            IndexAsymmetricIVF(std::make_unique<faiss::IndexIVFFlat>(
+                    &quantizer, d, ncell, faiss::METRIC_L1)),
+            "metric_type = 2");
     Partition with_stats = p;
     with_stats.query = std::make_shared<CellMeanAssigner>(d, ncell);
     EXPECT_SENTENCE(

@@ -45,6 +45,8 @@ TEST_P(IndexIO, RoundTripsThroughFileAndMemory) {
     index->set_direct_map(true);
     const tests::TemporaryFile file;
     write_index(*index, file.path);
+    faiss::FileIOReader stream(file.path.c_str());
+    EXPECT_EQ(read_index(stream)->ntotal, n);
     const auto bytes = write_index_to_memory(*index);
     auto from_file = read_index(file.path);
     auto from_memory = read_index_from_memory(bytes.data(), bytes.size());
@@ -98,6 +100,42 @@ TEST_P(IndexIO, DamageIsNoticed) {
     }
 }
 
+TEST_P(IndexIO, ForgedLengthsAllocateNothing) {
+    // Damage with a checksum that fits again: what a hostile file would be.
+    tests::Random random;
+    const auto x = random.normal(n * d);
+    const auto bytes = write_index_to_memory(*make_index(GetParam(), x));
+    const auto seal = [](std::vector<uint8_t>& b) {
+        uint64_t sum = 0xcbf29ce484222325;
+        for (size_t i = 8; i < b.size() - 16; i++) {
+            sum = (sum ^ b[i]) * 0x100000001b3;
+        }
+        std::memcpy(b.data() + b.size() - 8, &sum, 8);
+    };
+    int refused = 0;
+    for (int round = 0; round < 3000; round++) {
+        auto forged = bytes;
+        const size_t size = forged.size() - 24;
+        if (round % 2) { // a huge length somewhere
+            const uint64_t huge = uint64_t(1) << (20 + random.below(40));
+            std::memcpy(
+                    forged.data() + 8 + random.below(size - 8), &huge, 8);
+        } else { // most structure is at the front
+            forged[8 + random.below(std::min<size_t>(size, 200))] ^=
+                    1 << random.below(8);
+        }
+        seal(forged);
+        try {
+            auto index =
+                    read_index_from_memory(forged.data(), forged.size());
+            search(*index, x);
+        } catch (const faiss::FaissException&) {
+            refused++;
+        }
+    }
+    EXPECT_GT(refused, 100);
+}
+
 INSTANTIATE_TEST_SUITE_P(
         Storages,
         IndexIO,
@@ -134,6 +172,8 @@ TEST(IndexIOErrors, NothingHalfWritten) {
     EXPECT_SENTENCE(
             write_index(*index, "/no/such/folder/index"), "cannot be created");
     const auto untrained = index_factory(d, "AIVF12,Flat");
+    index->nprobe = 0;
+    EXPECT_SENTENCE(write_index_to_memory(*index), "nprobe = 0");
     const tests::TemporaryFile file;
     EXPECT_SENTENCE(write_index(*untrained, file.path), "not trained");
     EXPECT_FALSE(std::ifstream(file.path).good());

@@ -98,6 +98,26 @@ TEST(KMeansPartition, AllVectorsEqual) {
     }
 }
 
+TEST(KMeansPartition, SphericalWithAsManyCellsAsKeys) {
+    tests::Random random;
+    const int n = 32;
+    std::vector<float> x = random.normal(n * 16);
+    for (int i = 0; i < n; i++) { // lengths from 1 to 100
+        for (int j = 0; j < 16; j++) {
+            x[i * 16 + j] *= 1 + 3 * i;
+        }
+    }
+    KMeansParams params;
+    params.spherical = true;
+    const Partition p =
+            kmeans_partition(n, 16, x.data(), n, NEEDS_POST_ROPE, params);
+    std::vector<int32_t> cells = cells_of(p, NEEDS_POST_ROPE, x);
+    std::sort(cells.begin(), cells.end());
+    for (int i = 0; i < n; i++) {
+        EXPECT_EQ(cells[i], i); // each key alone
+    }
+}
+
 TEST(KMeansPartition, WrongInput) {
     std::vector<float> x(20 * 4, 1.0f);
     const auto cluster = [&](int n, int d, const float* data, int ncell) {
@@ -110,6 +130,8 @@ TEST(KMeansPartition, WrongInput) {
     EXPECT_SENTENCE(cluster(20, 4, nullptr, 4), "x is null");
     x[33] = NAN;
     EXPECT_SENTENCE(cluster(20, 4, x.data(), 4), "x[33] (vector 8, component 1)");
+    x[33] = 3e38f;
+    EXPECT_SENTENCE(cluster(20, 4, x.data(), 4), "norm of vector 8");
     x[33] = 1;
     KMeansParams params;
     params.niter = 0;

@@ -109,6 +109,9 @@ TEST(Rope, WrongInput) {
         EXPECT_SENTENCE(p.set_scaling(text), "rope");
         EXPECT_EQ(p, before) << text;
     }
+    const std::string deep = std::string(200000, '[') + std::string(200000, ']');
+    EXPECT_SENTENCE(p.set_scaling("yarn:{\"factor\":" + deep + "}"), "rope");
+    EXPECT_SENTENCE(p.set_scaling("yarn:{\"factor\":[[1]]}"), "factor is of type array");
     p.d = 7;
     EXPECT_SENTENCE(RotaryEmbedding{p}, "d = 7");
     p.d = 0;

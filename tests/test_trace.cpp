@@ -4,6 +4,8 @@
 #include <cstring>
 #include <fstream>
 
+#include <sys/stat.h>
+
 #include "common.h"
 
 namespace faiss_saap {
@@ -113,6 +115,8 @@ TEST(Trace, WrongMetadataOrShape) {
     EXPECT_SENTENCE(with("layers", "3,4"), "no tensor 'layer.4.q'");
     EXPECT_SENTENCE(with("rope_layout", "spiral"), "spiral");
     EXPECT_SENTENCE(with("rope_theta", "big"), "rope_theta = 'big'");
+    EXPECT_SENTENCE(with("rope_theta", "10000xyz"), "rope_theta = '10000xyz'");
+    EXPECT_SENTENCE(with("text", "\xff\xfe"), "not valid UTF-8");
     EXPECT_SENTENCE(with("rope_scaling", "ntk"), "ntk");
     EXPECT_SENTENCE(with("rope_applied", "yes"), "pre-RoPE");
     EXPECT_SENTENCE(with("kv_heads", "0"), "names 1 heads");
@@ -213,6 +217,11 @@ TEST_F(Safetensors, CorruptHeaders) {
             R"({"a":{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[0,8]}})",
             "makes no sense");
     corrupt(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0]}})", "wrong kind");
+}
+
+TEST_F(Safetensors, APipeIsNoFile) {
+    ASSERT_EQ(mkfifo(file.path.c_str(), 0600), 0);
+    EXPECT_SENTENCE(read(), "not a regular file");
 }
 
 TEST_F(Safetensors, RandomDamageNeverCrashes) {

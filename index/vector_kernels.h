@@ -1,0 +1,52 @@
+/// The inner loops on the CPU. Compiled for several instruction sets; the best
+/// one that the processor has is chosen at run time (Highway).
+#pragma once
+
+#include <cstdint>
+
+#include <faiss_saap/KvView.h>
+
+namespace faiss_saap {
+
+/// nq queries of one KV head over n rows of the cache, all of them checked.
+struct AttendKernelParams {
+    const KvView* kv = nullptr;
+    int kv_head = 0;
+    int nq = 0;
+    const float* queries = nullptr; ///< size nq * kv->d
+    float scale = 0;
+    int64_t n = 0;
+    const int32_t* slots = nullptr; ///< size n; null: begin, begin + 1, ...
+    int64_t begin = 0;
+    float* output = nullptr; ///< size nq * kv->d_v
+    float* lse = nullptr;    ///< size nq
+};
+
+void attend_kernel(const AttendKernelParams& params);
+
+/// Inner products of nq queries with n rows.
+/// @param q     size nq * d
+/// @param rows  size n * d
+/// @param out   output, size nq * n
+void inner_products(
+        int nq,
+        int d,
+        const float* q,
+        int64_t n,
+        const float* rows,
+        float* out);
+
+/// See share_scores in ProbePolicy.h.
+/// @param counts  size ncell
+void share_scores_kernel(
+        int nhead,
+        int ncell,
+        const float* scores,
+        const float* counts,
+        float scale,
+        float* shared);
+
+/// Name of the instruction set that is chosen.
+const char* vector_target();
+
+} // namespace faiss_saap
