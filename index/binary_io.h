@@ -1,12 +1,14 @@
 /// Plain data to and from bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include <faiss/MetricType.h>
 #include <faiss/impl/FaissAssert.h>
 #include <faiss/impl/io.h>
 
@@ -91,6 +93,18 @@ std::vector<T> read_array(MemoryReader& reader) {
     std::vector<T> data(n);
     read_bytes(reader, data.data(), n * sizeof(T));
     return data;
+}
+
+/// A metric, checked before it becomes an enumerator.
+inline faiss::MetricType read_metric(MemoryReader& reader) {
+    const auto metric = read_value<int32_t>(reader);
+    FAISS_THROW_IF_NOT_FMT(
+            metric == faiss::METRIC_L2 ||
+                    metric == faiss::METRIC_INNER_PRODUCT,
+            "%s: corrupt: a metric of %d",
+            reader.name.c_str(),
+            metric);
+    return static_cast<faiss::MetricType>(metric);
 }
 
 } // namespace faiss_saap

@@ -55,17 +55,13 @@ void write_lists(const faiss::IndexIVF& lists, faiss::IOWriter& writer) {
 std::unique_ptr<faiss::IndexIVF> read_lists(MemoryReader& reader) {
     const auto kind = read_value<uint32_t>(reader);
     const auto d = read_value<int32_t>(reader);
-    const auto metric =
-            static_cast<faiss::MetricType>(read_value<int32_t>(reader));
+    const faiss::MetricType metric = read_metric(reader);
     const auto nlist = read_value<uint64_t>(reader);
     // Each list has a length of 8 bytes.
     expect(nlist >= 1 && nlist <= 65536 && nlist <= reader.left / 8,
            reader,
            "the number of lists");
     expect(d >= 1 && d <= 1 << 20, reader, "the dimension");
-    expect(metric == faiss::METRIC_L2 || metric == faiss::METRIC_INNER_PRODUCT,
-           reader,
-           "the metric");
     auto quantizer = std::make_unique<faiss::IndexFlat>(d, metric);
     std::unique_ptr<faiss::IndexIVF> lists;
     if (kind == kFlat) {
@@ -73,11 +69,11 @@ std::unique_ptr<faiss::IndexIVF> read_lists(MemoryReader& reader) {
                 quantizer.get(), d, nlist, metric);
     } else if (kind == kScalar) {
         using Scalar = faiss::ScalarQuantizer;
-        const auto type =
-                static_cast<Scalar::QuantizerType>(read_value<int32_t>(reader));
-        expect(type >= Scalar::QT_8bit && type <= Scalar::QT_6bit,
+        const auto number = read_value<int32_t>(reader);
+        expect(number >= Scalar::QT_8bit && number <= Scalar::QT_6bit,
                reader,
                "the scalar quantizer's type");
+        const auto type = static_cast<Scalar::QuantizerType>(number);
         const auto trained = read_array<float>(reader);
         auto scalar = std::make_unique<faiss::IndexIVFScalarQuantizer>(
                 quantizer.get(), d, nlist, type, metric, false);

@@ -48,8 +48,7 @@ std::shared_ptr<const CellAssigner> read_assigner(MemoryReader& reader) {
     std::shared_ptr<const faiss::Index> quantizer;
     if (kind == kFlat) {
         const auto d = read_value<int32_t>(reader);
-        const auto metric =
-                static_cast<faiss::MetricType>(read_value<int32_t>(reader));
+        const faiss::MetricType metric = read_metric(reader);
         const auto rows = read_array<float>(reader);
         FAISS_THROW_IF_NOT_FMT(
                 d >= 1 && rows.size() % d == 0,

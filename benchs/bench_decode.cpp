@@ -1,0 +1,457 @@
+/// One decode step of one layer: what the memory allows, dense attention, and
+/// sparse attention with its stages, all in one run.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <numeric>
+#include <random>
+
+#include <CLI/CLI.hpp>
+#include <faiss/IndexFlat.h>
+#include <fmt/core.h>
+#include <sys/mman.h>
+
+#include <faiss_saap/AttentionAdapter.h>
+#include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/attend_slots.h>
+#include <faiss_saap/merge_states.h>
+
+#include "common/report.h"
+
+using namespace faiss_saap;
+using namespace faiss_saap::benchs;
+
+namespace {
+
+struct Options {
+    std::string device = "cpu", dtype = "bf16", json;
+    int sequences = 1;
+    int64_t tokens = 131072;
+    int heads_q = 32, heads_kv = 8, d = 128, ncell = 1024, repeat = 21;
+    int64_t sink = 16, window = 1024;
+    double selectivity = 0.05, skew = 0.5, buffer_gib = 2;
+    bool huge_pages = false;
+};
+
+/// Memory that starts on a page, of 4 KiB or of 2 MiB.
+class Buffer {
+   public:
+    Buffer(size_t bytes, bool huge) : bytes_(bytes) {
+        data_ = mmap(
+                nullptr,
+                bytes,
+                PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                -1,
+                0);
+        if (data_ == MAP_FAILED) {
+            throw std::bad_alloc();
+        }
+        // Without a hint the kernel may use either, and ratios would wander.
+        madvise(data_, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+    }
+    ~Buffer() {
+        munmap(data_, bytes_);
+    }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    char* data() const {
+        return static_cast<char*>(data_);
+    }
+    size_t size() const {
+        return bytes_;
+    }
+
+   private:
+    void* data_;
+    size_t bytes_;
+};
+
+/// One sequence's cache: keys around the centres of its cells, of sizes as
+/// skewed as those of real partitions.
+struct Sequence {
+    Buffer k, v;
+    KvView kv;
+    std::unique_ptr<AttentionAdapter> adapter;
+    std::vector<float> queries; ///< heads_q * d
+    ProbedCells probed;
+    std::vector<std::vector<int32_t>> slots; ///< per KV head, those it reads
+
+    Sequence(const Options& o, DType dtype, unsigned seed)
+            : k(o.tokens * o.heads_kv * o.d * element_size(dtype),
+                o.huge_pages),
+              v(k.size(), o.huge_pages) {
+        std::mt19937 random(seed);
+        std::normal_distribution<float> normal;
+        kv = KvView::token_major(
+                k.data(), v.data(), dtype, o.tokens, o.heads_kv, o.d, o.d);
+        std::vector<Partition> partitions;
+        queries.resize(int64_t(o.heads_q) * o.d);
+        const int group = o.heads_q / o.heads_kv;
+        for (int h = 0; h < o.heads_kv; h++) {
+            auto centres = std::make_shared<faiss::IndexFlatL2>(o.d);
+            std::vector<float> centre(int64_t(o.ncell) * o.d);
+            for (float& f : centre) {
+                f = normal(random);
+            }
+            centres->add(o.ncell, centre.data());
+            auto means = std::make_shared<faiss::IndexFlatIP>(o.d);
+            means->add(o.ncell, centre.data());
+            Partition p;
+            p.key = std::make_shared<QuantizerAssigner>(
+                    centres, NEEDS_POST_ROPE);
+            p.query = std::make_shared<QuantizerAssigner>(
+                    means, NEEDS_POST_ROPE);
+            partitions.push_back(p);
+
+            std::vector<double> weight(o.ncell);
+            for (double& w : weight) {
+                w = std::exp(o.skew * normal(random));
+            }
+            std::discrete_distribution<int> cell(weight.begin(), weight.end());
+            fill_head(o, dtype, h, centre, cell, random);
+            // The group looks for the same few things.
+            std::vector<float> topic(o.d);
+            for (float& f : topic) {
+                f = normal(random);
+            }
+            for (int64_t i = 0; i < int64_t(group) * o.d; i++) {
+                queries[int64_t(h) * group * o.d + i] =
+                        topic[i % o.d] + 0.5f * normal(random);
+            }
+        }
+        AdapterParams params;
+        params.heads_q = o.heads_q;
+        params.heads_kv = o.heads_kv;
+        params.d = o.d;
+        params.sink = o.sink;
+        params.window = o.window;
+        params.policy.nprobe = o.ncell;
+        params.policy.max_selectivity = o.selectivity;
+        adapter = std::make_unique<AttentionAdapter>(params, partitions);
+        // The last token stays out: the step appends it.
+        KvView prefix = kv;
+        prefix.length--;
+        adapter->append(prefix);
+    }
+
+   private:
+    void fill_head(
+            const Options& o,
+            DType dtype,
+            int h,
+            const std::vector<float>& centre,
+            std::discrete_distribution<int>& cell,
+            std::mt19937& random) {
+        // A row of noise is drawn from a pool: drawing it anew would take
+        // longer than the benchmark.
+        std::normal_distribution<float> normal;
+        std::vector<float> pool(1 << 16), row(o.d);
+        for (float& f : pool) {
+            f = normal(random);
+        }
+        for (int64_t s = 0; s < o.tokens; s++) {
+            const int64_t c = cell(random);
+            size_t at = random() % (pool.size() - o.d);
+            for (int j = 0; j < o.d; j++) {
+                row[j] = centre[c * o.d + j] + 0.3f * pool[at + j];
+            }
+            from_float(dtype, row.data(), o.d, const_cast<void*>(kv.key(h, s)));
+            at = random() % (pool.size() - o.d);
+            from_float(
+                    dtype, pool.data() + at, o.d,
+                    const_cast<void*>(kv.value(h, s)));
+        }
+    }
+};
+
+/// Reads bytes without computing: what the memory system gives.
+uint64_t read_all(const char* data, size_t bytes) {
+    const auto* words = reinterpret_cast<const uint64_t*>(data);
+    uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < bytes / 8; i++) {
+        sum += words[i];
+    }
+    return sum;
+}
+
+volatile uint64_t sink_of_sums; ///< keeps reads from being optimised away
+
+struct Stage {
+    std::string name;
+    double bytes;
+    std::function<void(Sequence&)> work;
+};
+
+double percentile(std::vector<double> x, double p) {
+    std::sort(x.begin(), x.end());
+    return x[std::min(x.size() - 1, static_cast<size_t>(p * x.size()))];
+}
+
+void run(const Options& o) {
+    FAISS_THROW_IF_NOT_FMT(
+            o.heads_q % o.heads_kv == 0,
+            "heads-q = %d must be a multiple of heads-kv = %d",
+            o.heads_q,
+            o.heads_kv);
+    const DType dtype = o.dtype == "bf16" ? DType::bfloat16
+            : o.dtype == "fp16"           ? DType::float16
+                                          : DType::float32;
+    const double row = 2.0 * o.d * element_size(dtype); // a key and a value
+    const double cache = row * o.heads_kv * o.tokens;
+    const int group = o.heads_q / o.heads_kv;
+    // Enough copies in turn that no cache helps.
+    const int copies = std::max<int>(
+            o.sequences, static_cast<int>(std::ceil(o.buffer_gib * (1u << 30) / cache)));
+    std::vector<std::unique_ptr<Sequence>> all;
+    Progress progress("making caches", copies);
+    for (int i = 0; i < copies; i++) {
+        all.push_back(std::make_unique<Sequence>(o, dtype, 1 + i));
+        progress.advance();
+    }
+
+    // The append comes first in a step; then route and attend see the state
+    // that it leaves.
+    std::vector<double> append_seconds;
+    for (auto& s : all) {
+        const double start = seconds_now();
+        s->adapter->append(s->kv);
+        append_seconds.push_back(seconds_now() - start);
+    }
+    double keys_read = 0, far_keys = 0;
+    std::vector<float> out(int64_t(o.heads_q) * o.d), lse(o.heads_q);
+    std::vector<AttendStats> stats(o.heads_q);
+    for (auto& s : all) {
+        s->probed = s->adapter->route(1, s->queries.data(), nullptr);
+        s->adapter->attend_preassigned(
+                s->kv, 1, s->queries.data(), nullptr, s->probed, out.data(),
+                lse.data(), stats.data());
+        for (int h = 0; h < o.heads_kv; h++) {
+            keys_read += static_cast<double>(stats[h * group].keys_read);
+            far_keys += static_cast<double>(stats[h * group].far_keys);
+            std::vector<int32_t> slots;
+            for (int64_t i = s->probed.begin[h]; i < s->probed.begin[h + 1];
+                 i++) {
+                const auto& list = s->adapter->lists(h).slots(s->probed.cells[i]);
+                slots.insert(slots.end(), list.begin(), list.end());
+            }
+            for (int64_t j = 0; j < o.sink; j++) {
+                slots.push_back(static_cast<int32_t>(j));
+            }
+            for (int64_t j = o.tokens - o.window; j < o.tokens; j++) {
+                slots.push_back(static_cast<int32_t>(j));
+            }
+            std::sort(slots.begin(), slots.end());
+            s->slots.push_back(slots);
+        }
+    }
+    const double rows_read =
+            keys_read / copies + double(o.heads_kv) * (o.sink + o.window);
+    const double attend_bytes = row * rows_read;
+    const double route_bytes =
+            4.0 * o.heads_kv * o.ncell * (o.d + 1); // float32 means, counts
+
+    const auto dense = [&](Sequence& s) {
+        constexpr int64_t kPiece = 8192;
+        const int64_t pieces = (o.tokens + kPiece - 1) / kPiece;
+        std::vector<float> part(pieces * o.heads_q * o.d);
+        std::vector<float> part_lse(pieces * o.heads_q);
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t i = 0; i < pieces * o.heads_kv; i++) {
+            const int64_t p = i / o.heads_kv;
+            const int h = static_cast<int>(i % o.heads_kv);
+            const int64_t at = p * o.heads_q + h * group;
+            attend_range(
+                    s.kv, h, group, s.queries.data() + int64_t(h) * group * o.d,
+                    1 / std::sqrt(float(o.d)), p * kPiece,
+                    std::min((p + 1) * kPiece, o.tokens),
+                    part.data() + at * o.d, part_lse.data() + at);
+        }
+        for (int64_t p = 1; p < pieces; p++) {
+            merge_states(
+                    o.heads_q, o.d, part.data(), part_lse.data(),
+                    part.data() + p * o.heads_q * o.d,
+                    part_lse.data() + p * o.heads_q);
+        }
+    };
+    const std::vector<Stage> stages = {
+            {"bandwidth", cache,
+             [&](Sequence& s) {
+                 const size_t piece = 1 << 20, n = s.k.size() / piece;
+                 uint64_t sum = 0;
+#pragma omp parallel for reduction(+ : sum)
+                 for (size_t i = 0; i < 2 * n; i++) {
+                     sum += read_all(
+                             (i < n ? s.k : s.v).data() + i % n * piece, piece);
+                 }
+                 sink_of_sums = sum;
+             }},
+            {"gather", attend_bytes,
+             [&](Sequence& s) {
+                 uint64_t sum = 0;
+                 const size_t bytes = o.d * element_size(dtype);
+                 constexpr size_t kAhead = 64;
+#pragma omp parallel for schedule(dynamic) reduction(+ : sum)
+                 for (int h = 0; h < o.heads_kv; h++) {
+                     const auto& slots = s.slots[h];
+                     for (size_t i = 0; i < slots.size(); i++) {
+                         const auto next = slots[std::min(i + kAhead, slots.size() - 1)];
+                         for (size_t b = 0; b < bytes; b += 64) {
+                             __builtin_prefetch(static_cast<const char*>(s.kv.key(h, next)) + b);
+                             __builtin_prefetch(static_cast<const char*>(s.kv.value(h, next)) + b);
+                         }
+                         sum += read_all(static_cast<const char*>(s.kv.key(h, slots[i])), bytes);
+                         sum += read_all(static_cast<const char*>(s.kv.value(h, slots[i])), bytes);
+                     }
+                 }
+                 sink_of_sums = sum;
+             }},
+            {"dense", cache, dense},
+            {"sparse", attend_bytes + route_bytes,
+             [&](Sequence& s) {
+                 s.adapter->attend(
+                         s.kv, 1, s.queries.data(), nullptr, out.data(), lse.data());
+             }},
+            {"route", route_bytes,
+             [&](Sequence& s) {
+                 s.adapter->route(1, s.queries.data(), nullptr);
+             }},
+            {"attend", attend_bytes,
+             [&](Sequence& s) {
+                 s.adapter->attend_preassigned(
+                         s.kv, 1, s.queries.data(), nullptr, s.probed, out.data(), lse.data());
+             }}};
+
+    // Stages in turns, so that what disturbs one disturbs all.
+    std::vector<std::vector<double>> seconds(stages.size());
+    Progress measuring("measuring", o.repeat);
+    for (int r = 0; r < o.repeat; r++) {
+        for (size_t i = 0; i < stages.size(); i++) {
+            double spent = 0;
+            for (int b = 0; b < o.sequences; b++) {
+                Sequence& s = *all[(r * stages.size() + i + b) % all.size()];
+                const double start = seconds_now();
+                stages[i].work(s);
+                spent += seconds_now() - start;
+            }
+            seconds[i].push_back(spent);
+        }
+        measuring.advance();
+    }
+
+    const double append = percentile(append_seconds, 0.5) * o.sequences;
+    const double peak =
+            cache * o.sequences / percentile(seconds[0], 0.5); // bytes per s
+    const double dense_seconds = percentile(seconds[2], 0.5);
+    nlohmann::json rows = nlohmann::json::array();
+    std::vector<std::vector<std::string>> table;
+    const auto report = [&](const std::string& name, double bytes, double median,
+                            double p99) {
+        const double fraction = bytes / median / peak;
+        rows.push_back({{"stage", name},
+                        {"us", 1e6 * median},
+                        {"p99_us", 1e6 * p99},
+                        {"bytes", bytes},
+                        {"fraction_of_bandwidth", fraction}});
+        table.push_back({name,
+                         fmt::format("{:.1f}", 1e6 * median),
+                         fmt::format("{:.1f}", 1e6 * p99),
+                         fmt::format("{:.1f}", bytes / (1 << 20)),
+                         fmt::format("{:.2f}", fraction),
+                         fmt::format("{:.1f}x", dense_seconds / median)});
+    };
+    for (size_t i = 0; i < stages.size(); i++) {
+        const double extra = stages[i].name == "sparse" ? append : 0;
+        report(stages[i].name,
+               stages[i].bytes * o.sequences,
+               percentile(seconds[i], 0.5) + extra,
+               percentile(seconds[i], 0.99) + extra);
+    }
+    report("append",
+           double(o.sequences) * o.heads_kv * o.d * element_size(dtype),
+           append,
+           percentile(append_seconds, 0.99) * o.sequences);
+    fmt::print(
+            "{} x {} tokens, {} / {} heads, d {}, {}, {} pages; {:.2f} % of the "
+            "far keys read per KV head; {:.1f} GB/s read bandwidth\n",
+            o.sequences,
+            o.tokens,
+            o.heads_q,
+            o.heads_kv,
+            o.d,
+            o.dtype,
+            o.huge_pages ? "2 MiB" : "4 KiB",
+            100 * keys_read / far_keys,
+            peak / 1e9);
+    print_table(
+            {"stage", "us", "p99 us", "MiB", "of bandwidth", "dense / stage"},
+            table);
+    if (!o.json.empty()) {
+        write_json(
+                o.json,
+                {{"device", o.device},
+                 {"sequences", o.sequences},
+                 {"tokens", o.tokens},
+                 {"heads_q", o.heads_q},
+                 {"heads_kv", o.heads_kv},
+                 {"head_dim", o.d},
+                 {"dtype", o.dtype},
+                 {"ncell", o.ncell},
+                 {"sink", o.sink},
+                 {"window", o.window},
+                 {"selectivity", keys_read / far_keys},
+                 {"huge_pages", o.huge_pages},
+                 {"bandwidth_bytes_per_s", peak}},
+                rows);
+    }
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    Options o;
+    CLI::App app{
+            "Times one decode step of one layer by stage, dense attention and "
+            "the read bandwidth of the machine beside it. Keys lie around the "
+            "centres of their cells, whose sizes are skewed as in real "
+            "partitions."};
+    app.add_option("--device", o.device, "cpu")
+            ->check(CLI::IsMember({"cpu"}))
+            ->capture_default_str();
+    const auto number = [&app](const char* name, auto& value, const char* help) {
+        app.add_option(name, value, help)
+                ->check(CLI::PositiveNumber)
+                ->capture_default_str();
+    };
+    number("--sequences", o.sequences, "sequences in the batch");
+    number("--tokens", o.tokens, "tokens of each");
+    number("--heads-q", o.heads_q, "query heads");
+    number("--heads-kv", o.heads_kv, "KV heads");
+    number("--head-dim", o.d, "head dimension");
+    number("--ncell", o.ncell, "cells per KV head");
+    number("--repeat", o.repeat, "runs of each stage");
+    number("--buffers", o.buffer_gib, "GiB of caches, used in turn");
+    app.add_option("--dtype", o.dtype, "bf16, fp16 or fp32")
+            ->check(CLI::IsMember({"bf16", "fp16", "fp32"}))
+            ->capture_default_str();
+    app.add_option("--selectivity", o.selectivity, "far keys read per KV head")
+            ->check(CLI::Range(0.0, 1.0))
+            ->capture_default_str();
+    app.add_option("--sink", o.sink, "first tokens, always read")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
+    app.add_option("--window", o.window, "most recent tokens, always read")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
+    app.add_option(
+               "--skew",
+               o.skew,
+               "standard deviation of the logarithm of the cells' sizes")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
+    app.add_flag("--huge-pages", o.huge_pages, "caches in pages of 2 MiB");
+    app.add_option("--json", o.json, "file for the results");
+    CLI11_PARSE(app, argc, argv);
+    return run_program([&] { run(o); });
+}
