@@ -253,7 +253,8 @@ void run(const Options& o) {
             4.0 * o.heads_kv * o.ncell * (o.d + 1); // float32 means, counts
 
     const auto dense = [&](Sequence& s) {
-        constexpr int64_t kPiece = 8192;
+        // Heads take turns on a stretch of tokens small enough for the TLB.
+        constexpr int64_t kPiece = 512;
         const int64_t pieces = (o.tokens + kPiece - 1) / kPiece;
         std::vector<float> part(pieces * o.heads_q * o.d);
         std::vector<float> part_lse(pieces * o.heads_q);
@@ -298,8 +299,8 @@ void run(const Options& o) {
                      for (size_t i = 0; i < slots.size(); i++) {
                          const auto next = slots[std::min(i + kAhead, slots.size() - 1)];
                          for (size_t b = 0; b < bytes; b += 64) {
-                             __builtin_prefetch(static_cast<const char*>(s.kv.key(h, next)) + b);
-                             __builtin_prefetch(static_cast<const char*>(s.kv.value(h, next)) + b);
+                             __builtin_prefetch(static_cast<const char*>(s.kv.key(h, next)) + b, 0, 2);
+                             __builtin_prefetch(static_cast<const char*>(s.kv.value(h, next)) + b, 0, 2);
                          }
                          sum += read_all(static_cast<const char*>(s.kv.key(h, slots[i])), bytes);
                          sum += read_all(static_cast<const char*>(s.kv.value(h, slots[i])), bytes);

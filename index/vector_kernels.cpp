@@ -240,7 +240,8 @@ struct OnlineSoftmax {
               weights(kQueries * kTile) {}
 
     /// Resolves the rows of a tile and asks the memory for them: chosen slots
-    /// lie anywhere, and a tile ahead hides the latency.
+    /// lie anywhere, and a tile ahead hides the latency. Into the second cache:
+    /// the first one is full of the tile at work.
     int fetch(int64_t begin, int which) {
         const int n =
                 static_cast<int>(std::clamp<int64_t>(p.n - begin, 0, kTile));
@@ -248,7 +249,7 @@ struct OnlineSoftmax {
         const auto ask = [](const T* row, size_t width) {
             const char* bytes = reinterpret_cast<const char*>(row);
             for (size_t at = 0; at < width * sizeof(T); at += line) {
-                __builtin_prefetch(bytes + at);
+                __builtin_prefetch(bytes + at, 0, 2);
             }
         };
         for (int i = 0; i < n; i++) {
