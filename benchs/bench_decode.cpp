@@ -184,11 +184,6 @@ struct Stage {
     std::function<void(Sequence&)> work;
 };
 
-double percentile(std::vector<double> x, double p) {
-    std::sort(x.begin(), x.end());
-    return x[std::min(x.size() - 1, static_cast<size_t>(p * x.size()))];
-}
-
 void run(const Options& o) {
     FAISS_THROW_IF_NOT_FMT(
             o.heads_q % o.heads_kv == 0,

@@ -80,12 +80,8 @@ void run(const Options& o) {
         }
         FAISS_THROW_IF_NOT_MSG(
                 labels == labels_plain, "the two indexes disagree");
-        const auto median = [](std::vector<double> s) {
-            std::nth_element(s.begin(), s.begin() + s.size() / 2, s.end());
-            return s[s.size() / 2];
-        };
-        const double us_plain = 1e6 * median(seconds_plain) / o.nq;
-        const double us_ours = 1e6 * median(seconds_ours) / o.nq;
+        const double us_plain = 1e6 * percentile(seconds_plain, 0.5) / o.nq;
+        const double us_ours = 1e6 * percentile(seconds_ours, 0.5) / o.nq;
         rows.push_back(
                 {{"batch", batch},
                  {"us_per_query_ivfflat", us_plain},

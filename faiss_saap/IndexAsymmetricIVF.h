@@ -163,6 +163,7 @@ struct IndexAsymmetricIVF : faiss::Index {
 
    private:
     void check_call(idx_t n, const float* x, const char* name) const;
+    /// The given cells, or new ones with distinct assigners.
     Partition train_cells(idx_t n, const float* x) const;
     void train_codec(idx_t n, const float* x);
 };

@@ -216,12 +216,15 @@ void AttentionAdapter::append(const KvView& kv) {
         cells[h] = assign_keys(kv, static_cast<int>(h), begin, end);
     });
     parallel_for(params_.heads_kv, [&](int64_t h) {
+        const bool means = partitions_[h].query->needs & NEEDS_STATS;
         std::vector<float> key(d);
         for (int64_t slot = begin; slot < end; slot++) {
-            to_float(kv.dtype, kv.key(h, slot), d, key.data());
+            if (means) {
+                to_float(kv.dtype, kv.key(h, slot), d, key.data());
+            }
             lists_[h].append(
                     cells[h][slot - begin],
-                    key.data(),
+                    means ? key.data() : nullptr,
                     slot + params_.position_offset);
         }
     });

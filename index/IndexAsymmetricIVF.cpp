@@ -253,9 +253,7 @@ Partition IndexAsymmetricIVF::train_cells(idx_t n, const float* x) const {
     }
     KMeansParams kmeans = training.kmeans;
     kmeans.verbose = verbose;
-    const Partition p =
-            kmeans_partition(n, d, x, ncell, NEEDS_POST_ROPE, kmeans);
-    return training.asymmetric ? p : symmetric(p);
+    return kmeans_partition(n, d, x, ncell, NEEDS_POST_ROPE, kmeans);
 }
 
 void IndexAsymmetricIVF::train_codec(idx_t n, const float* x) {
@@ -268,7 +266,7 @@ void IndexAsymmetricIVF::train_codec(idx_t n, const float* x) {
 void IndexAsymmetricIVF::train(idx_t n, const float* x) {
     Partition p = train_cells(n, x);
     train_codec(n, x);
-    partition = std::move(p);
+    partition = cells_given || training.asymmetric ? p : symmetric(p);
 }
 
 void IndexAsymmetricIVF::train_with_queries(
@@ -317,21 +315,15 @@ void IndexAsymmetricIVF::train_with_queries(
             }
             return static_cast<double>(found) / (n_train_q * k);
         };
-        Partition asymmetric = p;
-        if (!training.asymmetric) {
-            KMeansParams kmeans = training.kmeans;
-            asymmetric =
-                    kmeans_partition(n, d, x, ncell, NEEDS_POST_ROPE, kmeans);
-        }
-        const double r_asymmetric = recall(*asymmetric.query);
-        const double r_symmetric = recall(*asymmetric.key);
+        const double r_asymmetric = recall(*p.query);
+        const double r_symmetric = recall(*p.key);
         if (verbose) {
             printf("training queries' 10-recall at 5 %%: %.3f with the inner "
                    "product, %.3f assigned as keys\n",
                    r_asymmetric,
                    r_symmetric);
         }
-        p = r_asymmetric >= r_symmetric ? asymmetric : symmetric(asymmetric);
+        p = r_asymmetric >= r_symmetric ? p : symmetric(p);
     }
     train_codec(n, x);
     partition = std::move(p);

@@ -5,9 +5,9 @@
 #include <vector>
 
 #include <faiss/IndexFlat.h>
+#include <faiss/utils/distances.h>
 
 #include "check.h"
-#include "inner_product.h"
 #include "vector_kernels.h"
 
 namespace faiss_saap {
@@ -50,7 +50,7 @@ QuantizerAssigner::QuantizerAssigner(
     if (flat && flat->metric_type == faiss::METRIC_L2) {
         for (int c = 0; c < ncell; c++) {
             const float* y = flat->get_xb() + int64_t(c) * d;
-            half_norm.push_back(inner_product(y, y, d) / 2);
+            half_norm.push_back(faiss::fvec_norm_L2sqr(y, d) / 2);
         }
     }
 }
@@ -68,7 +68,7 @@ void QuantizerAssigner::scores(
         inner_products(
                 static_cast<int>(input.n), d, x, ncell, flat->get_xb(), scores);
         for (int64_t i = 0; !half_norm.empty() && i < input.n; i++) {
-            const float own = inner_product(x + i * d, x + i * d, d) / 2;
+            const float own = faiss::fvec_norm_L2sqr(x + i * d, d) / 2;
             for (int c = 0; c < ncell; c++) {
                 scores[i * ncell + c] -= half_norm[c] + own;
             }

@@ -10,14 +10,15 @@ namespace faiss_saap {
 
 namespace {
 
-void check_call(
+/// Checks what both functions share and collects it.
+AttendKernelParams checked_call(
         const KvView& kv,
         int kv_head,
         int nq,
         const float* queries,
         float scale,
-        const float* output,
-        const float* lse) {
+        float* output,
+        float* lse) {
     FAISS_THROW_IF_NOT_FMT(nq >= 0, "nq = %d must not be negative", nq);
     FAISS_THROW_IF_NOT_FMT(
             kv_head >= 0 && kv_head < kv.heads,
@@ -30,6 +31,15 @@ void check_call(
     FAISS_THROW_IF_NOT_MSG(nq == 0 || output, "output is null");
     FAISS_THROW_IF_NOT_MSG(nq == 0 || lse, "lse is null");
     check_finite(queries, nq, kv.d, "queries");
+    AttendKernelParams p;
+    p.kv = &kv;
+    p.kv_head = kv_head;
+    p.nq = nq;
+    p.queries = queries;
+    p.scale = scale;
+    p.output = output;
+    p.lse = lse;
+    return p;
 }
 
 } // namespace
@@ -44,7 +54,8 @@ void attend_slots(
         const int32_t* slots,
         float* output,
         float* lse) {
-    check_call(kv, kv_head, nq, queries, scale, output, lse);
+    AttendKernelParams p =
+            checked_call(kv, kv_head, nq, queries, scale, output, lse);
     FAISS_THROW_IF_NOT_FMT(n >= 0, "n = %" PRId64 " must not be negative", n);
     FAISS_THROW_IF_NOT_MSG(n == 0 || slots, "slots is null");
     for (int64_t i = 0; i < n; i++) {
@@ -55,16 +66,8 @@ void attend_slots(
                 slots[i],
                 kv.length);
     }
-    AttendKernelParams p;
-    p.kv = &kv;
-    p.kv_head = kv_head;
-    p.nq = nq;
-    p.queries = queries;
-    p.scale = scale;
     p.n = n;
     p.slots = slots;
-    p.output = output;
-    p.lse = lse;
     attend_kernel(p);
 }
 
@@ -78,7 +81,8 @@ void attend_range(
         int64_t end,
         float* output,
         float* lse) {
-    check_call(kv, kv_head, nq, queries, scale, output, lse);
+    AttendKernelParams p =
+            checked_call(kv, kv_head, nq, queries, scale, output, lse);
     FAISS_THROW_IF_NOT_FMT(
             begin >= 0 && begin <= end && end <= kv.length,
             "slots %" PRId64 " .. %" PRId64
@@ -86,16 +90,8 @@ void attend_range(
             begin,
             end,
             kv.length);
-    AttendKernelParams p;
-    p.kv = &kv;
-    p.kv_head = kv_head;
-    p.nq = nq;
-    p.queries = queries;
-    p.scale = scale;
     p.n = end - begin;
     p.begin = begin;
-    p.output = output;
-    p.lse = lse;
     attend_kernel(p);
 }
 

@@ -459,10 +459,6 @@ void ShareScores(
     std::copy_n(result.data(), ncell, shared);
 }
 
-const char* TargetName() {
-    return hwy::TargetName(HWY_TARGET);
-}
-
 } // namespace HWY_NAMESPACE
 } // namespace faiss_saap
 HWY_AFTER_NAMESPACE();
@@ -473,7 +469,6 @@ namespace faiss_saap {
 HWY_EXPORT(Attend);
 HWY_EXPORT(InnerProducts);
 HWY_EXPORT(ShareScores);
-HWY_EXPORT(TargetName);
 
 void attend_kernel(const AttendKernelParams& params) {
     HWY_DYNAMIC_DISPATCH(Attend)(params);
@@ -498,10 +493,6 @@ void share_scores_kernel(
         float* shared) {
     HWY_DYNAMIC_DISPATCH(ShareScores)
     (nhead, ncell, scores, counts, scale, shared);
-}
-
-const char* vector_target() {
-    return HWY_DYNAMIC_DISPATCH(TargetName)();
 }
 
 } // namespace faiss_saap

@@ -46,7 +46,4 @@ void share_scores_kernel(
         float scale,
         float* shared);
 
-/// Name of the instruction set that is chosen.
-const char* vector_target();
-
 } // namespace faiss_saap

@@ -1,5 +1,6 @@
 #include "report.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -89,6 +90,11 @@ double seconds_now() {
     return std::chrono::duration<double>(
                    std::chrono::steady_clock::now().time_since_epoch())
             .count();
+}
+
+double percentile(std::vector<double> x, double p) {
+    std::sort(x.begin(), x.end());
+    return x[std::min(x.size() - 1, static_cast<size_t>(p * x.size()))];
 }
 
 Progress::Progress(const std::string& what, int64_t total)

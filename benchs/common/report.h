@@ -41,10 +41,9 @@ class Progress {
 
 double seconds_now();
 
-/// Runs a program's body; an exception becomes one sentence on stderr and exit
-/// code 1.
-template <class Body>
-int run_program(const Body& body);
+/// The value that a share p of x lies below; .5 is the median.
+/// @param x  not empty
+double percentile(std::vector<double> x, double p);
 
 } // namespace faiss_saap::benchs
 

@@ -23,6 +23,8 @@ inline std::string sentence_of(const std::exception& e) {
     return text;
 }
 
+/// Runs a program's body; an exception becomes one sentence on stderr and exit
+/// code 1.
 template <class Body>
 int run_program(const Body& body) {
     try {
