@@ -13,6 +13,7 @@ enum RoutingNeeds : unsigned {
     NEEDS_POST_ROPE = 2, ///< vectors as attention sees them
     NEEDS_POSITION = 4,  ///< the position of each vector
     NEEDS_STATS = 8,     ///< statistics of the cells of one sequence
+    NEEDS_HEAD = 16,     ///< the query head of each vector within its GQA group
 };
 
 /// Keys or queries to be routed. Pointers that the assigner does not need may
@@ -23,6 +24,8 @@ struct RoutingInput {
     const float* pre_rope = nullptr;  ///< size n * d
     const float* post_rope = nullptr; ///< size n * d
     const int64_t* position = nullptr; ///< size n, in tokens
+    /// size n: 0 .. group - 1, the query head among those of its KV head
+    const int32_t* head = nullptr;
 };
 
 /// Statistics of the cells of one sequence: of the keys that are listed now.

@@ -22,6 +22,7 @@ struct Partition {
 
     /// @throws faiss::FaissException when an assigner is missing, the two
     ///         disagree on d or ncell, or the key assigner needs statistics
+    ///         or query heads
     void check() const;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <numeric>
 #include <string>
 
 #include <faiss_saap/attend_slots.h>
@@ -134,6 +135,7 @@ namespace {
 /// computed from post-RoPE ones.
 struct Routed {
     std::vector<int64_t> position;
+    std::vector<int32_t> head;
     std::vector<float> pre_rope;
     RoutingInput input;
 
@@ -147,6 +149,11 @@ struct Routed {
         input.d = assigner.d;
         input.post_rope = post_rope;
         input.position = position.data();
+        if (assigner.needs & NEEDS_HEAD) { // then the vectors are a group
+            head.resize(n);
+            std::iota(head.begin(), head.end(), 0);
+            input.head = head.data();
+        }
         if (assigner.needs & NEEDS_PRE_ROPE) {
             pre_rope.assign(post_rope, post_rope + n * assigner.d);
             rotary->derotate(n, position.data(), pre_rope.data());

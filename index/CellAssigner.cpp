@@ -39,6 +39,9 @@ void CellAssigner::check(const RoutingInput& input, const CellStats* stats)
             !(needs & NEEDS_POSITION) || input.position,
             "input.position is null but the assigner needs it");
     FAISS_THROW_IF_NOT_MSG(
+            !(needs & NEEDS_HEAD) || input.head,
+            "input.head is null but the assigner needs it");
+    FAISS_THROW_IF_NOT_MSG(
             !(needs & NEEDS_STATS) || (stats && stats->count),
             "stats is null but the assigner needs it");
 }
@@ -55,6 +58,7 @@ RoutingInput slice(const RoutingInput& input, int64_t begin, int64_t n) {
     part.pre_rope += input.pre_rope ? begin * input.d : 0;
     part.post_rope += input.post_rope ? begin * input.d : 0;
     part.position += input.position ? begin : 0;
+    part.head += input.head ? begin : 0;
     return part;
 }
 

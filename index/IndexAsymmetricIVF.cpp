@@ -50,9 +50,9 @@ void check_partition_for_index(const Partition& p, int d, int ncell) {
             ncell);
     for (const CellAssigner* a : {p.key.get(), p.query.get()}) {
         FAISS_THROW_IF_NOT_MSG(
-                !(a->needs & (NEEDS_STATS | NEEDS_POSITION)),
-                "partition has an assigner that needs positions or cell "
-                "statistics, which an index does not have: use "
+                !(a->needs & (NEEDS_STATS | NEEDS_POSITION | NEEDS_HEAD)),
+                "partition has an assigner that needs positions, query heads "
+                "or cell statistics, which an index does not have: use "
                 "AttentionAdapter");
     }
     const unsigned space = space_of(*p.key);

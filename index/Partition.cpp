@@ -40,6 +40,9 @@ void Partition::check() const {
             !(key->needs & NEEDS_STATS),
             "partition.key needs cell statistics: a key's cell must not depend "
             "on the keys before it");
+    FAISS_THROW_IF_NOT_MSG(
+            !(key->needs & NEEDS_HEAD),
+            "partition.key needs query heads, which keys do not have");
 }
 
 void cell_means(

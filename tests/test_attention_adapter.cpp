@@ -362,6 +362,44 @@ TEST(AttentionAdapter, AnAssignerThatReturnsWrongCells) {
     EXPECT_EQ(adapter.lists(0).size(), 0);
 }
 
+/// An assigner that knows which query head asks: head h wants cell h.
+struct CellOfHead : CellAssigner {
+    CellOfHead(int d, int ncell)
+            : CellAssigner(d, ncell, NEEDS_POST_ROPE | NEEDS_HEAD) {}
+    void scores(const RoutingInput& input, const CellStats* stats, float* out)
+            const override {
+        check(input, stats);
+        for (int64_t i = 0; i < input.n; i++) {
+            for (int c = 0; c < ncell; c++) {
+                out[i * ncell + c] = input.head[i] == c ? 1.0f : 0.0f;
+            }
+        }
+    }
+    size_t bytes_read() const override {
+        return 0;
+    }
+};
+
+TEST(AttentionAdapter, AssignersLearnWhichQueryHeadAsks) {
+    tests::Random random;
+    World world(random, 6, 2, 8, 200, 6, NEEDS_POST_ROPE);
+    for (Partition& p : world.partitions) {
+        p.query = std::make_shared<CellOfHead>(8, 6);
+    }
+    AttentionAdapter adapter(world.params(4, 10), world.partitions);
+    adapter.append(world.view(200));
+    ProbePolicy policy;
+    policy.nprobe = 1;
+    policy.share_group = false;
+    const ProbedCells probed =
+            adapter.route(2, world.queries(198), nullptr, &policy);
+    EXPECT_EQ(probed.cells, (std::vector<int32_t>{0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2}));
+    world.partitions[1].key = world.partitions[1].query;
+    EXPECT_SENTENCE(
+            AttentionAdapter(world.params(4, 10), world.partitions),
+            "partition.key needs query heads");
+}
+
 TEST(AttentionAdapter, FewFarKeysAreReadDensely) {
     tests::Random random;
     const World world(random, 2, 1, 8, 100, 6, NEEDS_POST_ROPE);

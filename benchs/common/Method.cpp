@@ -98,6 +98,8 @@ std::vector<int32_t> CellMethod::select(
     input.pre_rope = data.query_pre(token, head);
     input.post_rope = data.query_post(token, head);
     input.position = data.position.data() + token;
+    const int32_t head_of_group = head;
+    input.head = &head_of_group;
     std::vector<float> scores(lists.ncell());
     const CellStats stats = lists.stats();
     partition.query->scores(input, &stats, scores.data());
