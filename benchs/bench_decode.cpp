@@ -14,7 +14,6 @@
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/attend_slots.h>
-#include <faiss_saap/merge_states.h>
 
 #include "common/report.h"
 
@@ -247,30 +246,6 @@ void run(const Options& o) {
     const double route_bytes =
             4.0 * o.heads_kv * o.ncell * (o.d + 1); // float32 means, counts
 
-    const auto dense = [&](Sequence& s) {
-        // Heads take turns on a stretch of tokens small enough for the TLB.
-        constexpr int64_t kPiece = 512;
-        const int64_t pieces = (o.tokens + kPiece - 1) / kPiece;
-        std::vector<float> part(pieces * o.heads_q * o.d);
-        std::vector<float> part_lse(pieces * o.heads_q);
-#pragma omp parallel for schedule(dynamic)
-        for (int64_t i = 0; i < pieces * o.heads_kv; i++) {
-            const int64_t p = i / o.heads_kv;
-            const int h = static_cast<int>(i % o.heads_kv);
-            const int64_t at = p * o.heads_q + h * group;
-            attend_range(
-                    s.kv, h, group, s.queries.data() + int64_t(h) * group * o.d,
-                    1 / std::sqrt(float(o.d)), p * kPiece,
-                    std::min((p + 1) * kPiece, o.tokens),
-                    part.data() + at * o.d, part_lse.data() + at);
-        }
-        for (int64_t p = 1; p < pieces; p++) {
-            merge_states(
-                    o.heads_q, o.d, part.data(), part_lse.data(),
-                    part.data() + p * o.heads_q * o.d,
-                    part_lse.data() + p * o.heads_q);
-        }
-    };
     const std::vector<Stage> stages = {
             {"bandwidth", cache,
              [&](Sequence& s) {
@@ -303,7 +278,13 @@ void run(const Options& o) {
                  }
                  sink_of_sums = sum;
              }},
-            {"dense", cache, dense},
+            {"dense", cache,
+             [&](Sequence& s) {
+                 attend_dense(
+                         s.kv, o.heads_q, s.queries.data(),
+                         1 / std::sqrt(float(o.d)), 0, o.tokens, out.data(),
+                         lse.data());
+             }},
             {"sparse", attend_bytes + route_bytes,
              [&](Sequence& s) {
                  s.adapter->attend(

@@ -49,4 +49,22 @@ void attend_range(
         float* output,
         float* lse);
 
+/// Dense attention of one token: all query heads over the slots begin ..
+/// end - 1. Parallel inside (OpenMP, over stretches of tokens that all heads
+/// share), so that one long sequence occupies all cores.
+///
+/// @param heads_q  query heads, a multiple of kv.heads
+/// @param queries  size heads_q * kv.d
+/// @param output   size heads_q * kv.d_v
+/// @param lse      size heads_q
+void attend_dense(
+        const KvView& kv,
+        int heads_q,
+        const float* queries,
+        float scale,
+        int64_t begin,
+        int64_t end,
+        float* output,
+        float* lse);
+
 } // namespace faiss_saap

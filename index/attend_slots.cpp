@@ -1,10 +1,17 @@
 #include <faiss_saap/attend_slots.h>
 
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <vector>
 
-#include "vector_kernels.h"
+#include <omp.h>
+
+#include <faiss_saap/merge_states.h>
+
 #include "check.h"
+#include "parallel_for.h"
+#include "vector_kernels.h"
 
 namespace faiss_saap {
 
@@ -40,6 +47,23 @@ AttendKernelParams checked_call(
     p.output = output;
     p.lse = lse;
     return p;
+}
+
+void check_range(const KvView& kv, int64_t begin, int64_t end) {
+    FAISS_THROW_IF_NOT_FMT(
+            begin >= 0 && begin <= end && end <= kv.length,
+            "slots %" PRId64 " .. %" PRId64
+            " - 1 are outside the view, which has %" PRId64,
+            begin,
+            end,
+            kv.length);
+}
+
+/// Long stretches, because the first rows of each are read without a prefetch,
+/// but some for every thread.
+int64_t stretch_length(int64_t tokens) {
+    const int64_t shares = int64_t(4) * omp_get_max_threads();
+    return std::clamp<int64_t>(tokens / shares / 512 * 512, 512, 4096);
 }
 
 } // namespace
@@ -83,16 +107,56 @@ void attend_range(
         float* lse) {
     AttendKernelParams p =
             checked_call(kv, kv_head, nq, queries, scale, output, lse);
-    FAISS_THROW_IF_NOT_FMT(
-            begin >= 0 && begin <= end && end <= kv.length,
-            "slots %" PRId64 " .. %" PRId64
-            " - 1 are outside the view, which has %" PRId64,
-            begin,
-            end,
-            kv.length);
+    check_range(kv, begin, end);
     p.n = end - begin;
     p.begin = begin;
     attend_kernel(p);
+}
+
+void attend_dense(
+        const KvView& kv,
+        int heads_q,
+        const float* queries,
+        float scale,
+        int64_t begin,
+        int64_t end,
+        float* output,
+        float* lse) {
+    FAISS_THROW_IF_NOT_FMT(
+            heads_q >= 0 && heads_q % kv.heads == 0,
+            "heads_q = %d must be a multiple of the view's %d heads",
+            heads_q,
+            kv.heads);
+    const int group = heads_q / kv.heads;
+    AttendKernelParams whole =
+            checked_call(kv, 0, group, queries, scale, output, lse);
+    check_finite(queries, heads_q, kv.d, "queries");
+    check_range(kv, begin, end);
+    whole.heads = kv.heads;
+    const int64_t stretch = stretch_length(end - begin);
+    const int64_t stretches =
+            std::max<int64_t>(1, (end - begin + stretch - 1) / stretch);
+    const int64_t size = int64_t(heads_q) * kv.d_v;
+    std::vector<float> part(stretches * size), part_lse(stretches * heads_q);
+    parallel_for(stretches, [&](int64_t i) {
+        AttendKernelParams p = whole;
+        p.begin = begin + i * stretch;
+        p.n = std::min(stretch, end - p.begin);
+        p.output = part.data() + i * size;
+        p.lse = part_lse.data() + i * heads_q;
+        attend_kernel(p);
+    });
+    std::copy_n(part.data(), size, output);
+    std::copy_n(part_lse.data(), heads_q, lse);
+    for (int64_t i = 1; i < stretches; i++) {
+        merge_states(
+                heads_q,
+                kv.d_v,
+                output,
+                lse,
+                part.data() + i * size,
+                part_lse.data() + i * heads_q);
+    }
 }
 
 } // namespace faiss_saap

@@ -1,5 +1,9 @@
 // Compiled once per instruction set: foreach_target.h includes this file again
 // and again (Highway's dynamic dispatch).
+
+// Arrays of vectors need a size that the compiler knows; Arm has NEON anyway.
+#define HWY_DISABLED_TARGETS \
+    (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "index/vector_kernels.cpp"
 #include <hwy/foreach_target.h>
@@ -9,8 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
 #include "vector_kernels.h"
@@ -21,18 +24,22 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-#if HWY_HAVE_SCALABLE
-using D = hn::CappedTag<float, 4>; // halving needs a size known at compile time
-#else
 using D = hn::CappedTag<float, 16>;
-#endif
 using V = hn::Vec<D>;
 
 /// Rows per tile: one maximum and one rescaling per tile, and sums short
 /// enough for float32. Keys and values of a tile stay in the first cache.
 constexpr int kTile = 64;
-/// Queries that share the loads of a row.
+/// Rows that share the loads of a query.
+constexpr int kRows = 4;
+/// Queries that share the loads of a row: kRows * kQueries sums stay in
+/// registers, of which the older x86 sets have 16 instead of 32.
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4 || \
+        HWY_TARGET == HWY_SSSE3
+constexpr int kQueries = 2;
+#else
 constexpr int kQueries = 4;
+#endif
 
 HWY_INLINE V load(D d, const float* p) {
     return hn::LoadU(d, p);
@@ -57,99 +64,122 @@ HWY_INLINE float to_scalar(const hwy::bfloat16_t* p) {
     return x;
 }
 
-/// Adds halves until four partial sums are left, and stores them.
+#if HWY_TARGET != HWY_SCALAR
+/// Adds halves until four lanes are left, and stores them.
 template <class DV, class VV>
 HWY_INLINE void store_quarters(DV d, VV v, float* to) {
-#if HWY_TARGET != HWY_SCALAR
     if constexpr (hn::MaxLanes(DV()) > 4) {
         const hn::Half<DV> half;
         store_quarters(
                 half,
                 hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)),
                 to);
-        return;
-    }
-    if constexpr (hn::MaxLanes(DV()) == 4) {
+    } else {
         hn::StoreU(v, d, to);
-        return;
     }
+}
 #endif
-    to[0] = hn::GetLane(hn::SumOfLanes(d, v));
-    to[1] = to[2] = to[3] = 0;
+
+/// Stores the sums of the lanes of four vectors.
+HWY_INLINE void store_sums(V a, V b, V c, V e, float* to) {
+#if HWY_TARGET == HWY_SCALAR
+    to[0] = hn::GetLane(a);
+    to[1] = hn::GetLane(b);
+    to[2] = hn::GetLane(c);
+    to[3] = hn::GetLane(e);
+#else
+    const D d;
+    // Within blocks of four lanes, a transposition that adds on its way.
+    const hn::Repartition<uint64_t, D> pairs;
+    const auto ab = hn::BitCast(
+            pairs,
+            hn::Add(hn::InterleaveLower(d, a, b),
+                    hn::InterleaveUpper(d, a, b)));
+    const auto ce = hn::BitCast(
+            pairs,
+            hn::Add(hn::InterleaveLower(d, c, e),
+                    hn::InterleaveUpper(d, c, e)));
+    const V sums = hn::Add(
+            hn::BitCast(d, hn::InterleaveLower(pairs, ab, ce)),
+            hn::BitCast(d, hn::InterleaveUpper(pairs, ab, ce)));
+    store_quarters(d, sums, to);
+#endif
 }
 
-/// Four partial sums of q.k for each row and NQ queries.
-/// @param sums  size NQ * kTile * 4
+/// Asks the memory for columns of a row. Into the second cache: the first one
+/// is full of the tile at work.
+template <class T>
+HWY_INLINE void prefetch(const T* row, int columns) {
+    constexpr int per_line = 64 / sizeof(T);
+    for (int c = 0; c < columns; c += per_line) {
+        __builtin_prefetch(row + c, 0, 2);
+    }
+}
+
+/// q.k of kRows rows and NQ queries.
+/// @param next      rows to prefetch meanwhile; may be null
+/// @param q         size NQ * width
+/// @param products  output, NQ times kRows entries, kTile apart
 template <int NQ, class T>
-HWY_INLINE void partial_scores(
-        const T* const* rows,
-        int n,
+HWY_INLINE void inner_products_of_rows(
+        const T* const* row,
+        const T* const* next,
         int width,
         const float* q,
-        float* sums) {
+        float* products) {
     const D d;
     const int lanes = static_cast<int>(hn::Lanes(d));
     const int whole = width / lanes * lanes;
-    for (int i = 0; i < n; i += 2) {
-        // Two rows share the loads of the queries; an odd last row pairs with
-        // itself.
-        const T* a = rows[i];
-        const T* b = rows[std::min(i + 1, n - 1)];
-        V sa[NQ], sb[NQ];
-        for (int h = 0; h < NQ; h++) {
-            sa[h] = sb[h] = hn::Zero(d);
+    for (int r = 0; next && r < kRows; r++) {
+        prefetch(next[r], width);
+    }
+    V sum[NQ][kRows];
+    for (int h = 0; h < NQ; h++) {
+        for (int r = 0; r < kRows; r++) {
+            sum[h][r] = hn::Zero(d);
         }
-        for (int c = 0; c < whole; c += lanes) {
-            const V ka = load(d, a + c), kb = load(d, b + c);
-            for (int h = 0; h < NQ; h++) {
-                const V x = hn::LoadU(d, q + h * width + c);
-                sa[h] = hn::MulAdd(ka, x, sa[h]);
-                sb[h] = hn::MulAdd(kb, x, sb[h]);
+    }
+    for (int c = 0; c < whole; c += lanes) {
+        V k[kRows];
+        for (int r = 0; r < kRows; r++) {
+            k[r] = load(d, row[r] + c);
+        }
+        for (int h = 0; h < NQ; h++) {
+            const V x = hn::LoadU(d, q + h * width + c);
+            for (int r = 0; r < kRows; r++) {
+                sum[h][r] = hn::MulAdd(k[r], x, sum[h][r]);
             }
         }
+    }
+    for (int h = 0; h < NQ; h++) {
+        store_sums(
+                sum[h][0],
+                sum[h][1],
+                sum[h][2],
+                sum[h][3],
+                products + h * kTile);
+    }
+    for (int c = whole; c < width; c++) {
         for (int h = 0; h < NQ; h++) {
-            float* to = sums + (h * kTile + i) * 4;
-            store_quarters(d, sa[h], to);
-            store_quarters(d, sb[h], to + 4);
-            for (int c = whole; c < width; c++) {
-                to[0] += to_scalar(a + c) * q[h * width + c];
-                to[4] += to_scalar(b + c) * q[h * width + c];
+            for (int r = 0; r < kRows; r++) {
+                products[h * kTile + r] +=
+                        to_scalar(row[r] + c) * q[h * width + c];
             }
         }
     }
 }
 
-/// Sums up the four parts and scales.
-HWY_INLINE void finish_scores(
-        const float* sums,
-        int n,
-        float scale,
-        float* weights) {
+/// x <- factor * x over a tile; returns 0, or NaN when a result is not finite.
+HWY_INLINE float multiply(float factor, float* x) {
     const D d;
-    const int lanes = static_cast<int>(hn::Lanes(d));
-    const V factor = hn::Set(d, scale);
-    for (int i = 0; i < n; i += lanes) {
-        V s0, s1, s2, s3;
-        hn::LoadInterleaved4(d, sums + i * 4, s0, s1, s2, s3);
-        const V sum = hn::Add(hn::Add(s0, s1), hn::Add(s2, s3));
-        hn::StoreU(hn::Mul(sum, factor), d, weights + i);
+    const V f = hn::Set(d, factor);
+    V poison = hn::Zero(d);
+    for (int i = 0; i < kTile; i += static_cast<int>(hn::Lanes(d))) {
+        const V product = hn::Mul(f, hn::LoadU(d, x + i));
+        hn::StoreU(product, d, x + i);
+        poison = hn::MulAdd(product, hn::Zero(d), poison);
     }
-}
-
-/// 0, or NaN when one of n values is not finite.
-HWY_INLINE float poison_of(const float* x, int n) {
-    const D d;
-    const int lanes = static_cast<int>(hn::Lanes(d));
-    V sum = hn::Zero(d);
-    int i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        sum = hn::MulAdd(hn::LoadU(d, x + i), hn::Zero(d), sum);
-    }
-    float poison = hn::GetLane(hn::SumOfLanes(d, sum));
-    for (; i < n; i++) {
-        poison += x[i] * 0.0f;
-    }
-    return poison;
+    return hn::GetLane(hn::SumOfLanes(d, poison));
 }
 
 HWY_INLINE float maximum_of(const float* x) {
@@ -175,159 +205,218 @@ HWY_INLINE float exponentiate(float maximum, float* weights) {
     return hn::GetLane(hn::SumOfLanes(d, sum));
 }
 
-/// output <- output * shrink + sum of weight * row, for NQ queries.
-template <int NQ, class T>
-HWY_INLINE void add_values(
+/// output <- output * shrink + sum of weight * row over NV vectors of n rows,
+/// for NQ queries.
+template <int NQ, int NV, class T>
+HWY_INLINE void add_value_columns(
         const T* const* rows,
         int n,
+        const T* const* next,
+        int column,
         int width,
-        const float* weights, // NQ * kTile
+        const float* weights,
         const float* shrink,
         float* output) {
     const D d;
     const int lanes = static_cast<int>(hn::Lanes(d));
-    int c = 0;
-    for (; c + 2 * lanes <= width; c += 2 * lanes) {
-        V s0[NQ], s1[NQ];
-        for (int h = 0; h < NQ; h++) {
-            s0[h] = s1[h] = hn::Zero(d);
-        }
-        for (int i = 0; i < n; i++) {
-            const V v0 = load(d, rows[i] + c);
-            const V v1 = load(d, rows[i] + c + lanes);
-            for (int h = 0; h < NQ; h++) {
-                const V w = hn::Set(d, weights[h * kTile + i]);
-                s0[h] = hn::MulAdd(w, v0, s0[h]);
-                s1[h] = hn::MulAdd(w, v1, s1[h]);
-            }
-        }
-        for (int h = 0; h < NQ; h++) {
-            float* o = output + h * width + c;
-            const V f = hn::Set(d, shrink[h]);
-            hn::StoreU(hn::MulAdd(hn::LoadU(d, o), f, s0[h]), d, o);
-            hn::StoreU(
-                    hn::MulAdd(hn::LoadU(d, o + lanes), f, s1[h]),
-                    d,
-                    o + lanes);
+    V sum[NQ][NV];
+    for (int h = 0; h < NQ; h++) {
+        const V factor = hn::Set(d, shrink[h]);
+        for (int j = 0; j < NV; j++) {
+            const float* o = output + h * width + column + j * lanes;
+            sum[h][j] = hn::Mul(hn::LoadU(d, o), factor);
         }
     }
-    for (; c < width; c++) {
+    for (int i = 0; i < n; i++) {
+        if (next) {
+            prefetch(next[i] + column, NV * lanes);
+        }
+        V v[NV];
+        for (int j = 0; j < NV; j++) {
+            v[j] = load(d, rows[i] + column + j * lanes);
+        }
         for (int h = 0; h < NQ; h++) {
-            float sum = 0;
-            for (int i = 0; i < n; i++) {
-                sum += weights[h * kTile + i] * to_scalar(rows[i] + c);
+            const V w = hn::Set(d, weights[h * kTile + i]);
+            for (int j = 0; j < NV; j++) {
+                sum[h][j] = hn::MulAdd(w, v[j], sum[h][j]);
             }
-            float& o = output[h * width + c];
-            o = o * shrink[h] + sum;
+        }
+    }
+    for (int h = 0; h < NQ; h++) {
+        for (int j = 0; j < NV; j++) {
+            hn::StoreU(
+                    sum[h][j],
+                    d,
+                    output + h * width + column + j * lanes);
         }
     }
 }
 
-/// An online softmax (Milakov and Gimelshein, arXiv 1805.02867) over tiles.
+/// The same over whole rows.
+/// @param next     rows to prefetch meanwhile; may be null
+/// @param weights  NQ times n entries, kTile apart
+/// @param output   size NQ * width
+template <int NQ, class T>
+HWY_INLINE void add_values(
+        const T* const* rows,
+        int n,
+        const T* const* next,
+        int width,
+        const float* weights,
+        const float* shrink,
+        float* output) {
+    const int lanes = static_cast<int>(hn::Lanes(D()));
+    int c = 0;
+    for (; c + 4 * lanes <= width; c += 4 * lanes) {
+        add_value_columns<NQ, 4>(
+                rows, n, next, c, width, weights, shrink, output);
+    }
+    for (; c + lanes <= width; c += lanes) {
+        add_value_columns<NQ, 1>(
+                rows, n, next, c, width, weights, shrink, output);
+    }
+    for (; c < width; c++) {
+        for (int h = 0; h < NQ; h++) {
+            float& o = output[h * width + c];
+            o *= shrink[h];
+            for (int i = 0; i < n; i++) {
+                o += weights[h * kTile + i] * to_scalar(rows[i] + c);
+            }
+        }
+    }
+}
+
+/// An online softmax (Milakov and Gimelshein, arXiv 1805.02867) over tiles of
+/// tokens. Within a tile the heads take turns on a few tokens, because their
+/// rows are neighbours in the usual layout: read in this order, memory gives
+/// nearly what it gives to a sequential reader, and half of it head by head.
 template <class T>
 struct OnlineSoftmax {
     const AttendKernelParams& p;
-    std::vector<float> maximum, sum, poison, sums, weights;
-    const T* keys[2][kTile];
-    const T* values[2][kTile];
-
+    const int queries; ///< of all heads
+    std::vector<float> maximum, sum, poison, shrink;
+    std::vector<float> weights; ///< of the tile, size queries * kTile
+    /// Rows of two tiles, the one at work and the next, as a ring; size heads *
+    /// kRing.
+    std::vector<const T*> keys, values;
+    static constexpr int kRing = 2 * kTile;
+    /// Tokens that a head reads in its turn.
+    const int turn;
     explicit OnlineSoftmax(const AttendKernelParams& params)
             : p(params),
-              maximum(p.nq, -INFINITY),
-              sum(p.nq, 0.0f),
-              poison(p.nq, 0.0f),
-              sums(kQueries * kTile * 4),
-              weights(kQueries * kTile) {}
+              queries(p.heads * p.nq),
+              maximum(queries, -INFINITY),
+              sum(queries, 0.0f),
+              poison(queries, 0.0f),
+              shrink(queries),
+              weights(size_t(queries) * kTile),
+              keys(size_t(p.heads) * kRing),
+              values(size_t(p.heads) * kRing),
+              turn(p.heads >= 8       ? 8
+                           : p.heads >= 4 ? 16
+                           : p.heads >= 2 ? 32
+                                          : 64) {}
 
-    /// Resolves the rows of a tile and asks the memory for them: chosen slots
-    /// lie anywhere, and a tile ahead hides the latency. Into the second cache:
-    /// the first one is full of the tile at work.
-    int fetch(int64_t begin, int which) {
-        const int n =
-                static_cast<int>(std::clamp<int64_t>(p.n - begin, 0, kTile));
-        constexpr size_t line = 64;
-        const auto ask = [](const T* row, size_t width) {
-            const char* bytes = reinterpret_cast<const char*>(row);
-            for (size_t at = 0; at < width * sizeof(T); at += line) {
-                __builtin_prefetch(bytes + at, 0, 2);
+    /// Pointers to the rows of the tile at `begin`; the last row stands in for
+    /// missing ones.
+    void resolve(int64_t begin) {
+        const int ring = static_cast<int>(begin % kRing);
+        for (int i = 0; p.n && i < kTile; i++) {
+            const int64_t at = std::min(begin + i, p.n - 1);
+            const int64_t slot = p.slots ? p.slots[at] : p.begin + at;
+            for (int h = 0; h < p.heads; h++) {
+                const int to = h * kRing + ring + i;
+                keys[to] =
+                        static_cast<const T*>(p.kv->key(p.kv_head + h, slot));
+                values[to] =
+                        static_cast<const T*>(p.kv->value(p.kv_head + h, slot));
             }
-        };
-        for (int i = 0; i < n; i++) {
-            const int64_t slot =
-                    p.slots ? p.slots[begin + i] : p.begin + begin + i;
-            const T* k = static_cast<const T*>(p.kv->key(p.kv_head, slot));
-            const T* v = static_cast<const T*>(p.kv->value(p.kv_head, slot));
-            keys[which][i] = k;
-            values[which][i] = v;
-            ask(k, p.kv->d);
-            ask(v, p.kv->d_v);
         }
-        return n;
+    }
+    /// Calls body(query, count) for the queries of a head, in groups
+    /// that share the loads of a row.
+    template <class Body>
+    void for_queries(int head, const Body& body) {
+        int q = head * p.nq;
+        const int end = q + p.nq;
+        for (; q + kQueries <= end; q += kQueries) {
+            body(q, std::integral_constant<int, kQueries>());
+        }
+        for (; q < end; q++) {
+            body(q, std::integral_constant<int, 1>());
+        }
     }
 
-    template <int NQ>
-    void add(int first, int n, int which) {
-        partial_scores<NQ>(
-                keys[which],
-                n,
-                p.kv->d,
-                p.queries + int64_t(first) * p.kv->d,
-                sums.data());
-        float shrink[NQ];
-        for (int h = 0; h < NQ; h++) {
-            float* w = weights.data() + h * kTile;
-            finish_scores(sums.data() + h * kTile * 4, n, p.scale, w);
+    void add_tile(int64_t begin, int n) {
+        const int ring = static_cast<int>(begin % kRing);
+        // A turn ahead is prefetched; before the last turn, the next tile.
+        const auto next = [&](const std::vector<const T*>& rows, int h, int i) {
+            return rows.data() + h * kRing + (ring + i + turn) % kRing;
+        };
+        for (int first = 0; first < n; first += turn) {
+            for (int h = 0; h < p.heads; h++) {
+                for (int i = first; i < std::min(n, first + turn); i += kRows) {
+                    const T* const* ahead = next(keys, h, i);
+                    for_queries(h, [&](int q, auto count) {
+                        inner_products_of_rows<count>(
+                                keys.data() + h * kRing + ring + i,
+                                ahead,
+                                p.kv->d,
+                                p.queries + int64_t(q) * p.kv->d,
+                                weights.data() + q * kTile + i);
+                        ahead = nullptr;
+                    });
+                }
+            }
+        }
+        for (int q = 0; q < queries; q++) {
+            float* w = weights.data() + q * kTile;
+            std::fill(w + n, w + kTile, 0.0f);
             // Neither the maximum nor Highway's exponential lets a NaN
             // through.
-            poison[first + h] += poison_of(w, n);
+            poison[q] += multiply(p.scale, w);
             std::fill(w + n, w + kTile, -INFINITY);
-            const float before = maximum[first + h];
+            const float before = maximum[q];
             const float now = std::max(before, maximum_of(w));
             // exp(-inf - -inf) would be NaN
-            shrink[h] = before == now ? 1.0f : std::exp(before - now);
+            shrink[q] = before == now ? 1.0f : std::exp(before - now);
             const float base = now == -INFINITY ? 0.0f : now;
-            sum[first + h] = sum[first + h] * shrink[h] + exponentiate(base, w);
-            maximum[first + h] = now;
+            sum[q] = sum[q] * shrink[q] + exponentiate(base, w);
+            maximum[q] = now;
         }
-        add_values<NQ>(
-                values[which],
-                n,
-                p.kv->d_v,
-                weights.data(),
-                shrink,
-                p.output + int64_t(first) * p.kv->d_v);
+        for (int first = 0; first < n; first += turn) {
+            for (int h = 0; h < p.heads; h++) {
+                const T* const* ahead = next(values, h, first);
+                for_queries(h, [&](int q, auto count) {
+                    add_values<count>(
+                            values.data() + h * kRing + ring + first,
+                            std::min(n - first, turn),
+                            ahead,
+                            p.kv->d_v,
+                            weights.data() + q * kTile + first,
+                            shrink.data() + q,
+                            p.output + int64_t(q) * p.kv->d_v);
+                    ahead = nullptr;
+                });
+            }
+            std::fill(shrink.begin(), shrink.end(), 1.0f);
+        }
     }
 
     void run() {
-        std::fill(p.output, p.output + int64_t(p.nq) * p.kv->d_v, 0.0f);
-        int n = fetch(0, 0), which = 0;
+        std::fill(p.output, p.output + int64_t(queries) * p.kv->d_v, 0.0f);
+        resolve(0);
         for (int64_t begin = 0; begin < p.n; begin += kTile) {
-            const int next = fetch(begin + kTile, 1 - which);
-            int h = 0;
-            for (; h + kQueries <= p.nq; h += kQueries) {
-                add<kQueries>(h, n, which);
-            }
-            switch (p.nq - h) {
-                case 3:
-                    add<3>(h, n, which);
-                    break;
-                case 2:
-                    add<2>(h, n, which);
-                    break;
-                case 1:
-                    add<1>(h, n, which);
-                    break;
-                default:
-                    break;
-            }
-            n = next;
-            which = 1 - which;
+            resolve(begin + kTile);
+            add_tile(
+                    begin,
+                    static_cast<int>(std::min<int64_t>(kTile, p.n - begin)));
         }
-        for (int i = 0; i < p.nq; i++) {
+        for (int64_t i = 0; i < queries; i++) {
             const float norm =
                     (sum[i] > 0 ? 1 / sum[i] : 0.0f) + poison[i];
             for (int j = 0; j < p.kv->d_v; j++) {
-                p.output[int64_t(i) * p.kv->d_v + j] *= norm;
+                p.output[i * p.kv->d_v + j] *= norm;
             }
             p.lse[i] =
                     sum[i] > 0 ? maximum[i] + std::log(sum[i]) : -INFINITY;
@@ -357,18 +446,16 @@ void inner_products_of(
         int64_t n,
         const float* rows,
         float* out) {
-    float sums[NQ * kTile * 4];
-    float products[kTile];
-    const float* row[kTile];
-    for (int64_t begin = 0; begin < n; begin += kTile) {
-        const int tile = static_cast<int>(std::min<int64_t>(kTile, n - begin));
-        for (int i = 0; i < tile; i++) {
-            row[i] = rows + (begin + i) * d;
+    float products[NQ * kTile];
+    for (int64_t begin = 0; begin < n; begin += kRows) {
+        const int64_t count = std::min<int64_t>(kRows, n - begin);
+        const float* row[kRows]; // the last row stands in for missing ones
+        for (int r = 0; r < kRows; r++) {
+            row[r] = rows + (begin + std::min<int64_t>(r, count - 1)) * d;
         }
-        partial_scores<NQ>(row, tile, d, q, sums);
+        inner_products_of_rows<NQ, float>(row, nullptr, d, q, products);
         for (int h = 0; h < NQ; h++) {
-            finish_scores(sums + h * kTile * 4, tile, 1, products);
-            std::copy_n(products, tile, out + h * n + begin);
+            std::copy_n(products + h * kTile, count, out + h * n + begin);
         }
     }
 }

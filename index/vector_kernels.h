@@ -8,18 +8,20 @@
 
 namespace faiss_saap {
 
-/// nq queries of one KV head over n rows of the cache, all of them checked.
+/// nq queries of each of some KV heads over n rows of the cache, all of them
+/// checked.
 struct AttendKernelParams {
     const KvView* kv = nullptr;
-    int kv_head = 0;
-    int nq = 0;
-    const float* queries = nullptr; ///< size nq * kv->d
+    int kv_head = 0; ///< the first one
+    int heads = 1;   ///< KV heads; all read the same slots
+    int nq = 0;      ///< queries of each head
+    const float* queries = nullptr; ///< size heads * nq * kv->d
     float scale = 0;
     int64_t n = 0;
     const int32_t* slots = nullptr; ///< size n; null: begin, begin + 1, ...
     int64_t begin = 0;
-    float* output = nullptr; ///< size nq * kv->d_v
-    float* lse = nullptr;    ///< size nq
+    float* output = nullptr; ///< size heads * nq * kv->d_v
+    float* lse = nullptr;    ///< size heads * nq
 };
 
 void attend_kernel(const AttendKernelParams& params);

@@ -210,6 +210,48 @@ std::vector<Inputs> cases() {
 
 INSTANTIATE_TEST_SUITE_P(Cases, AttendSlots, ::testing::ValuesIn(cases()));
 
+/// All heads at once, in stretches on several threads.
+TEST_P(AttendSlots, DenseOverAllHeads) {
+    const Inputs in = GetParam();
+    tests::Random random;
+    const int heads = 3;
+    const int64_t length = 1200;
+    const Cache c = make_cache(
+            random, in.dtype, in.layout, heads, in.d, in.d_v, length);
+    const float scale = in.logit_scale / std::sqrt(float(in.d));
+    const int heads_q = heads * in.nq;
+    const auto q = random.normal(heads_q * in.d);
+    for (const auto& [begin, end] :
+         {std::pair(0, 1200), std::pair(5, 70), std::pair(9, 9)}) {
+        std::vector<float> out(heads_q * in.d_v, NAN), lse(heads_q, NAN);
+        attend_dense(
+                c.view, heads_q, q.data(), scale, begin, end, out.data(),
+                lse.data());
+        std::vector<int32_t> slots(end - begin);
+        std::iota(slots.begin(), slots.end(), begin);
+        for (int h = 0; h < heads_q; h++) {
+            std::vector<double> expected;
+            double expected_lse;
+            reference(
+                    c, h / in.nq, q.data() + h * in.d, scale, slots, expected,
+                    expected_lse);
+            if (slots.empty()) {
+                EXPECT_EQ(lse[h], -INFINITY);
+                continue;
+            }
+            EXPECT_NEAR(lse[h], expected_lse, 1e-5 * (1 + std::abs(expected_lse)));
+            EXPECT_LT(relative_error(out.data() + h * in.d_v, expected), 1e-5);
+        }
+    }
+    std::vector<float> out(in.d_v), lse(1);
+    EXPECT_SENTENCE(
+            attend_dense(c.view, 1, q.data(), 1, 0, 1, out.data(), lse.data()),
+            "heads_q = 1");
+    EXPECT_SENTENCE(
+            attend_dense(c.view, 3, q.data(), 1, 0, 1201, out.data(), lse.data()),
+            "1201");
+}
+
 TEST(AttendSlots, LongSumsStayExact) {
     // 200,000 equal logits: a naive float sum would lose three digits.
     const int64_t n = 200000;
