@@ -72,6 +72,7 @@ struct Sequence {
     Buffer k, v;
     KvView kv;
     std::unique_ptr<AttentionAdapter> adapter;
+    int64_t id = 0;
     std::vector<float> queries; ///< heads_q * d
     ProbedCells probed;
     std::vector<std::vector<int32_t>> slots; ///< per KV head, those it reads
@@ -131,7 +132,12 @@ struct Sequence {
         // The last token stays out: the step appends it.
         KvView prefix = kv;
         prefix.length--;
-        adapter->append(prefix);
+        id = adapter->create();
+        adapter->append(id, prefix);
+    }
+
+    std::vector<SequenceInput> batch() const {
+        return {{id, kv}};
     }
 
    private:
@@ -210,24 +216,25 @@ void run(const Options& o) {
     std::vector<double> append_seconds;
     for (auto& s : all) {
         const double start = seconds_now();
-        s->adapter->append(s->kv);
+        s->adapter->append(s->id, s->kv);
         append_seconds.push_back(seconds_now() - start);
     }
     double keys_read = 0, far_keys = 0;
     std::vector<float> out(int64_t(o.heads_q) * o.d), lse(o.heads_q);
     std::vector<AttendStats> stats(o.heads_q);
     for (auto& s : all) {
-        s->probed = s->adapter->route(1, s->queries.data(), nullptr);
+        s->probed = s->adapter->route(s->batch(), s->queries.data());
         s->adapter->attend_preassigned(
-                s->kv, 1, s->queries.data(), nullptr, s->probed, out.data(),
-                lse.data(), stats.data());
+                s->batch(), s->queries.data(), s->probed,
+                {out.data(), lse.data(), stats.data()});
         for (int h = 0; h < o.heads_kv; h++) {
             keys_read += static_cast<double>(stats[h * group].keys_read);
             far_keys += static_cast<double>(stats[h * group].far_keys);
             std::vector<int32_t> slots;
             for (int64_t i = s->probed.begin[h]; i < s->probed.begin[h + 1];
                  i++) {
-                const auto& list = s->adapter->lists(h).slots(s->probed.cells[i]);
+                const auto list =
+                        s->adapter->lists(s->id, h).slots(s->probed.cells[i]);
                 slots.insert(slots.end(), list.begin(), list.end());
             }
             for (int64_t j = 0; j < o.sink; j++) {
@@ -288,16 +295,16 @@ void run(const Options& o) {
             {"sparse", attend_bytes + route_bytes,
              [&](Sequence& s) {
                  s.adapter->attend(
-                         s.kv, 1, s.queries.data(), nullptr, out.data(), lse.data());
+                         s.batch(), s.queries.data(), {out.data(), lse.data()});
              }},
             {"route", route_bytes,
              [&](Sequence& s) {
-                 s.adapter->route(1, s.queries.data(), nullptr);
+                 s.adapter->route(s.batch(), s.queries.data());
              }},
             {"attend", attend_bytes,
              [&](Sequence& s) {
                  s.adapter->attend_preassigned(
-                         s.kv, 1, s.queries.data(), nullptr, s.probed, out.data(), lse.data());
+                         s.batch(), s.queries.data(), s.probed, {out.data(), lse.data()});
              }}};
 
     // Stages in turns, so that what disturbs one disturbs all.

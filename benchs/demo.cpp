@@ -222,10 +222,11 @@ void decode(
     params.d = d;
     params.sink = options.sink;
     params.window = options.window;
-    AttentionAdapter asymmetric(params, {index->partition});
-    AttentionAdapter as_keys(params, {symmetric(index->partition)});
-    asymmetric.append(data.view(prefix));
-    as_keys.append(data.view(prefix));
+    AttentionAdapter adapter(params);
+    const int64_t asymmetric = adapter.create({{index->partition}});
+    const int64_t as_keys = adapter.create({{symmetric(index->partition)}});
+    adapter.append(asymmetric, data.view(prefix));
+    adapter.append(as_keys, data.view(prefix));
 
     Progress progress(
             fmt::format("layer {}", data.layer), data.tokens - prefix);
@@ -238,8 +239,8 @@ void decode(
         figures.insert_seconds += seconds_now() - start;
         figures.inserted++;
         const KvView kv = data.view(token + 1);
-        asymmetric.append(kv);
-        as_keys.append(kv);
+        adapter.append(asymmetric, kv);
+        adapter.append(as_keys, kv);
 
         const Step step(data, token, options);
         const float* q = data.query_post(token, 0);
@@ -302,19 +303,14 @@ void decode(
             policy.nprobe = options.ncell;
             policy.max_selectivity = budgets[b];
             for (bool keys_way : {true, false}) {
-                const AttentionAdapter& adapter =
-                        keys_way ? as_keys : asymmetric;
+                const int64_t sequence = keys_way ? as_keys : asymmetric;
                 Result& r = (keys_way ? results.symmetric
                                       : results.asymmetric)[b];
                 start = seconds_now();
                 adapter.attend(
-                        kv,
-                        1,
+                        {{sequence, kv}},
                         q,
-                        nullptr,
-                        out.data(),
-                        lse.data(),
-                        stats.data(),
+                        {out.data(), lse.data(), stats.data()},
                         &policy);
                 seconds = seconds_now() - start;
                 for (int h = 0; h < data.group; h++) {
@@ -329,7 +325,7 @@ void decode(
                         read,
                         static_cast<double>(stats[0].keys_read),
                         seconds);
-                note_ceiling(r, first_head, step, adapter.lists(0), limit);
+                note_ceiling(r, first_head, step, adapter.lists(sequence, 0), limit);
             }
         }
     }

@@ -8,7 +8,7 @@ namespace faiss_saap {
 
 /// Limits of one probe; all of them hold at once.
 struct ProbePolicy {
-    int nprobe = 32; ///< cells at most; clamped to ncell
+    int nprobe = 32; ///< cells at most, of each partition; clamped to ncell
     /// far keys at most, per KV head with share_group, else per query head
     int64_t max_keys = INT64_MAX;
     /// far keys at most, as a fraction of the far keys there are
@@ -17,11 +17,17 @@ struct ProbePolicy {
     /// become attention mass per key and are summed. Reads fewer bytes at equal
     /// quality than a choice per head.
     bool share_group = true;
+    /// share of the key limit for each partition of a KV head that has several,
+    /// in sum at most 1; empty: equal shares. A key that two partitions reach
+    /// counts for both while cells are chosen, and is read once.
+    std::vector<double> split;
 
     /// @throws faiss::FaissException naming the field that is out of range
     void check() const;
     /// The number of keys that max_keys and max_selectivity allow.
     int64_t key_limit(int64_t far_keys) const;
+    /// The share of one of a head's partitions.
+    double share(int partition, int npartition) const;
 };
 
 /// Takes cells by descending score while they fit: a cell that would exceed

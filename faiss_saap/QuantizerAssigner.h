@@ -31,6 +31,12 @@ struct QuantizerAssigner : CellAssigner {
     size_t bytes_read() const override;
 
    private:
+    void assign_to_best(
+            const RoutingInput&,
+            const CellStats*,
+            int32_t*,
+            float*) const;
+
     std::vector<float> half_norm; ///< |c|^2 / 2, for a flat L2 quantizer
 };
 

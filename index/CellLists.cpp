@@ -2,19 +2,28 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <utility>
 
 #include "check.h"
 
 namespace faiss_saap {
 
-CellLists::CellLists(int ncell, int d, int64_t first_slot, bool with_means)
+namespace {
+
+constexpr int kPerBlock = SlotPool::kSlotsPerBlock;
+
+} // namespace
+
+CellLists::CellLists(
+        int ncell,
+        int d,
+        int64_t first_slot,
+        bool with_means,
+        std::shared_ptr<SlotPool> pool)
         : d_(d),
           first_slot_(first_slot),
           with_means_(with_means),
-          slots_(ncell),
-          count_(ncell, 0),
-          mean_(with_means ? size_t(ncell) * d : 0, 0.0f),
-          newest_(ncell, -1) {
+          pool_(pool ? std::move(pool) : std::make_shared<SlotPool>()) {
     FAISS_THROW_IF_NOT_FMT(
             ncell >= 1 && ncell <= 65536,
             "ncell = %d must be between 1 and 65536",
@@ -23,6 +32,69 @@ CellLists::CellLists(int ncell, int d, int64_t first_slot, bool with_means)
             first_slot >= 0 && first_slot <= INT32_MAX,
             "first_slot = %" PRId64 " must be between 0 and 2^31 - 1",
             first_slot);
+    tail_.assign(ncell, SlotPool::kNone);
+    count_.assign(ncell, 0);
+    mean_.assign(with_means ? size_t(ncell) * d : 0, 0.0f);
+    newest_.assign(ncell, -1);
+}
+
+CellLists::CellLists(const CellLists& other)
+        : d_(other.d_),
+          first_slot_(other.first_slot_),
+          with_means_(other.with_means_),
+          size_(other.size_),
+          pool_(other.pool_),
+          tail_(other.tail_),
+          cells_(other.cells_),
+          count_(other.count_),
+          mean_(other.mean_),
+          newest_(other.newest_) {
+    for (uint32_t block : tail_) {
+        if (block != SlotPool::kNone) {
+            (*pool_)[block].users++;
+        }
+    }
+}
+
+CellLists::CellLists(CellLists&& other) noexcept
+        : d_(other.d_),
+          first_slot_(other.first_slot_),
+          with_means_(other.with_means_),
+          size_(std::exchange(other.size_, 0)),
+          pool_(std::move(other.pool_)),
+          tail_(std::move(other.tail_)),
+          cells_(std::move(other.cells_)),
+          count_(std::move(other.count_)),
+          mean_(std::move(other.mean_)),
+          newest_(std::move(other.newest_)) {
+    other.tail_.clear();
+}
+
+CellLists& CellLists::operator=(CellLists other) noexcept {
+    std::swap(d_, other.d_);
+    std::swap(first_slot_, other.first_slot_);
+    std::swap(with_means_, other.with_means_);
+    std::swap(size_, other.size_);
+    std::swap(pool_, other.pool_);
+    std::swap(tail_, other.tail_);
+    std::swap(cells_, other.cells_);
+    std::swap(count_, other.count_);
+    std::swap(mean_, other.mean_);
+    std::swap(newest_, other.newest_);
+    return *this;
+}
+
+CellLists::~CellLists() {
+    for (uint32_t block : tail_) {
+        pool_->release(block);
+    }
+}
+
+void CellLists::update_mean(int32_t cell, int32_t count, const float* key) {
+    float* mean = mean_.data() + int64_t(cell) * d_;
+    for (int j = 0; j < d_; j++) {
+        mean[j] += (key[j] - mean[j]) / static_cast<float>(count);
+    }
 }
 
 void CellLists::append(int32_t cell, const float* post_rope, int64_t position) {
@@ -34,25 +106,160 @@ void CellLists::append(int32_t cell, const float* post_rope, int64_t position) {
     FAISS_THROW_IF_NOT_MSG(
             post_rope || !with_means_,
             "post_rope is null but the lists keep means");
-    slots_[cell].push_back(static_cast<int32_t>(first_slot_ + size()));
-    cell_of_slot_.push_back(static_cast<uint16_t>(cell));
-    const int32_t count = ++count_[cell];
-    newest_[cell] = position;
+    push(cell, position);
     if (with_means_) {
-        float* mean = mean_.data() + int64_t(cell) * d_;
-        for (int j = 0; j < d_; j++) {
-            mean[j] += (post_rope[j] - mean[j]) / static_cast<float>(count);
+        update_mean(cell, count_[cell], post_rope);
+    }
+}
+
+void CellLists::push(int32_t cell, int64_t position) {
+    // Whatever allocates comes first, so that a failure changes nothing.
+    const auto chunk = static_cast<size_t>(size_ / kChunk);
+    if (chunk == cells_.size()) {
+        cells_.push_back(std::make_shared<Chunk>());
+    } else if (cells_[chunk].use_count() > 1) { // shared with a fork
+        cells_[chunk] = std::make_shared<Chunk>(*cells_[chunk]);
+    }
+    SlotPool& pool = *pool_;
+    uint32_t& tail = tail_[cell];
+    const int used = count_[cell] % kPerBlock;
+    if (used == 0) {
+        tail = pool.allocate(tail);
+    } else if (pool[tail].users > 1) {
+        const uint32_t own = pool.allocate(pool[tail].previous);
+        if (pool[own].previous != SlotPool::kNone) {
+            pool[pool[own].previous].users++;
+        }
+        std::copy_n(pool[tail].slots, used, pool[own].slots);
+        pool.release(tail);
+        tail = own;
+    }
+    pool[tail].slots[used] = static_cast<int32_t>(first_slot_ + size_);
+    (*cells_[chunk])[size_ % kChunk] = static_cast<uint16_t>(cell);
+    size_++;
+    count_[cell]++;
+    newest_[cell] = position;
+}
+
+void CellLists::pop(int32_t cell) {
+    SlotPool& pool = *pool_;
+    uint32_t& tail = tail_[cell];
+    const int32_t left = --count_[cell];
+    const int32_t dropped = pool[tail].slots[left % kPerBlock];
+    if (left % kPerBlock == 0) {
+        const uint32_t previous = pool[tail].previous;
+        if (previous != SlotPool::kNone) {
+            pool[previous].users++;
+        }
+        pool.release(tail);
+        tail = previous;
+    }
+    if (left == 0) {
+        newest_[cell] = -1;
+    } else {
+        // Positions and slots differ by a constant.
+        newest_[cell] -= dropped - pool[tail].slots[(left - 1) % kPerBlock];
+    }
+    size_--;
+}
+
+void CellLists::truncate(
+        int64_t size,
+        const std::function<void(int64_t slot, float* key)>& read_key) {
+    FAISS_THROW_IF_NOT_FMT(
+            size >= 0 && size <= size_,
+            "size = %" PRId64 " must be between 0 and the %" PRId64
+            " slots listed",
+            size,
+            size_);
+    FAISS_THROW_IF_NOT_MSG(
+            read_key || !with_means_ || size == size_,
+            "read_key is empty but the lists keep means");
+    std::vector<int32_t> changed;
+    std::vector<bool> seen(with_means_ ? ncell() : 0);
+    while (size_ > size) {
+        const int32_t cell = cell_of(first_slot_ + size_ - 1);
+        pop(cell);
+        if (with_means_ && !seen[cell]) {
+            seen[cell] = true;
+            changed.push_back(cell);
+        }
+    }
+    cells_.resize((size_ + kChunk - 1) / kChunk);
+    // Summed anew, as subtracting would leave rounding behind.
+    std::vector<float> key(d_);
+    for (int32_t cell : changed) {
+        std::fill_n(mean_.data() + int64_t(cell) * d_, d_, 0.0f);
+        int32_t count = 0;
+        for (int32_t slot : slots(cell)) {
+            read_key(slot, key.data());
+            update_mean(cell, ++count, key.data());
         }
     }
 }
 
-int64_t CellLists::count_before(int cell, int64_t end) const {
-    const auto& s = slots_[cell];
-    // Most queries are the newest token, which sees whole lists.
-    if (s.empty() || s.back() < end) {
-        return static_cast<int64_t>(s.size());
+void CellLists::restore(
+        int64_t n,
+        const uint16_t* cells,
+        int64_t position,
+        const float* means) {
+    FAISS_THROW_IF_NOT_FMT(
+            size_ == 0, "lists of %" PRId64 " slots are not empty", size_);
+    FAISS_THROW_IF_NOT_MSG(
+            (means != nullptr) == with_means_,
+            "means must be given exactly where the lists keep them");
+    for (int64_t i = 0; i < n; i++) {
+        FAISS_THROW_IF_NOT_FMT(
+                cells[i] < ncell(),
+                "cells[%" PRId64 "] = %d, there are %d cells",
+                i,
+                cells[i],
+                ncell());
     }
-    return std::lower_bound(s.begin(), s.end(), end) - s.begin();
+    for (int64_t i = 0; i < n; i++) {
+        push(cells[i], position + i);
+    }
+    std::copy_n(means, mean_.size(), mean_.data());
+}
+
+void CellLists::copy_slots(int cell, int64_t n, int32_t* out) const {
+    const SlotPool& pool = *pool_;
+    uint32_t block = tail_[cell];
+    for (int64_t left = count_[cell]; left > 0;) {
+        const int64_t first = (left - 1) / kPerBlock * kPerBlock;
+        if (first < n) {
+            std::copy_n(
+                    pool[block].slots, std::min(left, n) - first, out + first);
+        }
+        left = first;
+        block = pool[block].previous;
+    }
+}
+
+std::vector<int32_t> CellLists::slots(int cell) const {
+    std::vector<int32_t> all(count_[cell]);
+    copy_slots(cell, count_[cell], all.data());
+    return all;
+}
+
+int64_t CellLists::count_before(int cell, int64_t end) const {
+    const SlotPool& pool = *pool_;
+    uint32_t block = tail_[cell];
+    // Most queries are the newest token, which sees whole lists: the walk back
+    // ends at once.
+    for (int64_t left = count_[cell]; left > 0;) {
+        const int64_t first = (left - 1) / kPerBlock * kPerBlock;
+        const int32_t* slots = pool[block].slots;
+        if (slots[0] < end) {
+            return slots[left - first - 1] < end
+                    ? left
+                    : std::lower_bound(slots, slots + (left - first), end) -
+                            slots + first;
+        }
+        left = first;
+        block = pool[block].previous;
+    }
+    return 0;
 }
 
 CellStats CellLists::stats() const {
@@ -63,14 +270,16 @@ CellStats CellLists::stats() const {
     return stats;
 }
 
-size_t CellLists::bytes_used() const {
-    size_t bytes = sizeof(*this) + slots_.capacity() * sizeof(slots_[0]) +
-            cell_of_slot_.capacity() * sizeof(uint16_t) +
-            count_.capacity() * sizeof(int32_t) +
-            mean_.capacity() * sizeof(float) +
-            newest_.capacity() * sizeof(int64_t);
-    for (const auto& s : slots_) {
-        bytes += s.capacity() * sizeof(int32_t);
+size_t CellLists::bytes_used(std::unordered_set<const void*>* counted) const {
+    size_t bytes = sizeof(*this) + tail_.capacity() * sizeof(tail_[0]) +
+            cells_.capacity() * sizeof(cells_[0]) +
+            count_.capacity() * sizeof(count_[0]) +
+            mean_.capacity() * sizeof(mean_[0]) +
+            newest_.capacity() * sizeof(newest_[0]);
+    for (const auto& chunk : cells_) {
+        if (!counted || counted->insert(chunk.get()).second) {
+            bytes += sizeof(Chunk);
+        }
     }
     return bytes;
 }

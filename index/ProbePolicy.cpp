@@ -20,6 +20,31 @@ void ProbePolicy::check() const {
             max_selectivity >= 0 && max_selectivity <= 1,
             "policy.max_selectivity = %g must be between 0 and 1",
             max_selectivity);
+    double sum = 0;
+    for (double s : split) {
+        FAISS_THROW_IF_NOT_FMT(
+                s >= 0 && s <= 1,
+                "policy.split has a share of %g: shares must be between 0 and "
+                "1",
+                s);
+        sum += s;
+    }
+    FAISS_THROW_IF_NOT_FMT(
+            sum <= 1 + 1e-9,
+            "policy.split sums up to %g, more than 1",
+            sum);
+}
+
+double ProbePolicy::share(int partition, int npartition) const {
+    if (npartition == 1) {
+        return 1;
+    }
+    FAISS_THROW_IF_NOT_FMT(
+            split.empty() || split.size() == static_cast<size_t>(npartition),
+            "policy.split has %zd shares, a KV head has %d partitions",
+            split.size(),
+            npartition);
+    return split.empty() ? 1.0 / npartition : split[partition];
 }
 
 int64_t ProbePolicy::key_limit(int64_t far_keys) const {

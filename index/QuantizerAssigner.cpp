@@ -8,6 +8,7 @@
 #include <faiss/utils/distances.h>
 
 #include "check.h"
+#include "parallel_for.h"
 #include "vector_kernels.h"
 
 namespace faiss_saap {
@@ -88,12 +89,41 @@ void QuantizerAssigner::scores(
     }
 }
 
+/// One kernel for one vector and for many, so that a key's cell does not depend
+/// on how many come with it, to the last bit; faiss::IndexFlat changes its
+/// method at 20 vectors.
+void QuantizerAssigner::assign_to_best(
+        const RoutingInput& input,
+        const CellStats* stats,
+        int32_t* cells,
+        float* best_scores) const {
+    constexpr int64_t kBlock = 64;
+    const int64_t blocks = (input.n + kBlock - 1) / kBlock;
+    parallel_for(blocks, [&](int64_t b) {
+        RoutingInput block = input;
+        const int64_t first = b * kBlock;
+        block.n = std::min(kBlock, input.n - first);
+        (needs & NEEDS_PRE_ROPE ? block.pre_rope : block.post_rope) =
+                vectors(input) + first * d;
+        std::vector<float> all(block.n * ncell);
+        scores(block, stats, all.data());
+        for (int64_t i = 0; i < block.n; i++) {
+            const float* s = all.data() + i * ncell;
+            const auto best = std::max_element(s, s + ncell) - s;
+            cells[first + i] = static_cast<int32_t>(best);
+            if (best_scores) {
+                best_scores[first + i] = s[best];
+            }
+        }
+    });
+}
+
 void QuantizerAssigner::assign(
         const RoutingInput& input,
         const CellStats* stats,
         int k,
         int32_t* cells,
-        float* scores) const {
+        float* best_scores) const {
     check(input, stats);
     FAISS_THROW_IF_NOT_FMT(
             k >= 1 && k <= ncell,
@@ -101,6 +131,10 @@ void QuantizerAssigner::assign(
             k,
             ncell);
     if (input.n == 0) {
+        return;
+    }
+    if (k == 1 && dynamic_cast<const faiss::IndexFlat*>(quantizer.get())) {
+        assign_to_best(input, stats, cells, best_scores);
         return;
     }
     const size_t size = static_cast<size_t>(input.n) * k;
@@ -118,8 +152,8 @@ void QuantizerAssigner::assign(
     }
     for (size_t i = 0; i < size; i++) {
         cells[i] = static_cast<int32_t>(labels[i]);
-        if (scores) {
-            scores[i] = labels[i] < 0
+        if (best_scores) {
+            best_scores[i] = labels[i] < 0
                     ? -INFINITY
                     : to_score(quantizer->metric_type, distances[i]);
         }

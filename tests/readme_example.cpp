@@ -25,9 +25,10 @@ int main() {
     AttentionAdapter adapter(params, {partition});
 
     KvView kv = KvView::token_major(k.data(), v.data(), DType::float32, n, 1, d, d);
-    adapter.append(kv); // again after every new token: O(1) each
+    const int64_t sequence = adapter.create();
+    adapter.append(sequence, kv); // again after every new token: O(1) each
     std::vector<AttendStats> stats(heads_q);
-    adapter.attend(kv, 1, q.data(), nullptr, out.data(), lse.data(), stats.data());
+    adapter.attend({{sequence, kv}}, q.data(), {out.data(), lse.data(), stats.data()});
     std::printf("read %.1f %% of %lld far keys, LSE %.3f\n", 100 * stats[0].selectivity(),
                 static_cast<long long>(stats[0].far_keys), lse[0]);
 }

@@ -8,112 +8,13 @@
 #include <faiss_saap/attend_slots.h>
 #include <faiss_saap/merge_states.h>
 
-#include "common.h"
+#include "adapter_world.h"
 
 namespace faiss_saap {
 namespace {
 
-/// A cache, queries for every token, and partitions of the keys.
-struct World {
-    int heads_q, heads_kv, d;
-    int64_t length;
-    RopeParams rope;
-    std::vector<float> k, v, q; ///< (length, heads, d), post-RoPE
-    std::vector<Partition> partitions;
-
-    World(tests::Random& random,
-          int hq,
-          int hkv,
-          int d_in,
-          int64_t n,
-          int ncell,
-          RoutingNeeds space)
-            : heads_q(hq), heads_kv(hkv), d(d_in), length(n) {
-        rope.d = d;
-        k = random.normal(n * hkv * d);
-        v = random.normal(n * hkv * d);
-        q = random.normal(n * hq * d, 2);
-        const RotaryEmbedding rotary(rope);
-        for (int h = 0; h < hkv; h++) {
-            std::vector<float> keys;
-            std::vector<int64_t> position;
-            for (int64_t i = 0; i < n; i++) {
-                const float* key = k.data() + (i * hkv + h) * d;
-                keys.insert(keys.end(), key, key + d);
-                position.push_back(i);
-            }
-            if (space == NEEDS_PRE_ROPE) {
-                rotary.derotate(n, position.data(), keys.data());
-            }
-            partitions.push_back(kmeans_partition(
-                    n, d, keys.data(), ncell, space, {}, rope));
-        }
-    }
-
-    KvView view(int64_t n) const {
-        return KvView::token_major(
-                k.data(), v.data(), DType::float32, n, heads_kv, d, d);
-    }
-    AdapterParams params(int64_t sink, int64_t window) const {
-        AdapterParams p;
-        p.heads_q = heads_q;
-        p.heads_kv = heads_kv;
-        p.d = d;
-        p.sink = sink;
-        p.window = window;
-        p.dense_below = 0;
-        return p;
-    }
-    const float* queries(int64_t token) const {
-        return q.data() + token * heads_q * d;
-    }
-
-    /// Attention in double precision over the slots that `reads` names.
-    template <class Reads>
-    void reference(
-            int64_t token,
-            int head,
-            const Reads& reads,
-            std::vector<double>& out,
-            double& lse) const {
-        const int kv = head / (heads_q / heads_kv);
-        const float* query = queries(token) + head * d;
-        std::vector<std::pair<double, int64_t>> s;
-        double maximum = -INFINITY;
-        for (int64_t j = 0; j <= token; j++) {
-            if (reads(j)) {
-                double dot = 0;
-                for (int i = 0; i < d; i++) {
-                    dot += double(query[i]) * k[(j * heads_kv + kv) * d + i];
-                }
-                s.emplace_back(dot / std::sqrt(double(d)), j);
-                maximum = std::max(maximum, s.back().first);
-            }
-        }
-        out.assign(d, 0.0);
-        double sum = 0;
-        for (const auto& [score, j] : s) {
-            const double w = std::exp(score - maximum);
-            sum += w;
-            for (int i = 0; i < d; i++) {
-                out[i] += w * v[(j * heads_kv + kv) * d + i];
-            }
-        }
-        for (double& o : out) {
-            o /= sum > 0 ? sum : 1;
-        }
-        lse = maximum + std::log(sum);
-    }
-};
-
-double relative_error(const float* o, const std::vector<double>& expected) {
-    double difference = 0, norm = 0;
-    for (size_t j = 0; j < expected.size(); j++) {
-        difference += (o[j] - expected[j]) * (o[j] - expected[j]);
-        norm += expected[j] * expected[j];
-    }
-    return std::sqrt(difference / norm);
-}
+using tests::relative_error;
+using tests::World;
 
 struct Inputs {
     int heads_q, heads_kv, d;
@@ -140,7 +41,8 @@ TEST_P(Adapter, EveryCellProbedIsDenseAttention) {
     AttentionAdapter adapter(
             world.params(in.sink, in.window), world.partitions);
     const KvView kv = world.view(in.length);
-    adapter.append(kv);
+    const int64_t sequence = adapter.create();
+    adapter.append(sequence, kv);
     ProbePolicy policy;
     policy.nprobe = 10;
     policy.share_group = in.share_group;
@@ -148,8 +50,8 @@ TEST_P(Adapter, EveryCellProbedIsDenseAttention) {
     std::vector<AttendStats> stats(in.q_len * in.heads_q);
     const int64_t first = in.length - in.q_len;
     adapter.attend(
-            kv, in.q_len, world.queries(first), nullptr, out.data(), lse.data(),
-            stats.data(), &policy);
+            {{sequence, kv, in.q_len}}, world.queries(first),
+            {out.data(), lse.data(), stats.data()}, &policy);
     for (int64_t t = 0; t < in.q_len; t++) {
         for (int h = 0; h < in.heads_q; h++) {
             std::vector<double> expected;
@@ -180,14 +82,15 @@ TEST_P(Adapter, ReadsTheProbedCellsOnce) {
     AttentionAdapter adapter(
             world.params(in.sink, in.window), world.partitions);
     const KvView kv = world.view(in.length);
-    adapter.append(kv);
+    const int64_t sequence = adapter.create();
+    adapter.append(sequence, kv);
     ProbePolicy policy;
     policy.nprobe = 3;
     policy.max_selectivity = 0.4;
     policy.share_group = in.share_group;
     const int64_t first = in.length - in.q_len;
     ProbedCells probed =
-            adapter.route(in.q_len, world.queries(first), nullptr, &policy);
+            adapter.route({{sequence, kv, in.q_len}}, world.queries(first), &policy);
     // Cells named twice count once.
     ProbedCells doubled;
     doubled.share_group = probed.share_group;
@@ -204,8 +107,8 @@ TEST_P(Adapter, ReadsTheProbedCellsOnce) {
     std::vector<float> out(in.q_len * in.heads_q * in.d), lse(in.q_len * in.heads_q);
     std::vector<AttendStats> stats(in.q_len * in.heads_q);
     adapter.attend_preassigned(
-            kv, in.q_len, world.queries(first), nullptr, doubled, out.data(),
-            lse.data(), stats.data());
+            {{sequence, kv, in.q_len}}, world.queries(first), doubled,
+            {out.data(), lse.data(), stats.data()});
     const int group = in.heads_q / in.heads_kv;
     for (int64_t t = 0; t < in.q_len; t++) {
         for (int h = 0; h < in.heads_q; h++) {
@@ -224,7 +127,7 @@ TEST_P(Adapter, ReadsTheProbedCellsOnce) {
                     [&](int64_t j) {
                         const bool far = j >= in.sink && j <= i - in.window;
                         const bool probed_key = far &&
-                                cells.count(adapter.lists(h / group).cell_of(j));
+                                cells.count(adapter.lists(sequence, h / group).cell_of(j));
                         keys += probed_key;
                         return !far || probed_key;
                     },
@@ -260,44 +163,36 @@ TEST(AttentionAdapter, BulkEqualsTokenByToken) {
     for (auto& p : world.partitions) {
         p.query = std::make_shared<CellMeanAssigner>(8, 12);
     }
-    AttentionAdapter bulk(world.params(5, 20), world.partitions);
-    AttentionAdapter single(world.params(5, 20), world.partitions);
-    bulk.append(world.view(200));
+    AttentionAdapter adapter(world.params(5, 20), world.partitions);
+    const int64_t bulk = adapter.create(), single = adapter.create();
+    adapter.append(bulk, world.view(200));
     for (int64_t n = 1; n <= 200; n++) {
-        single.append(world.view(n));
+        adapter.append(single, world.view(n));
     }
-    for (int h = 0; h < 2; h++) {
-        ASSERT_EQ(bulk.lists(h).size(), 200 - 5 - 20);
-        for (int c = 0; c < 12; c++) {
-            EXPECT_EQ(bulk.lists(h).slots(c), single.lists(h).slots(c));
-        }
-        const CellStats a = bulk.lists(h).stats(), b = single.lists(h).stats();
-        for (int i = 0; i < 12 * 8; i++) {
-            EXPECT_EQ(a.mean_post_rope[i], b.mean_post_rope[i]);
-        }
-    }
+    EXPECT_EQ(adapter.lists(bulk, 0).size(), 200 - 5 - 20);
+    tests::expect_same_state(adapter, bulk, single);
     std::vector<float> x(4 * 8), y(4 * 8);
-    bulk.attend(world.view(200), 1, world.queries(199), nullptr, x.data(), nullptr);
-    single.attend(world.view(200), 1, world.queries(199), nullptr, y.data(), nullptr);
+    adapter.attend({{bulk, world.view(200)}}, world.queries(199), {x.data()});
+    adapter.attend({{single, world.view(200)}}, world.queries(199), {y.data()});
     EXPECT_EQ(x, y);
 }
 
 TEST(AttentionAdapter, MergesWithADenseKernelElsewhere) {
-    // The caller attends to the last 20 tokens and asks for the others: an
-    // adapter of the first 100, without window.
+    // The caller attends to the last 20 tokens with its own kernel and hands
+    // the result in: an adapter of the first 100, without window.
     tests::Random random;
     const World world(random, 2, 1, 8, 120, 6, NEEDS_POST_ROPE);
     AttentionAdapter adapter(world.params(4, 0), world.partitions);
-    adapter.append(world.view(100));
+    const int64_t sequence = adapter.create();
+    adapter.append(sequence, world.view(100));
     const int64_t last = 99;
-    std::vector<float> out(16), lse(2), dense(16), dense_lse(2);
-    adapter.attend(
-            world.view(100), 1, world.queries(119), &last, out.data(),
-            lse.data());
+    std::vector<float> out(16), lse(2);
     attend_range(
             world.view(120), 0, 2, world.queries(119), 1 / std::sqrt(8.0f), 100,
-            120, dense.data(), dense_lse.data());
-    merge_states(2, 8, out.data(), lse.data(), dense.data(), dense_lse.data());
+            120, out.data(), lse.data());
+    adapter.attend(
+            {{sequence, world.view(100), 1, &last}}, world.queries(119),
+            {out.data(), lse.data(), nullptr, /*merge=*/true});
     for (int h = 0; h < 2; h++) {
         std::vector<double> expected;
         double expected_lse;
@@ -306,6 +201,11 @@ TEST(AttentionAdapter, MergesWithADenseKernelElsewhere) {
         EXPECT_LT(relative_error(out.data() + h * 8, expected), 1e-5);
         EXPECT_NEAR(lse[h], expected_lse, 1e-4);
     }
+    EXPECT_SENTENCE(
+            adapter.attend(
+                    {{sequence, world.view(100), 1, &last}}, world.queries(119),
+                    {out.data(), nullptr, nullptr, true}),
+            "lse is null");
 }
 
 TEST(AttentionAdapter, SinkAndWindowMayBeTheCallers) {
@@ -316,16 +216,17 @@ TEST(AttentionAdapter, SinkAndWindowMayBeTheCallers) {
     params.attend_dense = false;
     AttentionAdapter far(params, world.partitions);
     const KvView kv = world.view(120);
-    whole.append(kv);
-    far.append(kv);
+    const int64_t a = whole.create(), b = far.create();
+    whole.append(a, kv);
+    far.append(b, kv);
     ProbePolicy policy;
     policy.nprobe = 2;
     std::vector<float> expected(16), expected_lse(2), out(16), lse(2), part(16), part_lse(2);
-    whole.attend(kv, 1, world.queries(119), nullptr, expected.data(),
-                 expected_lse.data(), nullptr, &policy);
+    whole.attend({{a, kv}}, world.queries(119),
+                 {expected.data(), expected_lse.data()}, &policy);
     std::vector<AttendStats> stats(2);
-    far.attend(kv, 1, world.queries(119), nullptr, out.data(), lse.data(),
-               stats.data(), &policy);
+    far.attend({{b, kv}}, world.queries(119),
+               {out.data(), lse.data(), stats.data()}, &policy);
     EXPECT_EQ(stats[0].dense_mass, 0);
     const float scale = 1 / std::sqrt(8.0f);
     for (const auto& [begin, end] : {std::pair(0, 4), std::pair(100, 120)}) {
@@ -357,9 +258,11 @@ TEST(AttentionAdapter, AnAssignerThatReturnsWrongCells) {
     World world(random, 2, 1, 8, 50, 6, NEEDS_POST_ROPE);
     world.partitions[0].key = std::make_shared<Wrong>();
     AttentionAdapter adapter(world.params(4, 10), world.partitions);
-    EXPECT_SENTENCE(adapter.append(world.view(50)), "slot 7 into cell 6");
-    EXPECT_EQ(adapter.length(), 0);
-    EXPECT_EQ(adapter.lists(0).size(), 0);
+    const int64_t sequence = adapter.create();
+    EXPECT_SENTENCE(
+            adapter.append(sequence, world.view(50)), "slot 7 into cell 6");
+    EXPECT_EQ(adapter.length(sequence), 0);
+    EXPECT_EQ(adapter.lists(sequence, 0).size(), 0);
 }
 
 /// An assigner that knows which query head asks: head h wants cell h.
@@ -387,12 +290,13 @@ TEST(AttentionAdapter, AssignersLearnWhichQueryHeadAsks) {
         p.query = std::make_shared<CellOfHead>(8, 6);
     }
     AttentionAdapter adapter(world.params(4, 10), world.partitions);
-    adapter.append(world.view(200));
+    const int64_t sequence = adapter.create();
+    adapter.append(sequence, world.view(200));
     ProbePolicy policy;
     policy.nprobe = 1;
     policy.share_group = false;
     const ProbedCells probed =
-            adapter.route(2, world.queries(198), nullptr, &policy);
+            adapter.route({{sequence, KvView(), 2}}, world.queries(198), &policy);
     EXPECT_EQ(probed.cells, (std::vector<int32_t>{0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2}));
     world.partitions[1].key = world.partitions[1].query;
     EXPECT_SENTENCE(
@@ -407,20 +311,19 @@ TEST(AttentionAdapter, FewFarKeysAreReadDensely) {
     params.policy.nprobe = 1;
     params.dense_below = 60; // exactly as many as there are
     AttentionAdapter adapter(params, world.partitions);
-    adapter.append(world.view(100));
     std::vector<float> out(16);
     std::vector<AttendStats> stats(2);
-    const auto attend = [&](const AttentionAdapter& a) {
-        a.attend(
-                world.view(100), 1, world.queries(99), nullptr, out.data(),
-                nullptr, stats.data());
+    const auto attend = [&](AttentionAdapter& a) {
+        const int64_t sequence = a.create();
+        a.append(sequence, world.view(100));
+        a.attend({{sequence, world.view(100)}}, world.queries(99),
+                 {out.data(), nullptr, stats.data()});
     };
     attend(adapter);
     EXPECT_EQ(stats[0].far_keys, 60);
     EXPECT_EQ(stats[0].keys_read, 60);
     params.dense_below = 59;
     AttentionAdapter sparse(params, world.partitions);
-    sparse.append(world.view(100));
     attend(sparse);
     EXPECT_EQ(stats[0].cells, 1);
     EXPECT_LT(stats[0].keys_read, 60);
@@ -433,12 +336,13 @@ TEST(AttentionAdapter, PositionsAskForEarlierTokens) {
     params.position_offset = 1000;
     params.policy.nprobe = 6;
     AttentionAdapter adapter(params, world.partitions);
-    adapter.append(world.view(100));
+    const int64_t sequence = adapter.create();
+    adapter.append(sequence, world.view(100));
     const int64_t position = 1050;
     std::vector<float> out(16), lse(2);
     adapter.attend(
-            world.view(100), 1, world.queries(50), &position, out.data(),
-            lse.data());
+            {{sequence, world.view(100), 1, &position}}, world.queries(50),
+            {out.data(), lse.data()});
     std::vector<double> expected;
     double expected_lse;
     world.reference(50, 0, [](int64_t) { return true; }, expected, expected_lse);
@@ -446,8 +350,8 @@ TEST(AttentionAdapter, PositionsAskForEarlierTokens) {
     for (int64_t wrong : {999, 1100, -5}) {
         EXPECT_SENTENCE(
                 adapter.attend(
-                        world.view(100), 1, world.queries(50), &wrong,
-                        out.data(), lse.data()),
+                        {{sequence, world.view(100), 1, &wrong}},
+                        world.queries(50), {out.data(), lse.data()}),
                 "positions[0] = " + std::to_string(wrong));
     }
 }
@@ -456,13 +360,14 @@ TEST(AttentionAdapter, EmptySequence) {
     tests::Random random;
     const World world(random, 2, 1, 8, 50, 6, NEEDS_POST_ROPE);
     AttentionAdapter adapter(world.params(4, 10), world.partitions);
-    adapter.append(world.view(0));
-    EXPECT_EQ(adapter.length(), 0);
+    const int64_t sequence = adapter.create();
+    adapter.append(sequence, world.view(0));
+    EXPECT_EQ(adapter.length(sequence), 0);
     float unused;
-    adapter.attend(world.view(0), 0, nullptr, nullptr, &unused, nullptr);
+    adapter.attend({{sequence, world.view(0), 0}}, nullptr, {&unused});
+    adapter.attend({}, nullptr, {});
     EXPECT_SENTENCE(
-            adapter.attend(
-                    world.view(0), 1, world.queries(0), nullptr, &unused, nullptr),
+            adapter.attend({{sequence, world.view(0)}}, world.queries(0), {&unused}),
             "q_len = 1 exceeds");
 }
 
@@ -470,50 +375,60 @@ TEST(AttentionAdapter, WrongInputChangesNothing) {
     tests::Random random;
     World world(random, 4, 2, 8, 100, 6, NEEDS_POST_ROPE);
     AttentionAdapter adapter(world.params(4, 10), world.partitions);
-    adapter.append(world.view(80));
+    const int64_t sequence = adapter.create();
+    adapter.append(sequence, world.view(80));
     std::vector<float> out(32, 7.0f);
+    const auto append = [&](const KvView& kv) { adapter.append(sequence, kv); };
     const auto attend = [&](const KvView& kv, const float* q, int64_t q_len) {
-        adapter.attend(kv, q_len, q, nullptr, out.data(), nullptr);
+        adapter.attend({{sequence, kv, q_len}}, q, {out.data()});
     };
-    EXPECT_SENTENCE(adapter.append(world.view(79)), "kv.length = 79");
+    EXPECT_SENTENCE(append(world.view(79)), "kv.length = 79");
     KvView kv = world.view(100);
     kv.heads = 1;
-    EXPECT_SENTENCE(adapter.append(kv), "kv.heads = 1");
+    EXPECT_SENTENCE(append(kv), "kv.heads = 1");
     kv = world.view(100);
     kv.d = 4;
-    EXPECT_SENTENCE(adapter.append(kv), "kv.d = 4");
+    EXPECT_SENTENCE(append(kv), "kv.d = 4");
     EXPECT_SENTENCE(attend(world.view(79), world.queries(79), 1), "kv.length = 79");
     EXPECT_SENTENCE(attend(world.view(80), nullptr, 1), "queries is null");
     EXPECT_SENTENCE(attend(world.view(81), world.queries(80), 1), "append first");
     const int64_t far_away[] = {INT64_MIN, INT64_MAX};
     for (const int64_t& position : far_away) {
         EXPECT_SENTENCE(
-                adapter.attend(
-                        world.view(80), 1, world.queries(0), &position,
-                        out.data(), nullptr),
+                adapter.attend({{sequence, world.view(80), 1, &position}},
+                               world.queries(0), {out.data()}),
                 "positions[0]");
     }
     EXPECT_SENTENCE(attend(world.view(80), world.queries(0), -1), "q_len = -1");
     EXPECT_SENTENCE(attend(world.view(80), world.queries(0), 81), "q_len = 81");
     EXPECT_SENTENCE(
-            adapter.attend(
-                    world.view(80), 1, world.queries(79), nullptr, nullptr, nullptr),
+            adapter.attend({{sequence, world.view(80)}}, world.queries(79), {}),
             "output is null");
     auto q = std::vector<float>(32, 1.0f);
     q[19] = INFINITY;
     EXPECT_SENTENCE(attend(world.view(80), q.data(), 1), "queries[19]");
     world.k[95 * 16 + 11] = NAN;
-    EXPECT_SENTENCE(
-            adapter.append(world.view(100)),
-            "key of slot 95, head 1: key[3]");
-    EXPECT_EQ(adapter.length(), 80);
-    EXPECT_EQ(adapter.lists(0).size(), 80 - 14);
+    EXPECT_SENTENCE(append(world.view(100)), "key of slot 95, head 1: key[3]");
+    // A page table with a hole, and one that points outside the buffers.
+    for (int32_t page : {-1, 10}) {
+        std::vector<int32_t> pages = {0, 1, 2, page, 4, 5, 6, 7, 8, 9};
+        kv = world.view(90);
+        kv.page_table = pages.data();
+        kv.page_size = 10;
+        kv.npages = 10;
+        kv.k_page_stride = kv.v_page_stride = 10 * 16;
+        EXPECT_SENTENCE(
+                append(kv), "page_table[3] = " + std::to_string(page));
+        EXPECT_SENTENCE(attend(kv, world.queries(79), 1), "page_table[3]");
+    }
+    EXPECT_EQ(adapter.length(sequence), 80);
+    EXPECT_EQ(adapter.lists(sequence, 0).size(), 80 - 14);
 
-    ProbedCells probed = adapter.route(1, world.queries(79), nullptr);
+    ProbedCells probed =
+            adapter.route({{sequence, KvView()}}, world.queries(79));
     const auto preassigned = [&](const ProbedCells& p) {
         adapter.attend_preassigned(
-                world.view(80), 1, world.queries(79), nullptr, p, out.data(),
-                nullptr);
+                {{sequence, world.view(80)}}, world.queries(79), p, {out.data()});
     };
     ProbedCells wrong = probed;
     wrong.cells[0] = 6;
@@ -542,14 +457,14 @@ TEST(AttentionAdapter, WrongParameters) {
     EXPECT_SENTENCE(make([](P p, V) { p.heads_q = 3; }), "heads_q = 3");
     EXPECT_SENTENCE(make([](P p, V) { p.heads_q = 0; }), "heads_q = 0");
     EXPECT_SENTENCE(make([](P p, V) { p.d = 0; }), "d = 0");
-    EXPECT_SENTENCE(make([](P p, V) { p.d = 4; }), "partitions[0] has d = 8");
+    EXPECT_SENTENCE(make([](P p, V) { p.d = 4; }), "a partition of KV head 0 has d = 8");
     EXPECT_SENTENCE(make([](P p, V) { p.sink = -1; }), "sink = -1");
     EXPECT_SENTENCE(make([](P p, V) { p.window = -1; }), "window = -1");
     EXPECT_SENTENCE(make([](P p, V) { p.scale = NAN; }), "scale");
     EXPECT_SENTENCE(make([](P p, V) { p.policy.nprobe = 0; }), "nprobe = 0");
     EXPECT_SENTENCE(make([](P p, V) { p.dense_below = -1; }), "dense_below");
     EXPECT_SENTENCE(make([](P p, V) { p.position_offset = -1; }), "offset");
-    EXPECT_SENTENCE(make([](P, V v) { v.pop_back(); }), "1 partitions");
+    EXPECT_SENTENCE(make([](P, V v) { v.pop_back(); }), "partitions for 1 heads");
     EXPECT_SENTENCE(make([](P, V v) { v[1].query = nullptr; }), "no query");
     EXPECT_SENTENCE(make([](P, V v) { v[1].rope.d = 4; }), "partial rotary");
     EXPECT_SENTENCE(make([](P, V v) { v[1].rope.d = 0; }), "no RoPE parameters");

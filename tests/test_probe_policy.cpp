@@ -1,4 +1,3 @@
-#include <faiss_saap/CellLists.h>
 #include <faiss_saap/ProbePolicy.h>
 
 #include <algorithm>
@@ -135,60 +134,6 @@ TEST(ProbePolicy, ChecksItsFields) {
     p.max_selectivity = 0.05;
     EXPECT_EQ(p.key_limit(1000), 50);
     EXPECT_EQ(p.key_limit(10000), 70);
-}
-
-TEST(CellLists, KeepsSlotsAndStatistics) {
-    tests::Random random;
-    const int ncell = 7, d = 3, n = 500, first = 16;
-    CellLists lists(ncell, d, first, /*with_means=*/true);
-    const auto keys = random.normal(n * d);
-    std::vector<std::vector<int32_t>> expected(ncell);
-    std::vector<std::vector<double>> sum(ncell, std::vector<double>(d));
-    for (int i = 0; i < n; i++) {
-        const auto cell = int32_t(random.below(ncell - 1)); // one stays empty
-        lists.append(cell, keys.data() + i * d, 1000 + i);
-        expected[cell].push_back(first + i);
-        for (int j = 0; j < d; j++) {
-            sum[cell][j] += keys[i * d + j];
-        }
-        EXPECT_EQ(lists.cell_of(first + i), cell);
-    }
-    EXPECT_EQ(lists.size(), n);
-    const CellStats stats = lists.stats();
-    for (int c = 0; c < ncell; c++) {
-        EXPECT_EQ(lists.slots(c), expected[c]);
-        ASSERT_EQ(stats.count[c], int(expected[c].size()));
-        EXPECT_EQ(
-                stats.newest[c],
-                expected[c].empty() ? -1 : 1000 + expected[c].back() - first);
-        for (int j = 0; stats.count[c] && j < d; j++) {
-            EXPECT_NEAR(
-                    stats.mean_post_rope[c * d + j],
-                    sum[c][j] / stats.count[c],
-                    1e-5);
-        }
-        for (int64_t end : {0, 16, 100, 300, 516, 600}) {
-            EXPECT_EQ(
-                    lists.count_before(c, end),
-                    std::count_if(
-                            expected[c].begin(),
-                            expected[c].end(),
-                            [end](int32_t s) { return s < end; }));
-        }
-    }
-    EXPECT_GE(lists.bytes_used(), n * 6u);
-}
-
-TEST(CellLists, WrongInput) {
-    CellLists lists(4, 2, 0, true);
-    const float key[2] = {1, 2};
-    EXPECT_SENTENCE(lists.append(4, key, 0), "cell = 4");
-    EXPECT_SENTENCE(lists.append(-1, key, 0), "cell = -1");
-    EXPECT_SENTENCE(lists.append(0, nullptr, 0), "post_rope is null");
-    EXPECT_EQ(lists.size(), 0);
-    EXPECT_SENTENCE(CellLists(0, 2, 0, false), "ncell = 0");
-    EXPECT_SENTENCE(CellLists(65537, 2, 0, false), "ncell = 65537");
-    EXPECT_SENTENCE(CellLists(4, 2, -1, false), "first_slot = -1");
 }
 
 } // namespace

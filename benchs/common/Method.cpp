@@ -78,8 +78,9 @@ std::vector<int32_t> CellMethod::slots_of(
         const std::vector<int64_t>& counts) const {
     std::vector<int32_t> slots;
     for (int32_t c : cells) {
-        const auto& list = lists.slots(c);
-        slots.insert(slots.end(), list.begin(), list.begin() + counts[c]);
+        const size_t first = slots.size();
+        slots.resize(first + counts[c]);
+        lists.copy_slots(c, counts[c], slots.data() + first);
     }
     std::sort(slots.begin(), slots.end());
     return slots;

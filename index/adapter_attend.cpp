@@ -1,0 +1,449 @@
+// What AttentionAdapter does with queries: route, then attend.
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+
+#include <omp.h>
+
+#include <faiss_saap/AttentionAdapter.h>
+#include <faiss_saap/faiss_compat.h>
+#include <faiss_saap/merge_states.h>
+
+#include "adapter_state.h"
+#include "check.h"
+#include "parallel_for.h"
+#include "vector_kernels.h"
+
+namespace faiss_saap {
+
+/// A token of a batch, and what it attends to: [0, sink_end) and [window_begin,
+/// window_end) densely, the slots between them through cells.
+struct AttentionAdapter::Token {
+    const SequenceInput* from = nullptr;
+    const Sequence* sequence = nullptr;
+    int64_t sink_end = 0, window_begin = 0, window_end = 0;
+
+    int64_t slot() const {
+        return window_end - 1;
+    }
+    int64_t far_keys() const {
+        return window_begin - sink_end;
+    }
+};
+
+std::vector<AttentionAdapter::Token> AttentionAdapter::tokens_of(
+        const std::vector<SequenceInput>& batch,
+        const float* queries) const {
+    std::vector<Token> tokens;
+    for (const SequenceInput& in : batch) {
+        const Sequence& s = at(in.sequence);
+        FAISS_THROW_IF_NOT_FMT(
+                in.q_len >= 0,
+                "q_len = %" PRId64 " must not be negative",
+                in.q_len);
+        FAISS_THROW_IF_NOT_FMT(
+                in.positions || in.q_len <= s.length,
+                "q_len = %" PRId64 " exceeds the %" PRId64
+                " tokens of sequence %" PRId64,
+                in.q_len,
+                s.length,
+                in.sequence);
+        for (int64_t t = 0; t < in.q_len; t++) {
+            const int64_t first = params_.position_offset;
+            if (in.positions) {
+                FAISS_THROW_IF_NOT_FMT(
+                        in.positions[t] >= first &&
+                                in.positions[t] < first + s.length,
+                        "positions[%" PRId64 "] = %" PRId64
+                        " is outside sequence %" PRId64
+                        ", which covers %" PRId64 " .. %" PRId64,
+                        t,
+                        in.positions[t],
+                        in.sequence,
+                        first,
+                        first + s.length - 1);
+            }
+            const int64_t slot = in.positions ? in.positions[t] - first
+                                              : s.length - in.q_len + t;
+            Token token;
+            token.from = &in;
+            token.sequence = &s;
+            token.window_end = slot + 1;
+            token.sink_end = std::min(params_.sink, slot + 1);
+            token.window_begin =
+                    std::max(token.sink_end, slot + 1 - params_.window);
+            tokens.push_back(token);
+        }
+    }
+    FAISS_THROW_IF_NOT_MSG(tokens.empty() || queries, "queries is null");
+    check_finite(
+            queries,
+            static_cast<int64_t>(tokens.size()) * params_.heads_q,
+            params_.d,
+            "queries");
+    return tokens;
+}
+
+ProbedCells AttentionAdapter::route(
+        const std::vector<SequenceInput>& batch,
+        const float* queries,
+        const ProbePolicy* given) const {
+    const ProbePolicy& policy = given ? *given : params_.policy;
+    policy.check();
+    const std::vector<Token> tokens = tokens_of(batch, queries);
+
+    const int choices = policy.share_group ? 1 : group_; // per KV head
+    const auto tasks = static_cast<int64_t>(tokens.size()) * params_.heads_kv;
+    std::vector<std::vector<int32_t>> chosen(tasks * choices);
+    parallel_for(tasks, [&](int64_t task) {
+        const Token& token = tokens[task / params_.heads_kv];
+        const int h = static_cast<int>(task % params_.heads_kv);
+        const auto& head = token.sequence->heads[h];
+        const int npartition = static_cast<int>(head.size());
+        const int64_t far_keys = token.far_keys();
+        const float* q = queries + task * group_ * params_.d;
+        int32_t first_cell = 0;
+        for (int p = 0; p < npartition && far_keys > 0; p++) {
+            const Partition& partition = head[p].partition;
+            const CellLists& lists = head[p].lists;
+            const int ncell = lists.ncell();
+            const double share = policy.share(p, npartition);
+            std::vector<int64_t> counts(ncell);
+            for (int c = 0; c < ncell; c++) {
+                counts[c] = lists.count_before(c, token.window_begin);
+            }
+            if (far_keys <= params_.dense_below) {
+                // One partition covers them all.
+                for (int g = 0; p == 0 && g < choices; g++) {
+                    for (int c = 0; c < ncell; c++) {
+                        if (counts[c]) {
+                            chosen[task * choices + g].push_back(c);
+                        }
+                    }
+                }
+                continue;
+            }
+            if (share == 0) {
+                first_cell += ncell;
+                continue;
+            }
+            const RoutedVectors routed(
+                    head[p].rotary.get(),
+                    *partition.query,
+                    group_,
+                    q,
+                    std::vector<int64_t>(
+                            group_, token.slot() + params_.position_offset));
+            std::vector<float> scores(size_t(group_) * ncell);
+            const CellStats stats = lists.stats();
+            partition.query->scores(routed.input, &stats, scores.data());
+            if (policy.share_group) {
+                std::vector<float> shared(ncell);
+                share_scores(
+                        group_,
+                        ncell,
+                        scores.data(),
+                        counts.data(),
+                        params_.scale,
+                        shared.data());
+                scores = std::move(shared);
+            }
+            // Without a limit there is nothing to split.
+            const int64_t all = policy.key_limit(far_keys);
+            const int64_t limit = all >= far_keys
+                    ? far_keys
+                    : static_cast<int64_t>(share * all + 1e-9);
+            for (int g = 0; g < choices; g++) {
+                auto& row = chosen[task * choices + g];
+                for (int32_t c : take_cells(
+                             ncell,
+                             scores.data() + int64_t(g) * ncell,
+                             counts.data(),
+                             policy.nprobe,
+                             limit,
+                             /*at_least_one=*/row.empty())) {
+                    row.push_back(first_cell + c);
+                }
+            }
+            first_cell += ncell;
+        }
+    });
+
+    ProbedCells probed;
+    probed.share_group = policy.share_group;
+    probed.begin.push_back(0);
+    for (const auto& row : chosen) {
+        probed.cells.insert(probed.cells.end(), row.begin(), row.end());
+        probed.begin.push_back(static_cast<int64_t>(probed.cells.size()));
+    }
+    return probed;
+}
+
+namespace {
+
+/// The far keys that one row of probed cells reads.
+struct FarKeys {
+    int64_t cells = 0;          ///< distinct ones
+    std::vector<int32_t> slots; ///< ascending, each once
+};
+
+/// Slots begin .. end - 1, of the cache for all KV heads, or of a row's far
+/// keys.
+struct Piece {
+    int64_t row = -1; ///< of probed cells; -1: sink or window
+    int64_t begin, end;
+};
+
+void cut(
+        int64_t row,
+        int64_t begin,
+        int64_t end,
+        int64_t length,
+        std::vector<Piece>& pieces) {
+    for (; begin < end; begin += length) {
+        pieces.push_back({row, begin, std::min(begin + length, end)});
+    }
+}
+
+} // namespace
+
+void AttentionAdapter::attend_preassigned(
+        const std::vector<SequenceInput>& batch,
+        const float* queries,
+        const ProbedCells& probed,
+        const AttendOutput& out) const {
+    for (const SequenceInput& in : batch) {
+        const Sequence& s = at(in.sequence);
+        check_view(in.kv, s.length);
+        FAISS_THROW_IF_NOT_FMT(
+                in.positions || in.kv.length == s.length,
+                "kv.length = %" PRId64 ", but %" PRId64
+                " tokens were appended to sequence %" PRId64
+                ": append first, or give positions",
+                in.kv.length,
+                s.length,
+                in.sequence);
+        FAISS_THROW_IF_NOT_FMT(
+                in.kv.d_v == batch[0].kv.d_v,
+                "kv.d_v = %d, that of the batch's first sequence is %d",
+                in.kv.d_v,
+                batch[0].kv.d_v);
+    }
+    const std::vector<Token> tokens = tokens_of(batch, queries);
+    const auto ntoken = static_cast<int64_t>(tokens.size());
+    FAISS_THROW_IF_NOT_MSG(ntoken == 0 || out.output, "output is null");
+    FAISS_THROW_IF_NOT_MSG(
+            ntoken == 0 || out.lse || !out.merge,
+            "lse is null, but merging needs it");
+    const int choices = probed.share_group ? 1 : group_;
+    const int64_t rows_per_token = int64_t(params_.heads_kv) * choices;
+    const int64_t rows = ntoken * rows_per_token;
+    FAISS_THROW_IF_NOT_FMT(
+            probed.begin.size() == static_cast<size_t>(rows) + 1,
+            "probed.begin has %zd entries, %" PRId64
+            " rows need one more than that",
+            probed.begin.size(),
+            rows);
+    for (int64_t r = 0; r < rows; r++) {
+        FAISS_THROW_IF_NOT_FMT(
+                0 <= probed.begin[r] &&
+                        probed.begin[r] <= probed.begin[r + 1] &&
+                        probed.begin[r + 1] <=
+                                static_cast<int64_t>(probed.cells.size()),
+                "probed.begin[%" PRId64 "] = %" PRId64 " is out of order",
+                r,
+                probed.begin[r]);
+        const auto h = static_cast<int>(r / choices % params_.heads_kv);
+        int64_t ncell = 0;
+        for (const auto& l : tokens[r / rows_per_token].sequence->heads[h]) {
+            ncell += l.lists.ncell();
+        }
+        for (int64_t i = probed.begin[r]; i < probed.begin[r + 1]; i++) {
+            FAISS_THROW_IF_NOT_FMT(
+                    probed.cells[i] >= 0 && probed.cells[i] < ncell,
+                    "probed.cells[%" PRId64
+                    "] = %d, KV head %d has %" PRId64 " cells",
+                    i,
+                    probed.cells[i],
+                    h,
+                    ncell);
+        }
+    }
+
+    std::vector<FarKeys> far(rows);
+    parallel_for(rows, [&](int64_t r) {
+        const Token& token = tokens[r / rows_per_token];
+        const auto h = static_cast<int>(r / choices % params_.heads_kv);
+        far[r].slots = far_slots(
+                token,
+                h,
+                probed.cells.data() + probed.begin[r],
+                probed.cells.data() + probed.begin[r + 1],
+                &far[r].cells);
+    });
+
+    // Every row is cut into pieces, so that one long sequence occupies all
+    // cores; partial results merge exactly. Long pieces, because the first rows
+    // of each are read without a prefetch, but some for every thread.
+    int64_t slots = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        slots += static_cast<int64_t>(far[r].slots.size());
+    }
+    const int64_t length = std::clamp<int64_t>(
+            slots / (4 * omp_get_max_threads()), 256, 4096);
+    std::vector<Piece> pieces;
+    std::vector<int64_t> first_piece = {0}; // of each token
+    for (int64_t t = 0; t < ntoken; t++) {
+        if (params_.attend_dense) {
+            const int64_t stretch =
+                    std::max<int64_t>(64, length / params_.heads_kv);
+            const Token& token = tokens[t];
+            cut(-1, 0, token.sink_end, stretch, pieces);
+            cut(-1, token.window_begin, token.window_end, stretch, pieces);
+        }
+        for (int64_t r = t * rows_per_token; r < (t + 1) * rows_per_token;
+             r++) {
+            cut(r, 0, static_cast<int64_t>(far[r].slots.size()), length, pieces);
+        }
+        first_piece.push_back(static_cast<int64_t>(pieces.size()));
+    }
+    std::vector<int64_t> token_of(pieces.size());
+    std::vector<int64_t> first_result(pieces.size() + 1, 0);
+    const int nq = probed.share_group ? group_ : 1; // query heads of a row
+    for (int64_t t = 0; t < ntoken; t++) {
+        for (int64_t i = first_piece[t]; i < first_piece[t + 1]; i++) {
+            token_of[i] = t;
+            first_result[i + 1] = first_result[i] +
+                    (pieces[i].row < 0 ? params_.heads_q : nq);
+        }
+    }
+    const int d_v = ntoken ? tokens[0].from->kv.d_v : 0;
+    std::vector<float> part(first_result.back() * d_v);
+    std::vector<float> part_lse(first_result.back());
+    parallel_for(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+        const Piece& piece = pieces[i];
+        AttendKernelParams p;
+        p.kv = &tokens[token_of[i]].from->kv;
+        p.scale = params_.scale;
+        p.n = piece.end - piece.begin;
+        if (piece.row < 0) {
+            p.heads = params_.heads_kv;
+            p.nq = group_;
+            p.queries = queries + token_of[i] * params_.heads_q * params_.d;
+            p.begin = piece.begin;
+        } else {
+            p.kv_head = static_cast<int>(
+                    piece.row / choices % params_.heads_kv);
+            p.nq = nq;
+            p.queries = queries + piece.row * nq * params_.d;
+            p.slots = far[piece.row].slots.data() + piece.begin;
+        }
+        p.output = part.data() + first_result[i] * d_v;
+        p.lse = part_lse.data() + first_result[i];
+        attend_kernel(p);
+    });
+
+    parallel_for(ntoken, [&](int64_t t) {
+        const int64_t first_row = t * params_.heads_q;
+        float* output = out.output + first_row * d_v;
+        std::vector<float> lse(params_.heads_q, -INFINITY);
+        std::vector<float> dense(params_.heads_q, -INFINITY);
+        if (out.merge) {
+            std::copy_n(out.lse + first_row, params_.heads_q, lse.data());
+        } else {
+            std::fill_n(output, int64_t(params_.heads_q) * d_v, 0.0f);
+        }
+        for (int64_t i = first_piece[t]; i < first_piece[t + 1]; i++) {
+            const Piece& piece = pieces[i];
+            const float* l = part_lse.data() + first_result[i];
+            const auto n = static_cast<int>(
+                    first_result[i + 1] - first_result[i]);
+            const int64_t head =
+                    piece.row < 0 ? 0 : piece.row * nq - first_row;
+            merge_states(
+                    n,
+                    d_v,
+                    output + head * d_v,
+                    lse.data() + head,
+                    part.data() + first_result[i] * d_v,
+                    l);
+            for (int h = 0; piece.row < 0 && h < n; h++) {
+                dense[h] = merge_weights(dense[h], l[h]).lse;
+            }
+        }
+        for (int h = 0; h < params_.heads_q; h++) {
+            if (out.stats) {
+                AttendStats& stats = out.stats[first_row + h];
+                const FarKeys& keys = far[(first_row + h) / nq];
+                stats.cells = keys.cells;
+                stats.keys_read = static_cast<int64_t>(keys.slots.size());
+                stats.far_keys = tokens[t].far_keys();
+                stats.dense_mass =
+                        lse[h] == -INFINITY ? 0 : std::exp(dense[h] - lse[h]);
+            }
+        }
+        if (out.lse) {
+            std::copy_n(lse.data(), params_.heads_q, out.lse + first_row);
+        }
+    });
+}
+
+std::vector<int32_t> AttentionAdapter::far_slots(
+        const Token& token,
+        int kv_head,
+        const int32_t* cells,
+        const int32_t* cells_end,
+        int64_t* distinct) const {
+    const auto& head = token.sequence->heads[kv_head];
+    std::vector<int64_t> first_cell = {0}; // of each partition
+    for (const auto& l : head) {
+        first_cell.push_back(first_cell.back() + l.lists.ncell());
+    }
+    // A bitmap puts the slots into ascending order, which is kinder to the
+    // memory, and drops those that two cells share, in one pass over the lists.
+    std::vector<uint64_t> bits((token.far_keys() + 63) / 64, 0);
+    std::vector<bool> seen(first_cell.back(), false);
+    std::vector<int32_t> of_cell;
+    int64_t n = 0;
+    *distinct = 0;
+    for (; cells != cells_end; ++cells) {
+        if (seen[*cells]) {
+            continue;
+        }
+        seen[*cells] = true;
+        ++*distinct;
+        size_t p = 0;
+        while (*cells >= first_cell[p + 1]) {
+            p++;
+        }
+        const CellLists& lists = head[p].lists;
+        const auto c = static_cast<int>(*cells - first_cell[p]);
+        of_cell.resize(lists.count_before(c, token.window_begin));
+        lists.copy_slots(
+                c, static_cast<int64_t>(of_cell.size()), of_cell.data());
+        n += static_cast<int64_t>(of_cell.size());
+        for (int32_t slot : of_cell) {
+            const uint64_t at = slot - token.sink_end;
+            bits[at / 64] |= uint64_t(1) << (at % 64);
+        }
+    }
+    std::vector<int32_t> slots;
+    slots.reserve(n);
+    for (size_t w = 0; w < bits.size(); w++) {
+        for (uint64_t left = bits[w]; left; left &= left - 1) {
+            slots.push_back(static_cast<int32_t>(
+                    token.sink_end + 64 * w + __builtin_ctzll(left)));
+        }
+    }
+    return slots;
+}
+
+void AttentionAdapter::attend(
+        const std::vector<SequenceInput>& batch,
+        const float* queries,
+        const AttendOutput& out,
+        const ProbePolicy* policy) const {
+    attend_preassigned(batch, queries, route(batch, queries, policy), out);
+}
+
+} // namespace faiss_saap

@@ -1,0 +1,182 @@
+#include <faiss_saap/CellLists.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "common.h"
+
+namespace faiss_saap {
+namespace {
+
+TEST(CellLists, KeepsSlotsAndStatistics) {
+    tests::Random random;
+    const int ncell = 7, d = 3, n = 500, first = 16;
+    CellLists lists(ncell, d, first, /*with_means=*/true);
+    const auto keys = random.normal(n * d);
+    std::vector<std::vector<int32_t>> expected(ncell);
+    std::vector<std::vector<double>> sum(ncell, std::vector<double>(d));
+    for (int i = 0; i < n; i++) {
+        const auto cell = int32_t(random.below(ncell - 1)); // one stays empty
+        lists.append(cell, keys.data() + i * d, 1000 + i);
+        expected[cell].push_back(first + i);
+        for (int j = 0; j < d; j++) {
+            sum[cell][j] += keys[i * d + j];
+        }
+        EXPECT_EQ(lists.cell_of(first + i), cell);
+    }
+    EXPECT_EQ(lists.size(), n);
+    const CellStats stats = lists.stats();
+    for (int c = 0; c < ncell; c++) {
+        EXPECT_EQ(lists.slots(c), expected[c]);
+        ASSERT_EQ(stats.count[c], int(expected[c].size()));
+        EXPECT_EQ(
+                stats.newest[c],
+                expected[c].empty() ? -1 : 1000 + expected[c].back() - first);
+        for (int j = 0; stats.count[c] && j < d; j++) {
+            EXPECT_NEAR(
+                    stats.mean_post_rope[c * d + j],
+                    sum[c][j] / stats.count[c],
+                    1e-5);
+        }
+        for (int64_t end : {0, 16, 100, 300, 516, 600}) {
+            EXPECT_EQ(
+                    lists.count_before(c, end),
+                    std::count_if(
+                            expected[c].begin(),
+                            expected[c].end(),
+                            [end](int32_t s) { return s < end; }));
+        }
+    }
+}
+
+/// Slots by cell, the way that anybody would keep them.
+using Model = std::vector<std::vector<int32_t>>;
+
+void expect_lists(const CellLists& lists, const Model& model) {
+    int64_t n = 0;
+    for (size_t c = 0; c < model.size(); c++) {
+        EXPECT_EQ(lists.slots(int(c)), model[c]);
+        EXPECT_EQ(lists.stats().count[c], int(model[c].size()));
+        EXPECT_EQ(
+                lists.stats().newest[c],
+                model[c].empty() ? -1 : model[c].back() + 100);
+        for (int32_t slot : model[c]) {
+            EXPECT_EQ(lists.cell_of(slot), int(c));
+        }
+        n += int64_t(model[c].size());
+    }
+    EXPECT_EQ(lists.size(), n);
+}
+
+/// Random appends, truncations, forks and ends, against plain vectors.
+TEST(CellLists, ForksShareAndNeverDisturbEachOther) {
+    tests::Random random;
+    const int ncell = 5;
+    const int64_t first = 3;
+    auto pool = std::make_shared<SlotPool>();
+    std::vector<CellLists> all = {CellLists(ncell, 1, first, false, pool)};
+    std::vector<Model> models = {Model(ncell)};
+    for (int step = 0; step < 400; step++) {
+        const auto i = size_t(random.below(int64_t(all.size())));
+        const int64_t action = random.below(10);
+        if (action < 6) {
+            for (int64_t n = random.below(100); n > 0; n--) {
+                const auto cell = int32_t(random.below(ncell));
+                const auto slot = int32_t(first + all[i].size());
+                all[i].append(cell, nullptr, slot + 100);
+                models[i][cell].push_back(slot);
+            }
+        } else if (action < 8) {
+            const int64_t size = random.below(all[i].size() + 1);
+            all[i].truncate(size, {});
+            for (auto& cell : models[i]) {
+                while (!cell.empty() && cell.back() >= first + size) {
+                    cell.pop_back();
+                }
+            }
+        } else if (action == 8 && all.size() < 6) {
+            all.push_back(all[i]);
+            models.push_back(models[i]);
+        } else if (all.size() > 1) {
+            all.erase(all.begin() + int64_t(i));
+            models.erase(models.begin() + int64_t(i));
+        }
+        if (step % 20 == 0) {
+            for (size_t j = 0; j < all.size(); j++) {
+                expect_lists(all[j], models[j]);
+            }
+        }
+    }
+    all.clear();
+    EXPECT_EQ(pool->blocks_used(), 0u);
+}
+
+TEST(CellLists, AForkCostsNoMemoryForWhatItShares) {
+    auto pool = std::make_shared<SlotPool>();
+    CellLists lists(4, 1, 0, false, pool);
+    for (int i = 0; i < 10000; i++) {
+        lists.append(i % 4, nullptr, i);
+    }
+    const size_t used = pool->blocks_used();
+    EXPECT_EQ(used, size_t(4 * ((2500 + 29) / 30)));
+    const CellLists fork = lists;
+    EXPECT_EQ(pool->blocks_used(), used);
+    lists.append(0, nullptr, 10000);
+    EXPECT_EQ(pool->blocks_used(), used + 1);
+    EXPECT_EQ(fork.size(), 10000);
+    EXPECT_EQ(fork.slots(0).size(), 2500u);
+    // Chunks of the cell of each slot are shared but for the last.
+    std::unordered_set<const void*> counted;
+    const size_t first = lists.bytes_used(&counted);
+    EXPECT_LT(fork.bytes_used(&counted), first);
+    EXPECT_GE(first, 10001 * sizeof(uint16_t));
+    EXPECT_EQ(pool->bytes_used() % 8, 0u);
+    EXPECT_GE(pool->bytes_used(), (used + 1) * sizeof(SlotPool::Block));
+}
+
+TEST(CellLists, TruncatedMeansAreAsIfNeverAppended) {
+    tests::Random random;
+    const int ncell = 4, d = 3, n = 300, keep = 220;
+    const auto keys = random.normal(n * d);
+    CellLists once(ncell, d, 7, true), back(ncell, d, 7, true);
+    for (int i = 0; i < n; i++) {
+        const auto cell = int32_t(random.below(ncell));
+        if (i < keep) {
+            once.append(cell, keys.data() + i * d, i);
+        }
+        back.append(cell, keys.data() + i * d, i);
+    }
+    back.truncate(keep, [&](int64_t slot, float* key) {
+        std::copy_n(keys.data() + (slot - 7) * d, d, key);
+    });
+    for (int i = 0; i < ncell * d; i++) {
+        EXPECT_EQ(
+                once.stats().mean_post_rope[i], back.stats().mean_post_rope[i]);
+    }
+    EXPECT_SENTENCE(back.truncate(-1, {}), "size = -1");
+    EXPECT_SENTENCE(back.truncate(keep + 1, {}), "size = 221");
+    EXPECT_SENTENCE(back.truncate(0, {}), "read_key is empty");
+    EXPECT_EQ(back.size(), keep);
+}
+
+TEST(CellLists, WrongInput) {
+    CellLists lists(4, 2, 0, true);
+    const float key[2] = {1, 2};
+    EXPECT_SENTENCE(lists.append(4, key, 0), "cell = 4");
+    EXPECT_SENTENCE(lists.append(-1, key, 0), "cell = -1");
+    EXPECT_SENTENCE(lists.append(0, nullptr, 0), "post_rope is null");
+    EXPECT_EQ(lists.size(), 0);
+    const uint16_t cells[2] = {1, 4};
+    CellLists plain(4, 2, 0, false);
+    EXPECT_SENTENCE(plain.restore(2, cells, 0, nullptr), "cells[1] = 4");
+    EXPECT_SENTENCE(plain.restore(1, cells, 0, key), "means must be given");
+    EXPECT_EQ(plain.size(), 0);
+    plain.restore(1, cells, 0, nullptr);
+    EXPECT_SENTENCE(plain.restore(1, cells, 0, nullptr), "not empty");
+    EXPECT_SENTENCE(CellLists(0, 2, 0, false), "ncell = 0");
+    EXPECT_SENTENCE(CellLists(65537, 2, 0, false), "ncell = 65537");
+    EXPECT_SENTENCE(CellLists(4, 2, -1, false), "first_slot = -1");
+}
+
+} // namespace
+} // namespace faiss_saap
