@@ -9,12 +9,12 @@
 #include <CLI/CLI.hpp>
 #include <faiss/IndexFlat.h>
 #include <fmt/core.h>
-#include <sys/mman.h>
 
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/attend_slots.h>
 
+#include "common/SyntheticCache.h"
 #include "common/report.h"
 
 using namespace faiss_saap;
@@ -32,45 +32,32 @@ struct Options {
     bool huge_pages = false;
 };
 
-/// Memory that starts on a page, of 4 KiB or of 2 MiB.
-class Buffer {
-   public:
-    Buffer(size_t bytes, bool huge) : bytes_(bytes) {
-        data_ = mmap(
-                nullptr,
-                bytes,
-                PROT_READ | PROT_WRITE,
-                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                -1,
-                0);
-        if (data_ == MAP_FAILED) {
-            throw std::bad_alloc();
-        }
-        // Without a hint the kernel may use either, and ratios would wander.
-        madvise(data_, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-    }
-    ~Buffer() {
-        munmap(data_, bytes_);
-    }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    char* data() const {
-        return static_cast<char*>(data_);
-    }
-    size_t size() const {
-        return bytes_;
-    }
+CacheShape shape_of(const Options& o, DType dtype) {
+    CacheShape shape;
+    shape.tokens = o.tokens;
+    shape.heads = o.heads_kv;
+    shape.d = o.d;
+    shape.dtype = dtype;
+    shape.ncell = o.ncell;
+    shape.skew = o.skew;
+    shape.huge_pages = o.huge_pages;
+    return shape;
+}
 
-   private:
-    void* data_;
-    size_t bytes_;
-};
+std::shared_ptr<QuantizerAssigner> flat_assigner(
+        const std::vector<float>& centres,
+        int d,
+        faiss::MetricType metric) {
+    auto flat = std::make_shared<faiss::IndexFlat>(d, metric);
+    flat->add(static_cast<faiss::Index::idx_t>(centres.size()) / d, centres.data());
+    return std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
+}
 
-/// One sequence's cache: keys around the centres of its cells, of sizes as
-/// skewed as those of real partitions.
+/// One sequence, its cache and what it asks.
 struct Sequence {
-    Buffer k, v;
-    KvView kv;
+    std::mt19937 random;
+    SyntheticCache cache;
+    const KvView& kv = cache.kv;
     std::unique_ptr<AttentionAdapter> adapter;
     int64_t id = 0;
     std::vector<float> queries; ///< heads_q * d
@@ -78,38 +65,17 @@ struct Sequence {
     std::vector<std::vector<int32_t>> slots; ///< per KV head, those it reads
 
     Sequence(const Options& o, DType dtype, unsigned seed)
-            : k(o.tokens * o.heads_kv * o.d * element_size(dtype),
-                o.huge_pages),
-              v(k.size(), o.huge_pages) {
-        std::mt19937 random(seed);
+            : random(seed), cache(shape_of(o, dtype), random) {
         std::normal_distribution<float> normal;
-        kv = KvView::token_major(
-                k.data(), v.data(), dtype, o.tokens, o.heads_kv, o.d, o.d);
         std::vector<Partition> partitions;
         queries.resize(int64_t(o.heads_q) * o.d);
         const int group = o.heads_q / o.heads_kv;
         for (int h = 0; h < o.heads_kv; h++) {
-            auto centres = std::make_shared<faiss::IndexFlatL2>(o.d);
-            std::vector<float> centre(int64_t(o.ncell) * o.d);
-            for (float& f : centre) {
-                f = normal(random);
-            }
-            centres->add(o.ncell, centre.data());
-            auto means = std::make_shared<faiss::IndexFlatIP>(o.d);
-            means->add(o.ncell, centre.data());
             Partition p;
-            p.key = std::make_shared<QuantizerAssigner>(
-                    centres, NEEDS_POST_ROPE);
-            p.query = std::make_shared<QuantizerAssigner>(
-                    means, NEEDS_POST_ROPE);
+            p.key = flat_assigner(cache.centres[h], o.d, faiss::METRIC_L2);
+            p.query = flat_assigner(
+                    cache.centres[h], o.d, faiss::METRIC_INNER_PRODUCT);
             partitions.push_back(p);
-
-            std::vector<double> weight(o.ncell);
-            for (double& w : weight) {
-                w = std::exp(o.skew * normal(random));
-            }
-            std::discrete_distribution<int> cell(weight.begin(), weight.end());
-            fill_head(o, dtype, h, centre, cell, random);
             // The group looks for the same few things.
             std::vector<float> topic(o.d);
             for (float& f : topic) {
@@ -129,44 +95,14 @@ struct Sequence {
         params.policy.nprobe = o.ncell;
         params.policy.max_selectivity = o.selectivity;
         adapter = std::make_unique<AttentionAdapter>(params, partitions);
+        id = adapter->create();
         // The last token stays out: the step appends it.
         KvView prefix = kv;
         prefix.length--;
-        id = adapter->create();
         adapter->append(id, prefix);
     }
-
     std::vector<SequenceInput> batch() const {
         return {{id, kv}};
-    }
-
-   private:
-    void fill_head(
-            const Options& o,
-            DType dtype,
-            int h,
-            const std::vector<float>& centre,
-            std::discrete_distribution<int>& cell,
-            std::mt19937& random) {
-        // A row of noise is drawn from a pool: drawing it anew would take
-        // longer than the benchmark.
-        std::normal_distribution<float> normal;
-        std::vector<float> pool(1 << 16), row(o.d);
-        for (float& f : pool) {
-            f = normal(random);
-        }
-        for (int64_t s = 0; s < o.tokens; s++) {
-            const int64_t c = cell(random);
-            size_t at = random() % (pool.size() - o.d);
-            for (int j = 0; j < o.d; j++) {
-                row[j] = centre[c * o.d + j] + 0.3f * pool[at + j];
-            }
-            from_float(dtype, row.data(), o.d, const_cast<void*>(kv.key(h, s)));
-            at = random() % (pool.size() - o.d);
-            from_float(
-                    dtype, pool.data() + at, o.d,
-                    const_cast<void*>(kv.value(h, s)));
-        }
     }
 };
 
@@ -214,10 +150,13 @@ void run(const Options& o) {
     // The append comes first in a step; then route and attend see the state
     // that it leaves.
     std::vector<double> append_seconds;
-    for (auto& s : all) {
-        const double start = seconds_now();
-        s->adapter->append(s->id, s->kv);
-        append_seconds.push_back(seconds_now() - start);
+    for (int r = 0; r < o.repeat; r++) {
+        for (auto& s : all) {
+            s->adapter->truncate(s->id, o.tokens - 1, s->kv);
+            const double start = seconds_now();
+            s->adapter->append(s->id, s->kv);
+            append_seconds.push_back(seconds_now() - start);
+        }
     }
     double keys_read = 0, far_keys = 0;
     std::vector<float> out(int64_t(o.heads_q) * o.d), lse(o.heads_q);
@@ -256,12 +195,12 @@ void run(const Options& o) {
     const std::vector<Stage> stages = {
             {"bandwidth", cache,
              [&](Sequence& s) {
-                 const size_t piece = 1 << 20, n = s.k.size() / piece;
+                 const size_t piece = 1 << 20, n = s.cache.k.size() / piece;
                  uint64_t sum = 0;
 #pragma omp parallel for reduction(+ : sum)
                  for (size_t i = 0; i < 2 * n; i++) {
                      sum += read_all(
-                             (i < n ? s.k : s.v).data() + i % n * piece, piece);
+                             (i < n ? s.cache.k : s.cache.v).data() + i % n * piece, piece);
                  }
                  sink_of_sums = sum;
              }},

@@ -243,10 +243,12 @@ std::vector<int32_t> CellLists::slots(int cell) const {
 }
 
 int64_t CellLists::count_before(int cell, int64_t end) const {
+    // Most queries are the newest token, which sees whole lists.
+    if (end >= first_slot_ + size_) {
+        return count_[cell];
+    }
     const SlotPool& pool = *pool_;
     uint32_t block = tail_[cell];
-    // Most queries are the newest token, which sees whole lists: the walk back
-    // ends at once.
     for (int64_t left = count_[cell]; left > 0;) {
         const int64_t first = (left - 1) / kPerBlock * kPerBlock;
         const int32_t* slots = pool[block].slots;

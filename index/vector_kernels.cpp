@@ -32,6 +32,9 @@ using V = hn::Vec<D>;
 constexpr int kTile = 64;
 /// Rows that share the loads of a query.
 constexpr int kRows = 4;
+/// Rows between one that is read and one that is prefetched: enough for the
+/// latency of the memory, and few enough for its queues.
+constexpr int kRowsAhead = 32;
 /// Queries that share the loads of a row: kRows * kQueries sums stay in
 /// registers, of which the older x86 sets have 16 instead of 32.
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4 || \
@@ -312,10 +315,7 @@ struct OnlineSoftmax {
               weights(size_t(queries) * kTile),
               keys(size_t(p.heads) * kRing),
               values(size_t(p.heads) * kRing),
-              turn(p.heads >= 8       ? 8
-                           : p.heads >= 4 ? 16
-                           : p.heads >= 2 ? 32
-                                          : 64) {}
+              turn(std::max(kRows, kRowsAhead / p.heads / kRows * kRows)) {}
 
     /// Pointers to the rows of the tile at `begin`; the last row stands in for
     /// missing ones.
