@@ -29,7 +29,7 @@ struct TrainingParams {
     bool share_trunk = true; ///< by the query heads of the group
     DType dtype = DType::bfloat16; ///< its weights in the result
 
-    int steps = 2000;            ///< mini-batches at most
+    int steps = 1000;            ///< mini-batches at most
     int batch = 512;             ///< tokens of a mini-batch, every head asks
     int warmup = 100;            ///< steps with a rising learning rate
     float learning_rate = 2e-3f; ///< then falling to 0 along a cosine
