@@ -4,11 +4,14 @@
 #include <map>
 
 #include <CLI/CLI.hpp>
+#include <faiss/IndexFlat.h>
 #include <faiss/impl/FaissAssert.h>
 #include <fmt/core.h>
 #include <omp.h>
 
 #include <faiss_saap/CellMeanAssigner.h>
+#include <faiss_saap/PartitionSet.h>
+#include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/attend_slots.h>
 #include <faiss_saap/merge_states.h>
 
@@ -27,12 +30,17 @@ const std::vector<std::string> kMethods = {
         "ivf_norope_l2",
         "ivf_norope_ip",
         "ivf_norope_mean",
-        "offline_ip"};
+        "offline_ip",
+        "offline_mean",
+        "saap",
+        "saap_group"};
+/// The last ones of these need --partitions.
+constexpr int64_t kMethodsOfTheSequence = 6;
 
 struct Options {
-    std::string trace, json, save_cells, cluster_on = "all";
+    std::string trace, json, partitions, save_cells, cluster_on = "all";
     std::vector<int> layers, kv_heads = {0};
-    std::vector<std::string> methods, cluster_traces;
+    std::vector<std::string> methods;
     std::vector<double> budgets = {0.01, 0.02, 0.05, 0.1, 0.2};
     int ncell = 1024, niter = 10, seed = 1234, queries = 512;
     int64_t sink = 16, window = 256;
@@ -83,36 +91,22 @@ Partition cluster(
             n, data.d, keys.data(), options.ncell, space, params, data.rope);
 }
 
-/// Cells from the de-rotated keys of other texts.
-Partition cluster_offline(const HeadData& data, const Options& options) {
-    std::vector<float> keys;
-    for (const std::string& path : options.cluster_traces) {
-        const Trace trace(path);
-        FAISS_THROW_IF_NOT_FMT(
-                trace.d == data.d,
-                "%s: head dimension %d, the trace asked has %d",
-                path.c_str(),
-                trace.d,
-                data.d);
-        const auto k = trace.keys(data.layer, trace.kv_index(data.kv_head));
-        keys.insert(keys.end(), k.begin(), k.end());
-    }
-    KMeansParams params;
-    params.niter = options.niter;
-    params.seed = options.seed;
-    return kmeans_partition(
-            static_cast<int64_t>(keys.size()) / data.d,
-            data.d,
-            keys.data(),
-            options.ncell,
-            NEEDS_PRE_ROPE,
-            params,
-            data.rope);
+/// The cells of a trained partition, queries by inner product with the
+/// centroids: what it would be without its classifier.
+Partition without_classifier(const Partition& trained) {
+    Partition p = trained;
+    const auto& key = dynamic_cast<const QuantizerAssigner&>(*trained.key);
+    const auto& cells = dynamic_cast<const faiss::IndexFlat&>(*key.quantizer);
+    auto centroids = std::make_shared<faiss::IndexFlatIP>(cells.d);
+    centroids->add(cells.ntotal, cells.get_xb());
+    p.query = std::make_shared<QuantizerAssigner>(centroids, NEEDS_PRE_ROPE);
+    return p;
 }
 
 std::vector<std::unique_ptr<Method>> make_methods(
         const HeadData& data,
-        const Options& options) {
+        const Options& options,
+        const PartitionSet& trained) {
     std::map<RoutingNeeds, Partition> clustered; // one k-means per space
     const auto cells = [&](RoutingNeeds space) {
         if (!clustered.count(space)) {
@@ -121,9 +115,18 @@ std::vector<std::unique_ptr<Method>> make_methods(
         return clustered[space];
     };
     std::vector<std::unique_ptr<Method>> methods;
-    const auto add = [&](const std::string& name, const Partition& p) {
-        methods.push_back(
-                std::make_unique<CellMethod>(name, p, options.sink));
+    const auto add = [&](const std::string& name,
+                         const Partition& p,
+                         bool share_group = false) {
+        methods.push_back(std::make_unique<CellMethod>(
+                name, p, options.sink, share_group));
+    };
+    const auto offline = [&] {
+        return trained.find(data.layer, data.kv_head).partition;
+    };
+    const auto by_means = [](Partition p) {
+        p.query = std::make_shared<CellMeanAssigner>(p.key->d, p.key->ncell);
+        return p;
     };
     for (const std::string& name : options.methods) {
         if (name == "oracle_topk") {
@@ -137,16 +140,15 @@ std::vector<std::unique_ptr<Method>> make_methods(
         } else if (name == "ivf_norope_ip") {
             add(name, cells(NEEDS_PRE_ROPE));
         } else if (name == "ivf_norope_mean") {
-            Partition p = cells(NEEDS_PRE_ROPE);
-            p.query = std::make_shared<CellMeanAssigner>(
-                    p.key->d, p.key->ncell);
-            add(name, p);
+            add(name, by_means(cells(NEEDS_PRE_ROPE)));
         } else if (name == "offline_ip") {
-            FAISS_THROW_IF_NOT_MSG(
-                    !options.cluster_traces.empty(),
-                    "offline_ip needs the traces of other texts: "
-                    "--cluster-traces");
-            add(name, cluster_offline(data, options));
+            add(name, without_classifier(offline()));
+        } else if (name == "offline_mean") {
+            add(name, by_means(offline()));
+        } else if (name == "saap") {
+            add(name, offline());
+        } else if (name == "saap_group") {
+            add(name, offline(), /*share_group=*/true);
         }
     }
     return methods;
@@ -175,11 +177,14 @@ void evaluate_query(
             const auto limit = static_cast<int64_t>(budget * far.size());
             std::fill(read_by_group.begin(), read_by_group.end(), 0);
             int64_t distinct = 0;
+            double start = seconds_now();
+            const auto chosen = method->select(data, truth, token, far, limit);
+            const double choosing = (seconds_now() - start) / data.group;
+            const auto ceiling = method->ceiling(truth, far, limit);
             for (int h = 0; h < data.group; h++, at++) {
                 Sums& s = sums[at];
-                const double start = seconds_now();
-                const auto slots =
-                        method->select(data, truth[h], token, h, far, limit);
+                const auto& slots = chosen[h];
+                start = seconds_now();
                 float lse, part_lse;
                 const float* q = data.query_post(token, h);
                 attend_range(
@@ -206,11 +211,11 @@ void evaluate_query(
                         part.data(),
                         &part_lse);
                 merge_states(1, d, out.data(), &lse, part.data(), &part_lse);
-                s.seconds += seconds_now() - start;
+                s.seconds += choosing + seconds_now() - start;
                 s.queries++;
                 s.read += truth[h].mass_of(slots);
                 s.far += truth[h].mass_of(far.begin, far.end);
-                s.ceiling += method->ceiling(truth[h], far, limit);
+                s.ceiling += ceiling[h];
                 s.error += truth[h].error_of(out.data());
                 if (far.size() > 0) {
                     s.head_selectivity +=
@@ -304,14 +309,32 @@ void save_cells(
              {"kv_head", std::to_string(data.kv_head)}});
 }
 
+/// A figure of a row, or a dash for null.
+std::string fixed(const nlohmann::json& x) {
+    return x.is_null() ? "-" : fmt::format("{:.3f}", x.get<double>());
+}
+
 void run(const Options& options) {
+    for (const std::string& name : options.methods) {
+        const auto at = std::find(kMethods.begin(), kMethods.end(), name);
+        FAISS_THROW_IF_NOT_FMT(
+                at - kMethods.begin() < kMethodsOfTheSequence ||
+                        !options.partitions.empty(),
+                "%s needs trained partitions: --partitions",
+                name.c_str());
+    }
     const Trace trace(options.trace);
+    PartitionSet trained;
+    if (!options.partitions.empty()) {
+        trained = read_partitions(options.partitions);
+        trained.check_rope(trace.rope);
+    }
     nlohmann::json rows = nlohmann::json::array();
-    std::vector<std::vector<std::string>> table;
+    std::vector<std::vector<std::string>> table, per_head;
     for (int layer : options.layers) {
         for (int kv_head : options.kv_heads) {
             const HeadData data(trace, layer, kv_head);
-            const auto methods = make_methods(data, options);
+            const auto methods = make_methods(data, options, trained);
             if (!options.save_cells.empty()) {
                 save_cells(
                         options.save_cells,
@@ -347,6 +370,15 @@ void run(const Options& options) {
                                     s.far > 0 ? s.ceiling / s.far : 1.0;
                         }
                         rows.push_back(row);
+                        per_head.push_back(
+                                {method->name,
+                                 std::to_string(layer),
+                                 std::to_string(data.query_heads[h]),
+                                 fmt::format("{:.3g}", budget),
+                                 fmt::format("{:.4f}", s.head_selectivity / n),
+                                 fixed(row["mass_recall"]),
+                                 fixed(row["ceiling"]),
+                                 fmt::format("{:.3f}", s.far / n)});
                     }
                     const double n = static_cast<double>(all.queries);
                     double recall = 0, ceiling = 0;
@@ -375,6 +407,17 @@ void run(const Options& options) {
     print_table(
             {"method",
              "layer",
+             "query head",
+             "budget",
+             "selectivity",
+             "recall",
+             "ceiling",
+             "far mass"},
+            per_head);
+    fmt::print("\nmeans over the query heads of a KV head\n");
+    print_table(
+            {"method",
+             "layer",
              "kv head",
              "budget",
              "selectivity",
@@ -391,6 +434,7 @@ void run(const Options& options) {
                  {"tokens", trace.tokens},
                  {"rope_scaling", trace.rope.scaling_text()},
                  {"ncell", options.ncell},
+                 {"partitions", options.partitions},
                  {"sink", options.sink},
                  {"window", options.window},
                  {"cluster_on", options.cluster_on},
@@ -444,10 +488,9 @@ int main(int argc, char** argv) {
             ->check(CLI::IsMember({"all", "prefix"}))
             ->capture_default_str();
     app.add_option(
-               "--cluster-traces",
-               o.cluster_traces,
-               "traces of other texts, for offline_ip")
-            ->delimiter(',');
+            "--partitions",
+            o.partitions,
+            "file of train_partitions, for the methods offline_* and saap*");
     app.add_option("--queries", o.queries, "queries in the second half")
             ->check(CLI::PositiveNumber)
             ->capture_default_str();
@@ -464,8 +507,8 @@ int main(int argc, char** argv) {
     CLI11_PARSE(app, argc, argv);
     if (o.methods.empty()) {
         o.methods = kMethods;
-        if (o.cluster_traces.empty()) {
-            o.methods.pop_back();
+        if (o.partitions.empty()) {
+            o.methods.resize(kMethodsOfTheSequence);
         }
     }
     return run_program([&] { run(o); });

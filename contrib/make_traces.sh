@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes the traces behind the figures in docs/recall.md: four genres of Debian's
-# own texts, 8,192 tokens each, three of them also at 32,768.
+# Makes the traces behind the figures in docs/recall.md and docs/classifier.md:
+# four genres of Debian's own texts, 8,192 tokens each, three of them also at
+# 32,768, and in FOLDER/train other passages to train on.
 #
 #   contrib/make_traces.sh FOLDER
 #
-# Needs root for apt-get, the environment that ./run.sh sets up, and about 35
+# Needs root for apt-get, the environment that ./run.sh sets up, and about 45
 # minutes on 2 cores. What is there already is not made again.
 set -euo pipefail
 [ $# -eq 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -18,16 +19,39 @@ cd "$1"
 [ -e kjv.txt ] && [ -e handbook.txt ] ||
   apt-get install -y bible-kjv bible-kjv-text debian-handbook html2text
 [ -e kjv.txt ] || bible -f '1sam1:1-2sam24:25' | sed 's/^[^ ]* //' >kjv.txt
-# The sections in alphabetical order, without the navigation at both ends.
-[ -e handbook.txt ] ||
-  for page in /usr/share/doc/debian-handbook/html/en-US/sect.[a-e]*.html; do
+# Sections of the handbook in alphabetical order, without the navigation at both
+# ends.
+handbook() { # first letters
+  for page in /usr/share/doc/debian-handbook/html/en-US/sect.[$1]*.html; do
     html2text -width 100000 -nobs -utf8 "$page" | sed '1,/^    \* Next/d' | sed '/^    \* Prev/,$d'
-  done >handbook.txt
+  done
+}
+[ -e handbook.txt ] || handbook a-e >handbook.txt
 [ -e python.txt ] || cat /usr/lib/python3.11/argparse.py /usr/lib/python3.11/tarfile.py >python.txt
-if [ ! -e kernel.txt ]; then
+if [ ! -e kernel.txt ] || [ ! -e train/kernel_locking.txt ]; then
   apt-get download linux-doc-6.1
   dpkg-deb -x linux-doc-6.1_*.deb linux-doc
   zcat -f linux-doc/usr/share/doc/linux-doc-6.1/Documentation/admin-guide/mm/[a-n]*.rst* >kernel.txt
+fi
+
+mkdir -p train
+verses() { bible -f "$1" | sed 's/^[^ ]* //'; }
+[ -e train/kjv_gen.txt ] || verses 'gen1:1-exo40:38' >train/kjv_gen.txt
+[ -e train/kjv_mat.txt ] || verses 'mat1:1-joh21:25' >train/kjv_mat.txt
+[ -e train/kjv_psa.txt ] || verses 'psa1:1-pro31:31' >train/kjv_psa.txt
+[ -e train/handbook_f.txt ] || handbook f-m >train/handbook_f.txt
+[ -e train/handbook_n.txt ] || handbook n-z >train/handbook_n.txt
+python=/usr/lib/python3.11
+[ -e train/python_asyncio.txt ] || cat $python/asyncio/[b-s]*.py >train/python_asyncio.txt
+[ -e train/python_email.txt ] || cat $python/email/*.py >train/python_email.txt
+[ -e train/python_typing.txt ] || cat $python/{typing,inspect,dataclasses}.py >train/python_typing.txt
+[ -e train/python_zip.txt ] || cat $python/{zipfile,subprocess,shutil,socket}.py >train/python_zip.txt
+kernel=linux-doc/usr/share/doc/linux-doc-6.1/Documentation
+if [ ! -e train/kernel_locking.txt ]; then
+  zcat -f $kernel/filesystems/[a-z]*.rst* >train/kernel_filesystems.txt
+  zcat -f $kernel/networking/[a-z]*.rst* >train/kernel_networking.txt
+  zcat -f $kernel/process/*.rst* >train/kernel_process.txt
+  zcat -f $kernel/{RCU,locking}/*.rst* >train/kernel_locking.txt
 fi
 
 export_trace() { # text tokens scale name
@@ -39,4 +63,7 @@ for text in kjv handbook python kernel; do
 done
 for text in kjv handbook python; do
   export_trace $text 32768 4 ${text}_32k
+done
+for text in train/*.txt; do
+  export_trace "${text%.txt}" 8192 1 "${text%.txt}_8k"
 done

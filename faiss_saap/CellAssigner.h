@@ -81,7 +81,8 @@ struct CellAssigner {
             float* scores) const;
 
     /// Bytes of this assigner (and of the statistics it needs) that scoring
-    /// one vector reads: the index's share of a decode step's memory traffic.
+    /// one token's vectors reads, all query heads of the group together: the
+    /// index's share of a decode step's memory traffic.
     virtual size_t bytes_read() const = 0;
 
    protected:

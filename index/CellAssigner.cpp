@@ -1,11 +1,10 @@
 #include <faiss_saap/CellAssigner.h>
 
 #include <algorithm>
-#include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "check.h"
+#include "top_cells.h"
 
 namespace faiss_saap {
 
@@ -88,23 +87,13 @@ void CellAssigner::assign(
                    block_scores.data());
         }
         const float* s = block_scores.data() + i % kBlock * ncell;
-        std::iota(order.begin(), order.end(), 0);
-        // Ties go to the lower cell, so that results do not depend on the
-        // sorting algorithm.
-        std::partial_sort(
-                order.begin(),
-                order.begin() + k,
-                order.end(),
-                [s](int32_t a, int32_t b) {
-                    return s[a] != s[b] ? s[a] > s[b] : a < b;
-                });
-        for (int j = 0; j < k; j++) {
-            const float score = s[order[j]];
-            cells[i * k + j] = score > -INFINITY ? order[j] : -1;
-            if (best_scores) {
-                best_scores[i * k + j] = score;
-            }
-        }
+        top_cells(
+                ncell,
+                s,
+                k,
+                order.data(),
+                cells + i * k,
+                best_scores ? best_scores + i * k : nullptr);
     }
 }
 

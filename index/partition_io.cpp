@@ -7,6 +7,7 @@
 #include <faiss/index_io.h>
 
 #include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/faiss_compat.h>
 
 #include "check.h"
@@ -16,8 +17,46 @@ namespace faiss_saap {
 namespace {
 
 const uint32_t kFlat = faiss::fourcc("SaFl"), kOther = faiss::fourcc("SaQz");
+const uint32_t kClassifier = faiss::fourcc("SaCl");
+
+void write_classifier(const QueryClassifier& q, faiss::IOWriter& writer) {
+    const ClassifierShape& s = q.shape;
+    for (int32_t x : {s.d, s.group, s.ncell, s.width, s.depth}) {
+        write_value(writer, x);
+    }
+    write_value<uint8_t>(writer, s.share_trunk);
+    write_value<uint8_t>(writer, q.dtype == DType::bfloat16);
+    const auto parameters = q.parameters();
+    write_array(writer, parameters.data(), parameters.size());
+}
+
+std::shared_ptr<const CellAssigner> read_classifier(MemoryReader& reader) {
+    ClassifierShape s;
+    for (int* x : {&s.d, &s.group, &s.ncell, &s.width, &s.depth}) {
+        *x = read_value<int32_t>(reader);
+    }
+    s.share_trunk = read_value<uint8_t>(reader) != 0;
+    const bool narrow = read_value<uint8_t>(reader) != 0;
+    const auto parameters = read_array<float>(reader);
+    const int64_t expected = parameter_count(s); // checks the shape
+    FAISS_THROW_IF_NOT_FMT(
+            static_cast<int64_t>(parameters.size()) == expected,
+            "%s: corrupt: a classifier of %lld parameters has %zd",
+            reader.name.c_str(),
+            static_cast<long long>(expected),
+            parameters.size());
+    return std::make_shared<QueryClassifier>(
+            s,
+            parameters.data(),
+            narrow ? DType::bfloat16 : DType::float32);
+}
 
 void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
+    if (const auto* c = dynamic_cast<const QueryClassifier*>(&assigner)) {
+        write_value(writer, kClassifier);
+        write_classifier(*c, writer);
+        return;
+    }
     const auto* q = dynamic_cast<const QuantizerAssigner*>(&assigner);
     FAISS_THROW_IF_NOT_FMT(
             q,
@@ -40,10 +79,13 @@ void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
 std::shared_ptr<const CellAssigner> read_assigner(MemoryReader& reader) {
     const auto kind = read_value<uint32_t>(reader);
     FAISS_THROW_IF_NOT_FMT(
-            kind == kFlat || kind == kOther,
+            kind == kFlat || kind == kOther || kind == kClassifier,
             "%s: an assigner of kind %08x is not known to this version",
             reader.name.c_str(),
             kind);
+    if (kind == kClassifier) {
+        return read_classifier(reader);
+    }
     const auto space = static_cast<RoutingNeeds>(read_value<uint32_t>(reader));
     std::shared_ptr<const faiss::Index> quantizer;
     if (kind == kFlat) {

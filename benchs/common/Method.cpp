@@ -8,41 +8,53 @@
 
 namespace faiss_saap::benchs {
 
-double Method::ceiling(const GroundTruth&, FarRange, int64_t) const {
-    return NAN;
+std::vector<double> Method::ceiling(
+        const std::vector<GroundTruth>& truth,
+        FarRange,
+        int64_t) const {
+    return std::vector<double>(truth.size(), NAN);
 }
 
-std::vector<int32_t> OracleTopK::select(
+std::vector<std::vector<int32_t>> OracleTopK::select(
         const HeadData&,
-        const GroundTruth& truth,
+        const std::vector<GroundTruth>& truth,
         int64_t,
-        int,
         FarRange far,
         int64_t limit) const {
-    std::vector<int32_t> slots(far.size());
-    std::iota(slots.begin(), slots.end(), static_cast<int32_t>(far.begin));
-    const int64_t k = std::min<int64_t>(limit, far.size());
-    std::nth_element(
-            slots.begin(),
-            slots.begin() + k,
-            slots.end(),
-            [&](int32_t a, int32_t b) { return truth.mass[a] > truth.mass[b]; });
-    slots.resize(k);
-    std::sort(slots.begin(), slots.end());
-    return slots;
+    std::vector<std::vector<int32_t>> chosen;
+    for (const GroundTruth& t : truth) {
+        std::vector<int32_t> slots(far.size());
+        std::iota(
+                slots.begin(), slots.end(), static_cast<int32_t>(far.begin));
+        const int64_t k = std::min<int64_t>(limit, far.size());
+        std::nth_element(
+                slots.begin(),
+                slots.begin() + k,
+                slots.end(),
+                [&](int32_t a, int32_t b) { return t.mass[a] > t.mass[b]; });
+        slots.resize(k);
+        std::sort(slots.begin(), slots.end());
+        chosen.push_back(std::move(slots));
+    }
+    return chosen;
 }
 
 double OracleTopK::index_bytes(const HeadData& data) const {
     return static_cast<double>(data.tokens) * data.d * sizeof(float);
 }
 
-CellMethod::CellMethod(std::string n, Partition p, int64_t sink)
+CellMethod::CellMethod(
+        std::string n,
+        Partition p,
+        int64_t sink,
+        bool share)
         : Method(std::move(n)),
           partition(std::move(p)),
           lists(partition.ncell(),
                 partition.d(),
                 sink,
                 partition.query->needs & NEEDS_STATS),
+          share_group(share),
           listed_(sink) {}
 
 void CellMethod::list_until(const HeadData& data, int64_t end) {
@@ -86,63 +98,96 @@ std::vector<int32_t> CellMethod::slots_of(
     return slots;
 }
 
-std::vector<int32_t> CellMethod::select(
+std::vector<std::vector<int32_t>> CellMethod::select(
         const HeadData& data,
-        const GroundTruth&,
+        const std::vector<GroundTruth>&,
         int64_t token,
-        int head,
         FarRange far,
         int64_t limit) const {
+    const int group = data.group, ncell = lists.ncell();
+    std::vector<int32_t> head(group);
+    std::iota(head.begin(), head.end(), 0);
+    const std::vector<int64_t> position(group, token);
     RoutingInput input;
-    input.n = 1;
+    input.n = group;
     input.d = data.d;
-    input.pre_rope = data.query_pre(token, head);
-    input.post_rope = data.query_post(token, head);
-    input.position = data.position.data() + token;
-    const int32_t head_of_group = head;
-    input.head = &head_of_group;
-    std::vector<float> scores(lists.ncell());
+    input.pre_rope = data.query_pre(token, 0);
+    input.post_rope = data.query_post(token, 0);
+    input.position = position.data();
+    input.head = head.data();
+    std::vector<float> scores(size_t(group) * ncell);
     const CellStats stats = lists.stats();
     partition.query->scores(input, &stats, scores.data());
     const auto counts = far_counts(far);
-    return slots_of(
-            take_cells(
-                    lists.ncell(),
-                    scores.data(),
-                    counts.data(),
-                    lists.ncell(),
-                    limit,
-                    /*at_least_one=*/false),
-            counts);
+    const auto taken = [&](const float* s) {
+        return slots_of(
+                take_cells(
+                        ncell,
+                        s,
+                        counts.data(),
+                        ncell,
+                        limit,
+                        /*at_least_one=*/false),
+                counts);
+    };
+    if (share_group) {
+        std::vector<float> shared(ncell);
+        share_scores(
+                group,
+                ncell,
+                scores.data(),
+                counts.data(),
+                data.scale,
+                shared.data());
+        return std::vector<std::vector<int32_t>>(group, taken(shared.data()));
+    }
+    std::vector<std::vector<int32_t>> chosen;
+    for (int h = 0; h < group; h++) {
+        chosen.push_back(taken(scores.data() + int64_t(h) * ncell));
+    }
+    return chosen;
 }
 
-double CellMethod::ceiling(
-        const GroundTruth& truth,
+std::vector<double> CellMethod::ceiling(
+        const std::vector<GroundTruth>& truth,
         FarRange far,
         int64_t limit) const {
+    const int ncell = lists.ncell();
+    const auto group = static_cast<int>(truth.size());
     const auto counts = far_counts(far);
-    std::vector<double> mass(lists.ncell(), 0.0);
-    for (int64_t j = far.begin; j < far.end; j++) {
-        mass[lists.cell_of(j)] += truth.mass[j];
-    }
-    std::vector<float> per_key(lists.ncell(), -INFINITY);
-    for (int c = 0; c < lists.ncell(); c++) {
-        if (counts[c] > 0) {
-            per_key[c] = static_cast<float>(mass[c] / counts[c]);
+    std::vector<double> mass(size_t(group) * ncell, 0.0);
+    for (int h = 0; h < group; h++) {
+        for (int64_t j = far.begin; j < far.end; j++) {
+            mass[h * ncell + lists.cell_of(j)] += truth[h].mass[j];
         }
     }
-    double taken = 0;
-    for (int32_t c :
-         take_cells(
-                 lists.ncell(),
-                 per_key.data(),
-                 counts.data(),
-                 lists.ncell(),
-                 limit,
-                 /*at_least_one=*/false)) {
-        taken += mass[c];
+    std::vector<double> result(group, 0.0);
+    for (int h = 0; h < group; h++) {
+        // One head's mass, or that of all of them.
+        const int first = share_group ? 0 : h;
+        const int last = share_group ? group : h + 1;
+        std::vector<float> per_key(ncell, -INFINITY);
+        for (int c = 0; c < ncell; c++) {
+            double sum = 0;
+            for (int g = first; g < last; g++) {
+                sum += mass[g * ncell + c];
+            }
+            if (counts[c] > 0) {
+                per_key[c] = static_cast<float>(sum / counts[c]);
+            }
+        }
+        for (int32_t c :
+             take_cells(
+                     ncell,
+                     per_key.data(),
+                     counts.data(),
+                     ncell,
+                     limit,
+                     /*at_least_one=*/false)) {
+            result[h] += mass[h * ncell + c];
+        }
     }
-    return taken;
+    return result;
 }
 
 double CellMethod::index_bytes(const HeadData&) const {

@@ -23,20 +23,21 @@ struct Method {
     /// Lists the keys of slots sink .. end - 1 that are not listed yet.
     virtual void list_until(const HeadData& data, int64_t end) = 0;
 
-    /// At most `limit` far keys for the query at `token`, as the index would
-    /// choose them. Thread-safe.
-    virtual std::vector<int32_t> select(
+    /// Far keys for the queries at `token`, at most `limit` for each query head
+    /// of the group, as the index would choose them. Thread-safe.
+    /// @param truth  of each query head
+    /// @return the chosen keys of each query head, ascending
+    virtual std::vector<std::vector<int32_t>> select(
             const HeadData& data,
-            const GroundTruth& truth,
+            const std::vector<GroundTruth>& truth,
             int64_t token,
-            int head,
             FarRange far,
             int64_t limit) const = 0;
 
-    /// Mass of the far keys when the method's cells are taken by their true
-    /// mass per key; NaN for methods without cells.
-    virtual double ceiling(
-            const GroundTruth& truth,
+    /// Mass of the far keys, for each query head, when the method's cells are
+    /// taken by their true mass per key; NaN for methods without cells.
+    virtual std::vector<double> ceiling(
+            const std::vector<GroundTruth>& truth,
             FarRange far,
             int64_t limit) const;
 
@@ -49,11 +50,10 @@ struct Method {
 struct OracleTopK : Method {
     OracleTopK() : Method("oracle_topk") {}
     void list_until(const HeadData&, int64_t) override {}
-    std::vector<int32_t> select(
+    std::vector<std::vector<int32_t>> select(
             const HeadData&,
-            const GroundTruth&,
+            const std::vector<GroundTruth>& truth,
             int64_t,
-            int,
             FarRange,
             int64_t limit) const override;
     double index_bytes(const HeadData& data) const override;
@@ -63,18 +63,26 @@ struct OracleTopK : Method {
 struct CellMethod : Method {
     Partition partition;
     CellLists lists;
+    /// the query heads of the group read the same cells, by their summed mass
+    bool share_group;
 
-    CellMethod(std::string name, Partition partition, int64_t sink);
+    CellMethod(
+            std::string name,
+            Partition partition,
+            int64_t sink,
+            bool share_group = false);
 
     void list_until(const HeadData& data, int64_t end) override;
-    std::vector<int32_t> select(
+    std::vector<std::vector<int32_t>> select(
             const HeadData&,
-            const GroundTruth&,
+            const std::vector<GroundTruth>& truth,
             int64_t token,
-            int head,
             FarRange,
             int64_t limit) const override;
-    double ceiling(const GroundTruth&, FarRange, int64_t limit) const override;
+    std::vector<double> ceiling(
+            const std::vector<GroundTruth>&,
+            FarRange,
+            int64_t limit) const override;
     double index_bytes(const HeadData& data) const override;
 
    private:

@@ -20,7 +20,8 @@ def run(*command):
 
 
 def test_there_are_programs():
-    assert {"demo", "bench_recall", "bench_search"} <= {p.name for p in PROGRAMS}
+    expected = {"demo", "bench_classifier", "bench_recall", "bench_search", "train_partitions"}
+    assert expected <= {p.name for p in PROGRAMS}
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
@@ -42,6 +43,16 @@ def test_bench_search_writes_json(tmp_path):
     report = json.loads(out.read_text())
     assert set(report) == {"config", "environment", "rows"}
     assert all(row["ratio"] > 0 for row in report["rows"])
+
+
+def test_bench_classifier_writes_json(tmp_path):
+    out = tmp_path / "r.json"
+    options = ["--ncell", 64, "--width", 32, "--queries", 100, "--batch", 20, "--cold-gib", 0.01]
+    result = run(Path(BIN) / "bench_classifier", *options, "--json", out)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    assert [row["stage"] for row in report["rows"]] == ["warm", "cold", "batch"]
+    assert all(row["us"] > 0 for row in report["rows"])
 
 
 def test_demo_on_wrong_input(tmp_path):

@@ -1,11 +1,17 @@
-"""The README's C++ example is the one that the tests compile and run."""
+"""The C++ examples in README and docs are those that the tests compile and run."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_example_is_the_tested_one():
-    blocks = re.findall(r"```cpp\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert (ROOT / "tests/readme_example.cpp").read_text() in blocks
+@pytest.mark.parametrize(
+    "page, example",
+    [("README.md", "readme_example.cpp"), ("docs/classifier.md", "classifier_example.cpp")],
+)
+def test_the_example_is_the_tested_one(page, example):
+    blocks = re.findall(r"```cpp\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert (ROOT / "tests" / example).read_text() in blocks

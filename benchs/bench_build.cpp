@@ -1,0 +1,215 @@
+/// What it costs to make the index of a sequence, and to keep it while the
+/// sequence grows.
+#include <algorithm>
+
+#include <CLI/CLI.hpp>
+#include <fmt/core.h>
+
+#include <faiss_saap/AttentionAdapter.h>
+
+#include "common/SyntheticCache.h"
+#include "common/report.h"
+
+using namespace faiss_saap;
+using namespace faiss_saap::benchs;
+
+namespace {
+
+struct Options {
+    std::string device = "cpu", dtype = "bf16", json;
+    int64_t tokens = 131072, inserts = 2000, sink = 16, window = 1024;
+    int heads_kv = 8, d = 128, ncell = 1024, niter = 10, repeat = 3;
+    double skew = 0.5;
+};
+
+void run(const Options& o) {
+    CacheShape shape;
+    shape.tokens = o.tokens + o.inserts;
+    shape.heads = o.heads_kv;
+    shape.d = o.d;
+    shape.dtype = o.dtype == "bf16" ? DType::bfloat16
+            : o.dtype == "fp16"     ? DType::float16
+                                    : DType::float32;
+    shape.ncell = o.ncell;
+    shape.skew = o.skew;
+    shape.values = false;
+    std::mt19937 random(1);
+    const SyntheticCache cache(shape, random);
+    KvView prefill = cache.kv;
+    prefill.length = o.tokens;
+
+    AdapterParams params;
+    params.heads_q = params.heads_kv = o.heads_kv;
+    params.d = o.d;
+    params.sink = o.sink;
+    params.window = o.window;
+    const int64_t end = std::max(o.sink, o.tokens - o.window);
+
+    nlohmann::json rows = nlohmann::json::array();
+    std::vector<std::vector<std::string>> table;
+    const auto report = [&](const std::string& stage, double per,
+                            std::vector<double>& seconds) {
+        const double p50 = 1e6 * percentile(seconds, 0.5);
+        const double p99 = 1e6 * percentile(seconds, 0.99);
+        rows.push_back({{"stage", stage},
+                        {"us", p50},
+                        {"p50_us", p50},
+                        {"p99_us", p99},
+                        {"max_us", 1e6 * percentile(seconds, 1)}});
+        table.push_back({stage,
+                         fmt::format("{:.1f}", p50),
+                         fmt::format("{:.1f}", p99),
+                         fmt::format("{:.1f}", 1e6 * percentile(seconds, 1)),
+                         fmt::format("{:.3f}", p50 / per)});
+    };
+    const auto timed = [&](int repeat, const auto& body) {
+        std::vector<double> seconds;
+        for (int r = 0; r < repeat; r++) {
+            const double start = seconds_now();
+            body();
+            seconds.push_back(seconds_now() - start);
+        }
+        return seconds;
+    };
+
+    Progress progress("building", 2 * o.repeat + 1 + o.inserts);
+    HeadPartitions partitions;
+    auto seconds = timed(1, [&] {
+        KMeansParams kmeans;
+        kmeans.niter = o.niter;
+        partitions =
+                sequence_partitions(prefill, o.sink, end, o.ncell, kmeans);
+    });
+    progress.advance();
+    report("cluster", double(o.tokens), seconds);
+
+    std::vector<std::vector<int32_t>> cells(o.heads_kv);
+    for (int h = 0; h < o.heads_kv; h++) {
+        cells[h].resize(cache.kv.length);
+    }
+    std::vector<float> keys(o.tokens * o.d);
+    std::vector<double> assign(o.repeat, 0.0);
+    for (int r = 0; r < o.repeat; r++) {
+        for (int h = 0; h < o.heads_kv; h++) {
+            const double start = seconds_now();
+            for (int64_t i = o.sink; i < end; i++) {
+                to_float(
+                        shape.dtype,
+                        cache.kv.key(h, i),
+                        o.d,
+                        keys.data() + i * o.d);
+            }
+            RoutingInput input;
+            input.n = end - o.sink;
+            input.d = o.d;
+            input.post_rope = keys.data() + o.sink * o.d;
+            partitions[h][0].key->assign(
+                    input, nullptr, 1, cells[h].data() + o.sink, nullptr);
+            assign[r] += seconds_now() - start;
+        }
+        progress.advance();
+    }
+    report("assign", double(o.tokens), assign);
+
+    std::vector<double> lists(o.repeat);
+    for (double& s : lists) {
+        s = 0;
+        for (int h = 0; h < o.heads_kv; h++) {
+            CellLists list(o.ncell, o.d, o.sink, false);
+            const double start = seconds_now();
+            for (int64_t i = o.sink; i < end; i++) {
+                list.append(cells[h][i], nullptr, i);
+            }
+            s += seconds_now() - start;
+        }
+        progress.advance();
+    }
+    report("lists", double(o.tokens), lists);
+
+    AttentionAdapter adapter(params, partitions);
+    const int64_t id = adapter.create();
+    adapter.append(id, prefill);
+    std::vector<double> insert;
+    for (int64_t n = o.tokens + 1; n <= o.tokens + o.inserts; n++) {
+        KvView grown = cache.kv;
+        grown.length = n;
+        const double start = seconds_now();
+        adapter.append(id, grown);
+        insert.push_back(seconds_now() - start);
+        progress.advance();
+    }
+    report("insert", 1, insert);
+
+    fmt::print(
+            "{} tokens, {} KV heads, d {}, {}, {} cells; then {} tokens one by "
+            "one; index {:.1f} MiB, {:.2f} bytes per token and head\n",
+            o.tokens,
+            o.heads_kv,
+            o.d,
+            o.dtype,
+            o.ncell,
+            o.inserts,
+            adapter.bytes_used() / double(1 << 20),
+            double(adapter.bytes_used()) /
+                    (double(cache.kv.length) * o.heads_kv));
+    print_table({"stage", "us", "p99 us", "max us", "us/token"}, table);
+    if (!o.json.empty()) {
+        write_json(
+                o.json,
+                {{"device", o.device},
+                 {"tokens", o.tokens},
+                 {"inserts", o.inserts},
+                 {"heads_kv", o.heads_kv},
+                 {"head_dim", o.d},
+                 {"dtype", o.dtype},
+                 {"ncell", o.ncell},
+                 {"niter", o.niter},
+                 {"sink", o.sink},
+                 {"window", o.window},
+                 {"index_bytes", adapter.bytes_used()}},
+                rows);
+    }
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    Options o;
+    CLI::App app{
+            "Times the making of a sequence's index: k-means over its keys, "
+            "assigning them, listing them, and inserting tokens one by one. "
+            "Times are of all KV heads of a layer."};
+    app.add_option("--device", o.device, "cpu")
+            ->check(CLI::IsMember({"cpu"}))
+            ->capture_default_str();
+    const auto number = [&app](const char* name, auto& value, const char* help) {
+        app.add_option(name, value, help)
+                ->check(CLI::PositiveNumber)
+                ->capture_default_str();
+    };
+    number("--tokens", o.tokens, "tokens of the prefill");
+    number("--inserts", o.inserts, "tokens that come after it, one by one");
+    number("--heads-kv", o.heads_kv, "KV heads");
+    number("--head-dim", o.d, "head dimension");
+    number("--ncell", o.ncell, "cells per KV head");
+    number("--niter", o.niter, "k-means iterations");
+    number("--repeat", o.repeat, "runs of assigning and listing");
+    app.add_option("--dtype", o.dtype, "bf16, fp16 or fp32")
+            ->check(CLI::IsMember({"bf16", "fp16", "fp32"}))
+            ->capture_default_str();
+    app.add_option("--sink", o.sink, "first tokens, not in cells")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
+    app.add_option("--window", o.window, "most recent tokens, not in cells")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
+    app.add_option(
+               "--skew",
+               o.skew,
+               "standard deviation of the logarithm of the cells' sizes")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
+    app.add_option("--json", o.json, "file for the results");
+    CLI11_PARSE(app, argc, argv);
+    return run_program([&] { run(o); });
+}

@@ -1,0 +1,112 @@
+#include "TrainingCheckpoint.h"
+
+#include <filesystem>
+#include <map>
+
+#include <faiss/impl/FaissAssert.h>
+#include <unistd.h>
+
+#include <faiss_saap/SafetensorsFile.h>
+
+namespace faiss_saap::benchs {
+
+namespace {
+
+/// The numbers of a state that are no floats, as text that keeps every bit.
+std::map<std::string, std::string> numbers_of(const TrainingState& s) {
+    const auto exact = [](double x) {
+        char text[40];
+        std::snprintf(text, sizeof(text), "%.17g", x);
+        return std::string(text);
+    };
+    return {{"step", std::to_string(s.step)},
+            {"best_step", std::to_string(s.best_step)},
+            {"best_recall", exact(s.best_recall)},
+            {"loss", exact(s.loss)},
+            {"finished", s.finished ? "1" : "0"}};
+}
+
+template <class State, class Fn>
+void for_each_array(State& s, const Fn& fn) {
+    fn("centroids", s.centroids);
+    fn("parameters", s.parameters);
+    fn("first", s.first);
+    fn("second", s.second);
+    fn("best", s.best);
+}
+
+} // namespace
+
+TrainingCheckpoint::TrainingCheckpoint(std::string out, std::string config)
+        : partitions_(out + ".part"),
+          state_(out + ".state"),
+          config_(std::move(config)) {}
+
+void TrainingCheckpoint::write(
+        const PartitionSet& done,
+        const TrainingState& state) const {
+    write_partitions(done, partitions_);
+    std::map<std::string, TensorView> tensors;
+    for_each_array(state, [&](const char* name, const std::vector<float>& x) {
+        TensorView& t = tensors[name];
+        t.dtype = "F32";
+        t.shape = {static_cast<int64_t>(x.size())};
+        t.data = x.data();
+        t.bytes = x.size() * sizeof(float);
+    });
+    auto metadata = numbers_of(state);
+    metadata["config"] = config_;
+    // The two files are not replaced at once: which partition this is.
+    metadata["partition"] = std::to_string(done.partitions.size());
+    write_safetensors(state_, tensors, metadata);
+}
+
+void TrainingCheckpoint::read(PartitionSet& done, TrainingState& state) const {
+    if (!std::filesystem::exists(state_)) {
+        return;
+    }
+    const SafetensorsFile file(state_);
+    FAISS_THROW_IF_NOT_FMT(
+            file.meta("config") == config_,
+            "%s: this checkpoint is of a training with other texts or options: "
+            "%s",
+            state_.c_str(),
+            file.meta("config").c_str());
+    PartitionSet finished = read_partitions(partitions_);
+    done.partitions = std::move(finished.partitions);
+    if (file.meta("partition") != std::to_string(done.partitions.size())) {
+        return; // interrupted between the two files: this partition starts anew
+    }
+    for_each_array(state, [&](const char* name, std::vector<float>& x) {
+        x = file.tensor(name).to_float();
+    });
+    try {
+        state.step = std::stoll(file.meta("step"));
+        state.best_step = std::stoll(file.meta("best_step"));
+        state.best_recall = std::stod(file.meta("best_recall"));
+        state.loss = std::stod(file.meta("loss"));
+        state.finished = file.meta("finished") == "1";
+    } catch (const std::logic_error&) {
+        FAISS_THROW_FMT(
+                "%s: corrupt: step, recall or loss is no number",
+                state_.c_str());
+    }
+}
+
+void TrainingCheckpoint::remove() const {
+    unlink(partitions_.c_str());
+    unlink(state_.c_str());
+}
+
+void check_writable(const std::string& path) {
+    const auto folder =
+            std::filesystem::absolute(std::filesystem::path(path)).parent_path();
+    FAISS_THROW_IF_NOT_FMT(
+            std::filesystem::is_directory(folder) &&
+                    access(folder.c_str(), W_OK) == 0 &&
+                    !std::filesystem::is_directory(path),
+            "%s: cannot be created",
+            path.c_str());
+}
+
+} // namespace faiss_saap::benchs

@@ -1,0 +1,337 @@
+/// Learns partitions with query classifiers from recorded attention.
+#include <cstdio>
+#include <filesystem>
+
+#include <CLI/CLI.hpp>
+#include <fmt/core.h>
+#include <unistd.h>
+
+#include <faiss_saap/PartitionSet.h>
+#include <faiss_saap/Trace.h>
+#include <faiss_saap/train_partition.h>
+
+#include "common/TrainingCheckpoint.h"
+#include "common/report.h"
+
+using namespace faiss_saap;
+using namespace faiss_saap::benchs;
+
+namespace {
+
+struct Options {
+    std::vector<std::string> traces;
+    std::vector<int> layers, kv_heads;
+    std::string out, json, device = "cpu";
+    bool resume = false, separate_trunks = false, fp32 = false;
+    TrainingParams params;
+};
+
+/// Seconds between checkpoints: what an interruption loses at most.
+constexpr double kCheckpointSeconds = 20;
+
+/// The line that shows how far the training is, only on a terminal.
+class TrainingLine {
+   public:
+    TrainingLine(const Options& options, size_t heads)
+            : options_(options), heads_(heads) {}
+    ~TrainingLine() {
+        clear();
+    }
+
+    void begin_head(int layer, int kv_head, size_t done) {
+        layer_ = layer;
+        kv_head_ = kv_head;
+        done_ = done;
+        first_step_ = -1;
+        start_ = seconds_now();
+    }
+
+    void show(const TrainingState& s) {
+        const double now = seconds_now();
+        if (first_step_ < 0) { // a resumed head begins in the middle
+            first_step_ = s.step - 1;
+        }
+        if (!isatty(STDERR_FILENO) || now - shown_ < .2) {
+            return;
+        }
+        shown_ = now;
+        const double each = (now - start_) / (s.step - first_step_);
+        const double steps = options_.params.steps;
+        const double left = each *
+                (steps - s.step + steps * static_cast<double>(heads_ - done_ - 1));
+        std::fprintf(
+                stderr,
+                "\r\033[Klayer %d, KV head %d: step %lld of %d, loss %.3f, "
+                "held-out recall %s, %.0f s left",
+                layer_,
+                kv_head_,
+                static_cast<long long>(s.step),
+                options_.params.steps,
+                s.loss,
+                s.best_recall < 0 ? "-"
+                                  : fmt::format("{:.3f}", s.best_recall).c_str(),
+                left);
+    }
+
+    void clear() {
+        if (shown_ > 0) {
+            std::fprintf(stderr, "\r\033[K");
+            shown_ = 0;
+        }
+    }
+
+   private:
+    const Options& options_;
+    size_t heads_, done_ = 0;
+    int layer_ = 0, kv_head_ = 0;
+    int64_t first_step_ = -1;
+    double start_ = 0, shown_ = 0;
+};
+
+/// Whatever decides the result: a checkpoint of another training is refused.
+nlohmann::json config_of(const Options& o, const PartitionSet& set) {
+    const TrainingParams& p = o.params;
+    return {{"texts", set.texts},
+            {"model", set.model},
+            {"rope_theta", set.rope.theta},
+            {"rope_scaling", set.rope.scaling_text()},
+            {"layers", o.layers},
+            {"kv_heads", o.kv_heads},
+            {"ncell", p.ncell},
+            {"sink", p.sink},
+            {"window", p.window},
+            {"spherical", p.kmeans.spherical},
+            {"niter", p.kmeans.niter},
+            {"keys_per_cell", p.keys_per_cell},
+            {"width", p.width},
+            {"depth", p.depth},
+            {"share_trunk", p.share_trunk},
+            {"dtype", name(p.dtype)},
+            {"steps", p.steps},
+            {"batch", p.batch},
+            {"learning_rate", p.learning_rate},
+            {"mass_power", p.mass_power},
+            {"seed", p.seed}};
+}
+
+void report_head(
+        const TrainedPartition& p,
+        const Options& options,
+        double seconds,
+        nlohmann::json& rows,
+        std::vector<std::vector<std::string>>& table) {
+    const auto group = static_cast<int>(p.heads.size());
+    for (int g = 0; g < group; g++) {
+        const HeldOut& h = p.heads[g];
+        const bool little = h.far_mass < kLittleFarMass;
+        rows.push_back(
+                {{"layer", p.layer},
+                 {"kv_head", p.kv_head},
+                 {"query_head", p.kv_head * group + g},
+                 {"ncell", p.partition.ncell()},
+                 {"budget", options.params.budget},
+                 {"mass_recall", h.recall},
+                 {"ceiling", h.ceiling},
+                 {"far_mass", h.far_mass},
+                 {"little_far_mass", little},
+                 {"largest_cell", p.balance.largest},
+                 {"empty_cells", p.balance.empty},
+                 {"imbalance", p.balance.imbalance},
+                 {"keys", p.balance.keys},
+                 {"steps", p.steps},
+                 {"bytes", p.partition.query->bytes_read()},
+                 {"seconds", seconds / group}});
+        table.push_back(
+                {fmt::format("{}", p.layer),
+                 fmt::format("{}", p.kv_head),
+                 fmt::format("{}", p.kv_head * group + g),
+                 fmt::format("{:.3f}", h.recall),
+                 fmt::format("{:.3f}", h.ceiling),
+                 fmt::format("{:.4f}{}", h.far_mass, little ? " (little)" : ""),
+                 fmt::format("{}", p.steps),
+                 fmt::format("{}", p.balance.largest),
+                 fmt::format("{:.2f}", p.balance.imbalance),
+                 fmt::format("{:.1f}", seconds / group)});
+    }
+    if (p.heads.empty()) {
+        return;
+    }
+    for (int g = 0; g < group; g++) {
+        if (p.heads[g].far_mass < kLittleFarMass) {
+            fmt::print(
+                    "layer {}, query head {}: a far mass of {:.1e} on the "
+                    "held-out text is hardly anything to learn from\n",
+                    p.layer,
+                    p.kv_head * group + g,
+                    p.heads[g].far_mass);
+        }
+    }
+}
+
+void run(Options options) {
+    std::vector<Trace> texts;
+    for (const std::string& path : options.traces) {
+        texts.emplace_back(path);
+    }
+    if (options.kv_heads.empty()) {
+        options.kv_heads = texts.front().kv_heads;
+    }
+    // An unwritable place is told before an hour of training, not after.
+    check_writable(options.out);
+    PartitionSet set;
+    set.model = texts.front().model;
+    set.rope = texts.front().rope;
+    set.sink = options.params.sink;
+    set.window = options.params.window;
+    set.seed = options.params.seed;
+    for (const Trace& t : texts) {
+        set.texts.push_back(t.text);
+    }
+    TrainingCheckpoint checkpoint(
+            options.out, config_of(options, set).dump());
+    TrainingState state;
+    if (options.resume) {
+        checkpoint.read(set, state);
+    }
+    const size_t resumed = set.partitions.size();
+    const size_t heads = options.layers.size() * options.kv_heads.size();
+    nlohmann::json rows = nlohmann::json::array();
+    std::vector<std::vector<std::string>> table;
+    {
+        TrainingLine line(options, heads);
+        size_t done = 0;
+        for (int layer : options.layers) {
+            for (int kv_head : options.kv_heads) {
+                if (done++ < resumed) {
+                    report_head(
+                            set.partitions[done - 1], options, 0, rows, table);
+                    continue;
+                }
+                line.begin_head(layer, kv_head, done - 1);
+                const double start = seconds_now();
+                double written = start;
+                set.partitions.push_back(train_partition(
+                        texts,
+                        layer,
+                        kv_head,
+                        options.params,
+                        &state,
+                        [&](const TrainingState& s) {
+                            line.show(s);
+                            if (seconds_now() - written > kCheckpointSeconds) {
+                                checkpoint.write(set, s);
+                                written = seconds_now();
+                            }
+                        }));
+                line.clear();
+                report_head(
+                        set.partitions.back(),
+                        options,
+                        seconds_now() - start,
+                        rows,
+                        table);
+                state = TrainingState();
+                checkpoint.write(set, state);
+            }
+        }
+    }
+    write_partitions(set, options.out);
+    checkpoint.remove();
+    print_table(
+            {"layer",
+             "kv head",
+             "query head",
+             "recall",
+             "ceiling",
+             "far mass",
+             "steps",
+             "largest cell",
+             "imbalance",
+             "seconds"},
+            table);
+    if (!options.json.empty()) {
+        write_json(options.json, config_of(options, set), rows);
+    }
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    Options o;
+    TrainingParams& p = o.params;
+    CLI::App app{
+            "Learns partitions of the de-rotated keys and, for each, a "
+            "classifier that sends queries to the cells that hold their "
+            "attention mass. Prints, per query head, the mass recall at 5 % of "
+            "the far keys of the last text, which is held out (of a single "
+            "text, its last quarter), and what the partition would allow."};
+    app.add_option("--trace", o.traces, "traces; the last one is held out")
+            ->required()
+            ->delimiter(',');
+    app.add_option("--layers", o.layers, "layers, comma-separated")
+            ->required()
+            ->delimiter(',');
+    app.add_option(
+               "--kv-heads",
+               o.kv_heads,
+               "KV heads, comma-separated; all of the first trace by default")
+            ->delimiter(',');
+    app.add_option("--ncell", p.ncell, "cells of each partition")
+            ->check(CLI::Range(1, 65536))
+            ->capture_default_str();
+    app.add_option("--out", o.out, "file for the partitions (.saap)")
+            ->required();
+    app.add_option("--sink", p.sink, "first tokens, no targets")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
+    app.add_option("--window", p.window, "most recent tokens, no targets")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
+    app.add_flag(
+            "--spherical",
+            p.kmeans.spherical,
+            "k-means by inner product with unit centroids instead of L2");
+    app.add_option("--niter", p.kmeans.niter, "k-means iterations")
+            ->check(CLI::PositiveNumber)
+            ->capture_default_str();
+    app.add_option("--width", p.width, "of the hidden layers")
+            ->check(CLI::Range(1, 1024))
+            ->capture_default_str();
+    app.add_option("--depth", p.depth, "residual blocks")
+            ->check(CLI::Range(0, 16))
+            ->capture_default_str();
+    app.add_flag(
+            "--separate-trunks",
+            o.separate_trunks,
+            "a network per query head instead of one trunk for the group");
+    app.add_flag("--fp32", o.fp32, "weights as float32 instead of bfloat16");
+    app.add_option("--steps", p.steps, "mini-batches at most")
+            ->check(CLI::PositiveNumber)
+            ->capture_default_str();
+    app.add_option("--batch", p.batch, "tokens of a mini-batch")
+            ->check(CLI::PositiveNumber)
+            ->capture_default_str();
+    app.add_option("--learning-rate", p.learning_rate, "of AdamW, at its peak")
+            ->check(CLI::PositiveNumber)
+            ->capture_default_str();
+    app.add_option(
+               "--mass-power",
+               p.mass_power,
+               "a query counts by its far mass to this power")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
+    app.add_option("--seed", p.seed, "of k-means, network and mini-batches")
+            ->capture_default_str();
+    app.add_flag(
+            "--resume",
+            o.resume,
+            "go on where an interrupted training with the same options was");
+    app.add_option("--device", o.device, "where to train")
+            ->check(CLI::IsMember({"cpu"}))
+            ->capture_default_str();
+    app.add_option("--json", o.json, "file for the results");
+    CLI11_PARSE(app, argc, argv);
+    p.share_trunk = !o.separate_trunks;
+    p.dtype = o.fp32 ? DType::float32 : DType::bfloat16;
+    return run_program([&] { run(o); });
+}

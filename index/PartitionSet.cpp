@@ -1,0 +1,441 @@
+#include <faiss_saap/PartitionSet.h>
+
+#include <cmath>
+#include <set>
+
+#include <faiss/IndexFlat.h>
+
+#include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/SafetensorsFile.h>
+#include <faiss_saap/version.h>
+
+#include "check.h"
+#include "shallow_json.h"
+
+namespace faiss_saap {
+
+namespace {
+
+using nlohmann::json;
+
+constexpr const char* kFormat = "faiss_saap.partitions";
+constexpr int kVersion = 1;
+
+std::string prefix_of(int layer, int kv_head) {
+    return "layer." + std::to_string(layer) + ".kv." + std::to_string(kv_head);
+}
+
+TensorView view(
+        const char* dtype,
+        std::vector<int64_t> shape,
+        const void* data,
+        size_t element) {
+    TensorView t;
+    t.dtype = dtype;
+    t.shape = std::move(shape);
+    t.data = data;
+    t.bytes = static_cast<size_t>(t.elements()) * element;
+    return t;
+}
+
+const char* dtype_name(DType type) {
+    return type == DType::float32 ? "F32" : "BF16";
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+    std::string text = "(";
+    for (size_t i = 0; i < shape.size(); i++) {
+        text += (i ? ", " : "") + std::to_string(shape[i]);
+    }
+    return text + ")";
+}
+
+const faiss::IndexFlat& flat_of(const TrainedPartition& p) {
+    const auto* key =
+            dynamic_cast<const QuantizerAssigner*>(p.partition.key.get());
+    const auto* flat = key
+            ? dynamic_cast<const faiss::IndexFlat*>(key->quantizer.get())
+            : nullptr;
+    FAISS_THROW_IF_NOT_FMT(
+            flat && key->needs == NEEDS_PRE_ROPE,
+            "%s: the key assigner is no flat quantizer of de-rotated keys",
+            prefix_of(p.layer, p.kv_head).c_str());
+    return *flat;
+}
+
+const QueryClassifier& classifier_of(const TrainedPartition& p) {
+    const auto* classifier =
+            dynamic_cast<const QueryClassifier*>(p.partition.query.get());
+    FAISS_THROW_IF_NOT_FMT(
+            classifier,
+            "%s: the query assigner is no QueryClassifier",
+            prefix_of(p.layer, p.kv_head).c_str());
+    return *classifier;
+}
+
+/// What the metadata says of one partition.
+json describe(const TrainedPartition& p) {
+    const ClassifierShape& s = classifier_of(p).shape;
+    json heads = json::array();
+    for (const HeldOut& h : p.heads) {
+        heads.push_back({h.recall, h.ceiling, h.far_mass});
+    }
+    return {{"d", s.d},
+            {"group", s.group},
+            {"ncell", s.ncell},
+            {"width", s.width},
+            {"depth", s.depth},
+            {"share_trunk", s.share_trunk},
+            {"spherical",
+             flat_of(p).metric_type == faiss::METRIC_INNER_PRODUCT},
+            {"keys", p.balance.keys},
+            {"largest_cell", p.balance.largest},
+            {"empty_cells", p.balance.empty},
+            {"imbalance", p.balance.imbalance},
+            {"steps", p.steps},
+            // recall, ceiling, far mass
+            {"held_out", heads}};
+}
+
+/// Tensors of one file, each of which must be asked for with its shape.
+class Reader {
+   public:
+    explicit Reader(const std::string& path) : file_(path) {}
+
+    const SafetensorsFile& file() const {
+        return file_;
+    }
+
+    std::string required(const std::string& key) const {
+        const auto it = file_.metadata().find(key);
+        FAISS_THROW_IF_NOT_FMT(
+                it != file_.metadata().end(),
+                "%s: the metadata has no '%s'",
+                file_.path().c_str(),
+                key.c_str());
+        return it->second;
+    }
+
+    json parsed(const std::string& key) const {
+        const std::string text = required(key);
+        const json j =
+                parse_shallow_json(text.data(), text.data() + text.size());
+        FAISS_THROW_IF_NOT_FMT(
+                !j.is_null(),
+                "%s: metadata '%s' is no JSON",
+                file_.path().c_str(),
+                key.c_str());
+        return j;
+    }
+
+    /// The tensor, whose shape must be this one.
+    const TensorView& tensor(
+            const std::string& name,
+            const std::string& dtype,
+            const std::vector<int64_t>& shape) const {
+        const TensorView& t = file_.tensor(name);
+        FAISS_THROW_IF_NOT_FMT(
+                t.dtype == dtype && t.shape == shape,
+                "%s: tensor '%s' is %s %s, expected %s %s",
+                file_.path().c_str(),
+                name.c_str(),
+                t.dtype.c_str(),
+                shape_text(t.shape).c_str(),
+                dtype.c_str(),
+                shape_text(shape).c_str());
+        return t;
+    }
+
+   private:
+    SafetensorsFile file_;
+};
+
+/// A value of a JSON object, of the right type, or a sentence.
+template <class T>
+T value_of(const json& object, const char* key, const std::string& where) {
+    try {
+        return object.at(key).get<T>();
+    } catch (const json::exception&) {
+        FAISS_THROW_FMT(
+                "%s: '%s' is missing or of the wrong kind", where.c_str(), key);
+    }
+}
+
+QueryClassifier read_classifier(
+        const Reader& reader,
+        const std::string& prefix,
+        const ClassifierShape& shape) {
+    std::vector<float> parameters;
+    std::string dtype;
+    for (const ClassifierLayer& layer : classifier_layers(shape)) {
+        const std::string name = prefix + "." + layer.name;
+        if (dtype.empty()) {
+            dtype = reader.file().tensor(name + ".weight").dtype;
+            FAISS_THROW_IF_NOT_FMT(
+                    dtype == "F32" || dtype == "BF16",
+                    "%s: tensor '%s.weight' is %s, weights are F32 or BF16",
+                    reader.file().path().c_str(),
+                    name.c_str(),
+                    dtype.c_str());
+        }
+        const int64_t padded = (layer.cols + 7) / 8 * 8;
+        const auto w =
+                reader.tensor(
+                              name + ".weight",
+                              dtype,
+                              {layer.networks, layer.rows, padded})
+                        .to_float();
+        const auto b =
+                reader.tensor(
+                              name + ".bias",
+                              "F32",
+                              {layer.networks, layer.rows})
+                        .to_float();
+        for (size_t row = 0; row < b.size(); row++) {
+            const auto from = w.begin() + row * padded;
+            parameters.insert(parameters.end(), from, from + layer.cols);
+        }
+        parameters.insert(parameters.end(), b.begin(), b.end());
+    }
+    try {
+        return QueryClassifier(
+                shape,
+                parameters.data(),
+                dtype == "F32" ? DType::float32 : DType::bfloat16);
+    } catch (const faiss::FaissException& e) {
+        FAISS_THROW_FMT(
+                "%s: %s: %s",
+                reader.file().path().c_str(),
+                prefix.c_str(),
+                e.what());
+    }
+}
+
+TrainedPartition read_partition(
+        const Reader& reader,
+        const PartitionSet& set,
+        int layer,
+        int kv_head) {
+    const std::string prefix = prefix_of(layer, kv_head);
+    const std::string where = reader.file().path() + ": " + prefix;
+    const json about = reader.parsed(prefix);
+    TrainedPartition p;
+    p.layer = layer;
+    p.kv_head = kv_head;
+    ClassifierShape s;
+    s.d = value_of<int>(about, "d", where);
+    s.group = value_of<int>(about, "group", where);
+    s.ncell = value_of<int>(about, "ncell", where);
+    s.width = value_of<int>(about, "width", where);
+    s.depth = value_of<int>(about, "depth", where);
+    s.share_trunk = value_of<bool>(about, "share_trunk", where);
+    try {
+        s.check();
+    } catch (const faiss::FaissException& e) {
+        FAISS_THROW_FMT("%s: %s", where.c_str(), e.what());
+    }
+    FAISS_THROW_IF_NOT_FMT(
+            s.d == set.rope.d,
+            "%s: d = %d, the RoPE parameters are for d = %d",
+            where.c_str(),
+            s.d,
+            set.rope.d);
+    p.balance.keys = value_of<int64_t>(about, "keys", where);
+    p.balance.largest = value_of<int64_t>(about, "largest_cell", where);
+    p.balance.empty = value_of<int>(about, "empty_cells", where);
+    p.balance.imbalance = value_of<double>(about, "imbalance", where);
+    p.steps = value_of<int64_t>(about, "steps", where);
+    const auto held_out = value_of<std::vector<std::vector<double>>>(
+            about, "held_out", where);
+    FAISS_THROW_IF_NOT_FMT(
+            held_out.size() == static_cast<size_t>(s.group),
+            "%s: held_out has %zd entries, there are %d query heads",
+            where.c_str(),
+            held_out.size(),
+            s.group);
+    for (const auto& h : held_out) {
+        FAISS_THROW_IF_NOT_FMT(
+                h.size() == 3,
+                "%s: an entry of held_out has %zd numbers, not 3",
+                where.c_str(),
+                h.size());
+        HeldOut head;
+        head.recall = h[0];
+        head.ceiling = h[1];
+        head.far_mass = h[2];
+        p.heads.push_back(head);
+    }
+
+    const auto centroids =
+            reader.tensor(prefix + ".centroids", "F32", {s.ncell, s.d})
+                    .to_float();
+    check_finite(
+            centroids.data(), s.ncell, s.d, (where + ".centroids").c_str());
+    auto flat = std::make_shared<faiss::IndexFlat>(
+            s.d,
+            value_of<bool>(about, "spherical", where)
+                    ? faiss::METRIC_INNER_PRODUCT
+                    : faiss::METRIC_L2);
+    flat->add(s.ncell, centroids.data());
+    p.partition.key = std::make_shared<QuantizerAssigner>(flat, NEEDS_PRE_ROPE);
+    p.partition.query = std::make_shared<QueryClassifier>(
+            read_classifier(reader, prefix, s));
+    p.partition.rope = set.rope;
+    p.partition.check();
+    return p;
+}
+
+} // namespace
+
+const TrainedPartition& PartitionSet::find(int layer, int kv_head) const {
+    for (const TrainedPartition& p : partitions) {
+        if (p.layer == layer && p.kv_head == kv_head) {
+            return p;
+        }
+    }
+    FAISS_THROW_FMT(
+            "there is no partition of layer %d, KV head %d; there are %zd of "
+            "other heads",
+            layer,
+            kv_head,
+            partitions.size());
+}
+
+void PartitionSet::check_rope(const RopeParams& other) const {
+    FAISS_THROW_IF_NOT_FMT(
+            rope.d == other.d,
+            "the partitions were trained for head dimension %d, not %d",
+            rope.d,
+            other.d);
+    FAISS_THROW_IF_NOT_FMT(
+            rope == other,
+            "the partitions were trained for other RoPE parameters: theta %g, "
+            "layout %s, scaling '%s'; asked for are theta %g, layout %s, "
+            "scaling '%s'",
+            rope.theta,
+            rope.layout == RopeLayout::half ? "half" : "interleaved",
+            rope.scaling_text().c_str(),
+            other.theta,
+            other.layout == RopeLayout::half ? "half" : "interleaved",
+            other.scaling_text().c_str());
+}
+
+void write_partitions(const PartitionSet& set, const std::string& path) {
+    std::map<std::string, TensorView> tensors;
+    json heads = json::array();
+    std::map<std::string, std::string> metadata = {
+            {"format", kFormat},
+            {"format_version", std::to_string(kVersion)},
+            {"library_version", FAISS_SAAP_VERSION},
+            {"model", set.model},
+            {"texts", json(set.texts).dump()},
+            {"rope",
+             json({{"d", set.rope.d},
+                   {"theta", set.rope.theta},
+                   {"layout",
+                    set.rope.layout == RopeLayout::half ? "half"
+                                                        : "interleaved"},
+                   {"scaling", set.rope.scaling_text()}})
+                     .dump()},
+            {"training",
+             json({{"sink", set.sink},
+                   {"window", set.window},
+                   {"seed", set.seed}})
+                     .dump()}};
+    for (const TrainedPartition& p : set.partitions) {
+        const std::string prefix = prefix_of(p.layer, p.kv_head);
+        FAISS_THROW_IF_NOT_FMT(
+                !metadata.count(prefix),
+                "%s: two partitions of layer %d, KV head %d",
+                path.c_str(),
+                p.layer,
+                p.kv_head);
+        p.partition.check();
+        FAISS_THROW_IF_NOT_FMT(
+                p.partition.rope == set.rope,
+                "%s: the partition of layer %d, KV head %d has other RoPE "
+                "parameters than the set",
+                path.c_str(),
+                p.layer,
+                p.kv_head);
+        const QueryClassifier& classifier = classifier_of(p);
+        const faiss::IndexFlat& flat = flat_of(p);
+        heads.push_back({p.layer, p.kv_head});
+        metadata[prefix] = describe(p).dump();
+        tensors[prefix + ".centroids"] =
+                view("F32", {flat.ntotal, flat.d}, flat.get_xb(), 4);
+        for (const auto& stored : classifier.layers()) {
+            const ClassifierLayer& layer = stored.layer;
+            const std::string name = prefix + "." + layer.name;
+            tensors[name + ".weight"] =
+                    view(dtype_name(classifier.dtype),
+                         {layer.networks, layer.rows, stored.padded_cols},
+                         classifier.weights() + stored.weight,
+                         element_size(classifier.dtype));
+            tensors[name + ".bias"] =
+                    view("F32",
+                         {layer.networks, layer.rows},
+                         classifier.biases() + stored.bias,
+                         4);
+        }
+    }
+    metadata["heads"] = heads.dump();
+    write_safetensors(path, tensors, metadata);
+}
+
+PartitionSet read_partitions(const std::string& path) {
+    const Reader reader(path);
+    const char* file = path.c_str();
+    FAISS_THROW_IF_NOT_FMT(
+            reader.file().meta("format") == kFormat,
+            "%s: this is no file of partitions: its format is '%s'",
+            file,
+            reader.file().meta("format").c_str());
+    const std::string version = reader.required("format_version");
+    FAISS_THROW_IF_NOT_FMT(
+            version == std::to_string(kVersion),
+            "%s: version '%s' of the format is not known to this library, "
+            "which reads version %d",
+            file,
+            version.c_str(),
+            kVersion);
+    PartitionSet set;
+    set.version = reader.required("library_version");
+    set.model = reader.required("model");
+    const json rope = reader.parsed("rope");
+    const std::string where = path + ": rope";
+    set.rope.d = value_of<int>(rope, "d", where);
+    set.rope.theta = value_of<double>(rope, "theta", where);
+    const auto layout = value_of<std::string>(rope, "layout", where);
+    FAISS_THROW_IF_NOT_FMT(
+            layout == "half" || layout == "interleaved",
+            "%s: layout '%s' must be half or interleaved",
+            where.c_str(),
+            layout.c_str());
+    set.rope.layout =
+            layout == "half" ? RopeLayout::half : RopeLayout::interleaved;
+    set.rope.set_scaling(value_of<std::string>(rope, "scaling", where));
+    const json training = reader.parsed("training");
+    set.sink = value_of<int64_t>(training, "sink", path + ": training");
+    set.window = value_of<int64_t>(training, "window", path + ": training");
+    set.seed = value_of<int>(training, "seed", path + ": training");
+    std::vector<std::vector<int>> heads;
+    try {
+        set.texts = reader.parsed("texts").get<std::vector<std::string>>();
+        heads = reader.parsed("heads").get<std::vector<std::vector<int>>>();
+    } catch (const json::exception&) {
+        FAISS_THROW_FMT("%s: texts or heads are no lists", file);
+    }
+    std::set<std::vector<int>> seen;
+    for (const auto& h : heads) {
+        FAISS_THROW_IF_NOT_FMT(
+                h.size() == 2 && h[0] >= 0 && h[1] >= 0 &&
+                        seen.insert(h).second,
+                "%s: heads must name each layer and KV head once",
+                file);
+        set.partitions.push_back(read_partition(reader, set, h[0], h[1]));
+    }
+    return set;
+}
+
+} // namespace faiss_saap
