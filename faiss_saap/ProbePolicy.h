@@ -39,7 +39,9 @@ struct ProbePolicy {
 /// @param nprobe       cells at most
 /// @param key_limit    keys at most
 /// @param at_least_one take the best non-empty cell even where it exceeds
-///                     key_limit
+///                     key_limit: without it an aged partition, whose best
+///                     cell has grown beyond the limit, would read nearly
+///                     nothing that matters
 /// @return the cells, best first
 std::vector<int32_t> take_cells(
         int ncell,

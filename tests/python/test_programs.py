@@ -20,7 +20,10 @@ def run(*command):
 
 
 def test_there_are_programs():
-    expected = {"demo", "bench_classifier", "bench_recall", "bench_search", "train_partitions"}
+    expected = {
+        "demo", "bench_adapter", "bench_build", "bench_classifier", "bench_decode", "bench_recall", "bench_search",
+        "train_partitions",
+    }
     assert expected <= {p.name for p in PROGRAMS}
 
 
@@ -53,6 +56,54 @@ def test_bench_classifier_writes_json(tmp_path):
     report = json.loads(out.read_text())
     assert [row["stage"] for row in report["rows"]] == ["warm", "cold", "batch"]
     assert all(row["us"] > 0 for row in report["rows"])
+
+
+def test_bench_decode_writes_json(tmp_path):
+    out = tmp_path / "r.json"
+    options = ["--tokens", 2048, "--window", 64, "--ncell", 32, "--buffers", 0.01, "--repeat", 3, "--sequences", 2]
+    result = run(Path(BIN) / "bench_decode", *options, "--json", out)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    rows = {row["stage"]: row for row in report["rows"]}
+    assert set(rows) == {"bandwidth", "gather", "dense", "sparse", "route", "attend", "append"}
+    assert all(row["us"] > 0 and row["p99_us"] >= row["us"] for row in rows.values())
+    # What is read: keys and values of 8 heads, 2 sequences, bfloat16.
+    assert rows["dense"]["bytes"] == 2 * 2048 * 8 * 2 * 128 * 2
+    assert report["config"]["selectivity"] <= 0.05
+    assert rows["gather"]["bytes"] == rows["attend"]["bytes"] < 0.12 * rows["dense"]["bytes"]
+
+
+def test_bench_build_writes_json(tmp_path):
+    out = tmp_path / "r.json"
+    options = ["--tokens", 2048, "--inserts", 200, "--window", 64, "--ncell", 32, "--heads-kv", 2, "--head-dim", 32]
+    result = run(Path(BIN) / "bench_build", *options, "--json", out)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    assert [row["stage"] for row in report["rows"]] == ["cluster", "assign", "lists", "insert"]
+    assert all(0 < row["p50_us"] <= row["p99_us"] for row in report["rows"])
+    # 6 bytes for each of the slots listed, blocks and statistics of cells on top.
+    listed = 2 * (2048 + 200 - 64 - 16)
+    assert 6 * listed < report["config"]["index_bytes"] < 6 * listed + 400_000
+    result = run(Path(BIN) / "bench_build", "--tokens", 20, "--ncell", 32)
+    assert result.returncode == 1 and "fewer" in result.stderr
+
+
+def test_bench_adapter_measures_while_the_sequence_grows(tmp_path):
+    out = tmp_path / "r.json"
+    options = ["--trace", TRACE, "--layer", 9, "--budget", 0.05, "--queries", 8]
+    result = run(Path(BIN) / "bench_adapter", *options, "--json", out)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert sorted({row["tokens"] for row in rows}) == [2048, 4096, 6144, 8192]
+    assert len(rows) == 4 * 2 * 2  # lengths, partitions, choices
+    pairs = {}
+    for row in rows:
+        assert 0 < row["mass_recall"] <= 1 and 0 < row["output_error"] < 1
+        if row["partitions"] == "de-rotated, means":  # cells of rotated keys outgrow the budget
+            assert 0 < row["selectivity"] <= 0.0501
+        pairs.setdefault((row["tokens"], row["partitions"]), {})[row["choice"]] = row["selectivity"]
+    for choices in pairs.values():  # compared at equal selectivity per KV head
+        assert abs(choices["group"] - choices["query head"]) < 0.005
 
 
 def test_demo_on_wrong_input(tmp_path):

@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Prints bench_adapter results as Markdown: means over layers, KV heads and texts, a line per partitions and choice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+FIGURES = ("selectivity", "mass_recall", "output_error")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("json", type=Path, nargs="+", help="results of bench_adapter")
+    parser.add_argument("--budget", type=float, default=0.05, help="default: 0.05")
+    options = parser.parse_args()
+    values = defaultdict(list)
+    quarters = {}
+    for path in options.json:
+        rows = json.loads(path.read_text())["rows"]
+        longest = max(row["tokens"] for row in rows)
+        for row in rows:
+            if row["budget"] != options.budget:
+                continue
+            quarter = round(4 * row["tokens"] / longest)
+            quarters[quarter] = row["tokens"]
+            for figure in FIGURES:
+                values[row["partitions"], row["choice"], quarter, figure].append(row[figure])
+    lines = list(dict.fromkeys((partitions, choice) for partitions, choice, _, _ in values))
+    print("| partitions | choice per |", " | ".join(f"{quarters[q]:,} tokens" for q in sorted(quarters)), "|")
+    print("|---" * (len(quarters) + 2) + "|")
+    for partitions, choice in lines:
+        cells = [
+            " / ".join(f"{mean(values[partitions, choice, q, figure]):.3f}" for figure in FIGURES)
+            for q in sorted(quarters)
+        ]
+        print(f"| {partitions} | {choice} |", " | ".join(cells), "|")
+
+
+if __name__ == "__main__":
+    main()
