@@ -10,7 +10,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize(
     "page, example",
-    [("README.md", "readme_example.cpp"), ("docs/classifier.md", "classifier_example.cpp")],
+    [
+        ("README.md", "readme_example.cpp"),
+        ("docs/adapter.md", "adapter_example.cpp"),
+        ("docs/classifier.md", "classifier_example.cpp"),
+    ],
 )
 def test_the_example_is_the_tested_one(page, example):
     blocks = re.findall(r"```cpp\n(.*?)```", (ROOT / page).read_text(), re.S)
