@@ -12,6 +12,7 @@
 
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/attend_slots.h>
 
 #include "common/SyntheticCache.h"
@@ -59,7 +60,8 @@ struct Sequence {
     SyntheticCache cache;
     const KvView& kv = cache.kv;
     std::unique_ptr<AttentionAdapter> adapter;
-    int64_t id = 0;
+    int64_t id = 0;         ///< routed by centroids
+    int64_t classified = 0; ///< the same cells, routed by a classifier
     std::vector<float> queries; ///< heads_q * d
     ProbedCells probed;
     std::vector<std::vector<int32_t>> slots; ///< per KV head, those it reads
@@ -67,7 +69,7 @@ struct Sequence {
     Sequence(const Options& o, DType dtype, unsigned seed)
             : random(seed), cache(shape_of(o, dtype), random) {
         std::normal_distribution<float> normal;
-        std::vector<Partition> partitions;
+        HeadPartitions by_centroids, by_classifier;
         queries.resize(int64_t(o.heads_q) * o.d);
         const int group = o.heads_q / o.heads_kv;
         for (int h = 0; h < o.heads_kv; h++) {
@@ -75,7 +77,20 @@ struct Sequence {
             p.key = flat_assigner(cache.centres[h], o.d, faiss::METRIC_L2);
             p.query = flat_assigner(
                     cache.centres[h], o.d, faiss::METRIC_INNER_PRODUCT);
-            partitions.push_back(p);
+            by_centroids.push_back({p});
+            // Time does not depend on what a network has learnt.
+            ClassifierShape shape;
+            shape.d = o.d;
+            shape.group = group;
+            shape.ncell = o.ncell;
+            std::vector<float> parameters(parameter_count(shape));
+            for (float& f : parameters) {
+                f = 0.1f * normal(random);
+            }
+            p.query = std::make_shared<QueryClassifier>(
+                    shape, parameters.data());
+            p.rope.d = o.d;
+            by_classifier.push_back({p});
             // The group looks for the same few things.
             std::vector<float> topic(o.d);
             for (float& f : topic) {
@@ -94,12 +109,14 @@ struct Sequence {
         params.window = o.window;
         params.policy.nprobe = o.ncell;
         params.policy.max_selectivity = o.selectivity;
-        adapter = std::make_unique<AttentionAdapter>(params, partitions);
-        id = adapter->create();
+        adapter = std::make_unique<AttentionAdapter>(params);
+        id = adapter->create(by_centroids);
+        classified = adapter->create(by_classifier);
         // The last token stays out: the step appends it.
         KvView prefix = kv;
         prefix.length--;
         adapter->append(id, prefix);
+        adapter->append(classified, kv);
     }
     std::vector<SequenceInput> batch() const {
         return {{id, kv}};
@@ -189,6 +206,12 @@ void run(const Options& o) {
     const double rows_read =
             keys_read / copies + double(o.heads_kv) * (o.sink + o.window);
     const double attend_bytes = row * rows_read;
+    double classifier_bytes = 4.0 * o.heads_kv * o.ncell; // counts
+    for (int h = 0; h < o.heads_kv; h++) {
+        const Sequence& s = *all[0];
+        classifier_bytes += static_cast<double>(
+                s.adapter->partition(s.classified, h).query->bytes_read());
+    }
     const double route_bytes =
             4.0 * o.heads_kv * o.ncell * (o.d + 1); // float32 means, counts
 
@@ -239,6 +262,10 @@ void run(const Options& o) {
             {"route", route_bytes,
              [&](Sequence& s) {
                  s.adapter->route(s.batch(), s.queries.data());
+             }},
+            {"route_classifier", classifier_bytes,
+             [&](Sequence& s) {
+                 s.adapter->route({{s.classified, s.kv}}, s.queries.data());
              }},
             {"attend", attend_bytes,
              [&](Sequence& s) {
