@@ -231,7 +231,7 @@ void run(const Options& o) {
              [&](Sequence& s) {
                  uint64_t sum = 0;
                  const size_t bytes = o.d * element_size(dtype);
-                 constexpr size_t kAhead = 64;
+                 constexpr size_t kAhead = 32;
 #pragma omp parallel for schedule(dynamic) reduction(+ : sum)
                  for (int h = 0; h < o.heads_kv; h++) {
                      const auto& slots = s.slots[h];
