@@ -2,12 +2,11 @@
 /// sequence grows.
 #include <algorithm>
 
-#include <CLI/CLI.hpp>
 #include <fmt/core.h>
 
 #include <faiss_saap/AttentionAdapter.h>
 
-#include "common/SyntheticCache.h"
+#include "common/CacheOptions.h"
 #include "common/report.h"
 
 using namespace faiss_saap;
@@ -15,23 +14,14 @@ using namespace faiss_saap::benchs;
 
 namespace {
 
-struct Options {
-    std::string device = "cpu", dtype = "bf16", json;
-    int64_t tokens = 131072, inserts = 2000, sink = 16, window = 1024;
-    int heads_kv = 8, d = 128, ncell = 1024, niter = 10, repeat = 3;
-    double skew = 0.5;
+struct Options : CacheOptions {
+    int64_t inserts = 2000;
+    int niter = 10, repeat = 3;
+    std::string json;
 };
 
 void run(const Options& o) {
-    CacheShape shape;
-    shape.tokens = o.tokens + o.inserts;
-    shape.heads = o.heads_kv;
-    shape.d = o.d;
-    shape.dtype = o.dtype == "bf16" ? DType::bfloat16
-            : o.dtype == "fp16"     ? DType::float16
-                                    : DType::float32;
-    shape.ncell = o.ncell;
-    shape.skew = o.skew;
+    CacheShape shape = o.shape(o.tokens + o.inserts);
     shape.values = false;
     std::mt19937 random(1);
     const SyntheticCache cache(shape, random);
@@ -154,20 +144,11 @@ void run(const Options& o) {
                     (double(cache.kv.length) * o.heads_kv));
     print_table({"stage", "us", "p99 us", "max us", "us/token"}, table);
     if (!o.json.empty()) {
-        write_json(
-                o.json,
-                {{"device", o.device},
-                 {"tokens", o.tokens},
-                 {"inserts", o.inserts},
-                 {"heads_kv", o.heads_kv},
-                 {"head_dim", o.d},
-                 {"dtype", o.dtype},
-                 {"ncell", o.ncell},
-                 {"niter", o.niter},
-                 {"sink", o.sink},
-                 {"window", o.window},
-                 {"index_bytes", adapter.bytes_used()}},
-                rows);
+        nlohmann::json config = o.config();
+        config["inserts"] = o.inserts;
+        config["niter"] = o.niter;
+        config["index_bytes"] = adapter.bytes_used();
+        write_json(o.json, config, rows);
     }
 }
 
@@ -179,36 +160,14 @@ int main(int argc, char** argv) {
             "Times the making of a sequence's index: k-means over its keys, "
             "assigning them, listing them, and inserting tokens one by one. "
             "Times are of all KV heads of a layer."};
-    app.add_option("--device", o.device, "cpu")
-            ->check(CLI::IsMember({"cpu"}))
-            ->capture_default_str();
-    const auto number = [&app](const char* name, auto& value, const char* help) {
-        app.add_option(name, value, help)
-                ->check(CLI::PositiveNumber)
-                ->capture_default_str();
-    };
-    number("--tokens", o.tokens, "tokens of the prefill");
-    number("--inserts", o.inserts, "tokens that come after it, one by one");
-    number("--heads-kv", o.heads_kv, "KV heads");
-    number("--head-dim", o.d, "head dimension");
-    number("--ncell", o.ncell, "cells per KV head");
-    number("--niter", o.niter, "k-means iterations");
-    number("--repeat", o.repeat, "runs of assigning and listing");
-    app.add_option("--dtype", o.dtype, "bf16, fp16 or fp32")
-            ->check(CLI::IsMember({"bf16", "fp16", "fp32"}))
-            ->capture_default_str();
-    app.add_option("--sink", o.sink, "first tokens, not in cells")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
-    app.add_option("--window", o.window, "most recent tokens, not in cells")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
-    app.add_option(
-               "--skew",
-               o.skew,
-               "standard deviation of the logarithm of the cells' sizes")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
+    o.add_to(app);
+    add_number(
+            app,
+            "--inserts",
+            o.inserts,
+            "tokens that come after the others, one by one");
+    add_number(app, "--niter", o.niter, "k-means iterations");
+    add_number(app, "--repeat", o.repeat, "runs of assigning and listing");
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
     return run_program([&] { run(o); });

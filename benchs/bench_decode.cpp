@@ -6,7 +6,6 @@
 #include <numeric>
 #include <random>
 
-#include <CLI/CLI.hpp>
 #include <faiss/IndexFlat.h>
 #include <fmt/core.h>
 
@@ -15,7 +14,7 @@
 #include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/attend_slots.h>
 
-#include "common/SyntheticCache.h"
+#include "common/CacheOptions.h"
 #include "common/report.h"
 
 using namespace faiss_saap;
@@ -23,27 +22,11 @@ using namespace faiss_saap::benchs;
 
 namespace {
 
-struct Options {
-    std::string device = "cpu", dtype = "bf16", json;
-    int sequences = 1;
-    int64_t tokens = 131072;
-    int heads_q = 32, heads_kv = 8, d = 128, ncell = 1024, repeat = 21;
-    int64_t sink = 16, window = 1024;
-    double selectivity = 0.05, skew = 0.5, buffer_gib = 2;
-    bool huge_pages = false;
+struct Options : CacheOptions {
+    int sequences = 1, heads_q = 32, repeat = 21;
+    double selectivity = 0.05, buffer_gib = 2;
+    std::string json;
 };
-
-CacheShape shape_of(const Options& o, DType dtype) {
-    CacheShape shape;
-    shape.tokens = o.tokens;
-    shape.heads = o.heads_kv;
-    shape.d = o.d;
-    shape.dtype = dtype;
-    shape.ncell = o.ncell;
-    shape.skew = o.skew;
-    shape.huge_pages = o.huge_pages;
-    return shape;
-}
 
 std::shared_ptr<QuantizerAssigner> flat_assigner(
         const std::vector<float>& centres,
@@ -66,8 +49,8 @@ struct Sequence {
     ProbedCells probed;
     std::vector<std::vector<int32_t>> slots; ///< per KV head, those it reads
 
-    Sequence(const Options& o, DType dtype, unsigned seed)
-            : random(seed), cache(shape_of(o, dtype), random) {
+    Sequence(const Options& o, unsigned seed)
+            : random(seed), cache(o.shape(o.tokens), random) {
         std::normal_distribution<float> normal;
         HeadPartitions by_centroids, by_classifier;
         queries.resize(int64_t(o.heads_q) * o.d);
@@ -148,9 +131,7 @@ void run(const Options& o) {
             "heads-q = %d must be a multiple of heads-kv = %d",
             o.heads_q,
             o.heads_kv);
-    const DType dtype = o.dtype == "bf16" ? DType::bfloat16
-            : o.dtype == "fp16"           ? DType::float16
-                                          : DType::float32;
+    const DType dtype = o.shape(o.tokens).dtype;
     const double row = 2.0 * o.d * element_size(dtype); // a key and a value
     const double cache = row * o.heads_kv * o.tokens;
     const int group = o.heads_q / o.heads_kv;
@@ -160,7 +141,7 @@ void run(const Options& o) {
     std::vector<std::unique_ptr<Sequence>> all;
     Progress progress("making caches", copies);
     for (int i = 0; i < copies; i++) {
-        all.push_back(std::make_unique<Sequence>(o, dtype, 1 + i));
+        all.push_back(std::make_unique<Sequence>(o, 1 + i));
         progress.advance();
     }
 
@@ -338,22 +319,12 @@ void run(const Options& o) {
             {"stage", "us", "p99 us", "MiB", "of bandwidth", "dense / stage"},
             table);
     if (!o.json.empty()) {
-        write_json(
-                o.json,
-                {{"device", o.device},
-                 {"sequences", o.sequences},
-                 {"tokens", o.tokens},
-                 {"heads_q", o.heads_q},
-                 {"heads_kv", o.heads_kv},
-                 {"head_dim", o.d},
-                 {"dtype", o.dtype},
-                 {"ncell", o.ncell},
-                 {"sink", o.sink},
-                 {"window", o.window},
-                 {"selectivity", keys_read / far_keys},
-                 {"huge_pages", o.huge_pages},
-                 {"bandwidth_bytes_per_s", peak}},
-                rows);
+        nlohmann::json config = o.config();
+        config["sequences"] = o.sequences;
+        config["heads_q"] = o.heads_q;
+        config["selectivity"] = keys_read / far_keys;
+        config["bandwidth_bytes_per_s"] = peak;
+        write_json(o.json, config, rows);
     }
 }
 
@@ -366,41 +337,15 @@ int main(int argc, char** argv) {
             "the read bandwidth of the machine beside it. Keys lie around the "
             "centres of their cells, whose sizes are skewed as in real "
             "partitions."};
-    app.add_option("--device", o.device, "cpu")
-            ->check(CLI::IsMember({"cpu"}))
-            ->capture_default_str();
-    const auto number = [&app](const char* name, auto& value, const char* help) {
-        app.add_option(name, value, help)
-                ->check(CLI::PositiveNumber)
-                ->capture_default_str();
-    };
-    number("--sequences", o.sequences, "sequences in the batch");
-    number("--tokens", o.tokens, "tokens of each");
-    number("--heads-q", o.heads_q, "query heads");
-    number("--heads-kv", o.heads_kv, "KV heads");
-    number("--head-dim", o.d, "head dimension");
-    number("--ncell", o.ncell, "cells per KV head");
-    number("--repeat", o.repeat, "runs of each stage");
-    number("--buffers", o.buffer_gib, "GiB of caches, used in turn");
-    app.add_option("--dtype", o.dtype, "bf16, fp16 or fp32")
-            ->check(CLI::IsMember({"bf16", "fp16", "fp32"}))
-            ->capture_default_str();
+    o.add_to(app);
+    add_number(app, "--sequences", o.sequences, "sequences in the batch");
+    add_number(app, "--heads-q", o.heads_q, "query heads");
+    add_number(app, "--repeat", o.repeat, "runs of each stage");
+    add_number(
+            app, "--buffers", o.buffer_gib, "GiB of caches, used in turn");
     app.add_option("--selectivity", o.selectivity, "far keys read per KV head")
             ->check(CLI::Range(0.0, 1.0))
             ->capture_default_str();
-    app.add_option("--sink", o.sink, "first tokens, always read")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
-    app.add_option("--window", o.window, "most recent tokens, always read")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
-    app.add_option(
-               "--skew",
-               o.skew,
-               "standard deviation of the logarithm of the cells' sizes")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
-    app.add_flag("--huge-pages", o.huge_pages, "caches in pages of 2 MiB");
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
     return run_program([&] { run(o); });

@@ -1,0 +1,40 @@
+/// The options that describe a synthetic cache, for every program that makes
+/// one.
+#pragma once
+
+#include <string>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "SyntheticCache.h"
+
+namespace faiss_saap::benchs {
+
+struct CacheOptions {
+    std::string device = "cpu", dtype = "bf16";
+    int64_t tokens = 131072, sink = 16, window = 1024;
+    int heads_kv = 8, d = 128, ncell = 1024;
+    double skew = 0.5;
+    bool huge_pages = false;
+
+    void add_to(CLI::App& app);
+    /// The shape of a cache of that many tokens.
+    CacheShape shape(int64_t length) const;
+    /// For the results.
+    nlohmann::json config() const;
+};
+
+/// A number of at least one.
+template <class T>
+void add_number(
+        CLI::App& app,
+        const char* name,
+        T& value,
+        const char* help) {
+    app.add_option(name, value, help)
+            ->check(CLI::PositiveNumber)
+            ->capture_default_str();
+}
+
+} // namespace faiss_saap::benchs
