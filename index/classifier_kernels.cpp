@@ -1,5 +1,8 @@
 // Compiled once per instruction set: foreach_target.h includes this file again
 // and again (Highway's dynamic dispatch).
+// Arrays of vectors need a size that the compiler knows; Arm has NEON anyway.
+#define HWY_DISABLED_TARGETS \
+    (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "index/classifier_kernels.cpp"
 #include <hwy/foreach_target.h>
@@ -18,11 +21,7 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-#if HWY_HAVE_SCALABLE
-using D = hn::CappedTag<float, 4>; // rows are multiples of 8
-#else
 using D = hn::CappedTag<float, 16>;
-#endif
 using V = hn::Vec<D>;
 /// Rows are padded to multiples of 8, which wider vectors overrun.
 using D8 = hn::CappedTag<float, 8>;
