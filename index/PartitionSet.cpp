@@ -96,7 +96,7 @@ json describe(const TrainedPartition& p) {
             // recall, ceiling, far mass
             {"held_out", heads},
             {"blend", !p.blend.empty()},
-            {"scale", p.scale}};
+            {"scale", p.blend.empty() ? 0 : p.scale}};
 }
 
 /// Tensors of one file, each of which must be asked for with its shape.
