@@ -19,7 +19,7 @@ std::array<float, kBlendFeatures> in_order(const BlendWeights& w) {
     return {w.classifier, w.mean, w.newest, w.age, w.count};
 }
 
-/// Checked before the base is made from it.
+/// Checked before the base is made from it, in whatever order.
 const QueryClassifier& checked(
         const std::shared_ptr<const QueryClassifier>& classifier) {
     FAISS_THROW_IF_NOT_MSG(classifier, "blend: the classifier is null");
@@ -125,8 +125,8 @@ BlendAssigner::BlendAssigner(
         float s)
         : CellAssigner(
                   checked(c).d,
-                  c->ncell,
-                  c->needs | NEEDS_POST_ROPE | NEEDS_POSITION | NEEDS_STATS |
+                  checked(c).ncell,
+                  checked(c).needs | NEEDS_POST_ROPE | NEEDS_POSITION | NEEDS_STATS |
                           NEEDS_NEWEST_KEYS),
           classifier(std::move(c)),
           weights(std::move(w)),
