@@ -54,6 +54,13 @@ struct BlendAssigner : CellAssigner {
     /// What the weights are for.
     /// @param out  size n * kBlendFeatures * ncell; 0 for an empty cell
     void features(const RoutingInput&, const CellStats*, float* out) const;
+
+   private:
+    template <class Body>
+    void for_each_query(
+            const RoutingInput&,
+            const CellStats*,
+            const Body& body) const;
 };
 
 /// A query at a moment of decoding, for learning weights.
@@ -70,8 +77,8 @@ struct BlendExample {
 /// what train_partition teaches classifiers. Convex, solved by Newton's method:
 /// there is one answer, whatever the order or the machine.
 ///
-/// Queries without mass and examples without weight are skipped; without any
-/// other, the weights are those of the classifier alone.
+/// Examples without mass or weight are skipped; where no other is left, the
+/// weights are those of the classifier alone.
 /// @throws faiss::FaissException when an example's sizes disagree or a value is
 ///         not finite
 BlendWeights fit_blend(const std::vector<BlendExample>& examples, float scale);

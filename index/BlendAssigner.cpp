@@ -154,85 +154,109 @@ BlendAssigner::BlendAssigner(
     }
 }
 
-void BlendAssigner::features(
+/// Calls body(i, features) for each query of the input: features in
+/// the order of BlendWeights, size ncell each. Queries go in blocks, so that
+/// the statistics are read once for the heads of a token.
+template <class Body>
+void BlendAssigner::for_each_query(
         const RoutingInput& input,
         const CellStats* stats,
-        float* out) const {
+        const Body& body) const {
     check(input, stats);
     FAISS_THROW_IF_NOT_MSG(
             input.n == 0 || stats->mean_post_rope,
             "stats->mean_post_rope is null but the assigner needs it");
-    // One token's group at a time: then a few vectors are all the scratch.
-    std::vector<float> log_count(ncell);
-    for (int c = 0; c < ncell && input.n > 0; c++) {
-        log_count[c] = stats->count[c] > 0
-                ? std::log(static_cast<float>(stats->count[c]))
-                : 0.0f;
+    if (input.n == 0) {
+        return;
     }
-    for (int64_t i = 0; i < input.n; i++) {
-        float* f = out + i * kBlendFeatures * ncell;
-        float *mean = f + ncell, *newest = mean + ncell, *age = newest + ncell,
-              *count = age + ncell;
-        RoutingInput one;
-        one.n = 1;
-        one.d = d;
-        one.pre_rope = input.pre_rope + i * d;
-        one.head = input.head ? input.head + i : nullptr;
-        classifier->scores(one, nullptr, f);
-        const float* q = input.post_rope + i * d;
-        inner_products(1, d, q, ncell, stats->mean_post_rope, mean);
-        inner_products(1, d, q, ncell, stats->newest_post_rope, newest);
-        for (int c = 0; c < ncell; c++) {
-            const auto n = static_cast<float>(stats->count[c]);
-            if (stats->count[c] == 0) {
-                f[c] = mean[c] = newest[c] = age[c] = count[c] = 0;
-                continue;
+    constexpr int64_t kBlock = 8;
+    const int64_t most = std::min(kBlock, input.n) * ncell;
+    std::vector<float> scratch(3 * (most + ncell));
+    float *of_classifier = scratch.data(), *mean = of_classifier + most,
+          *newest = mean + most, *age = newest + most, *count = age + ncell,
+          *log_others = count + ncell;
+    for (int c = 0; c < ncell; c++) {
+        const auto n = static_cast<float>(stats->count[c]);
+        count[c] = n > 0 ? std::log(n) : 0.0f;
+        log_others[c] = n > 1 ? std::log(n - 1) : 0.0f;
+    }
+    for (int64_t first = 0; first < input.n; first += kBlock) {
+        const int64_t m = std::min(kBlock, input.n - first);
+        RoutingInput block = input;
+        block.n = m;
+        block.pre_rope += first * d;
+        block.head += input.head ? first : 0;
+        classifier->scores(block, nullptr, of_classifier);
+        const float* q = input.post_rope + first * d;
+        const int nq = static_cast<int>(m);
+        inner_products(nq, d, q, ncell, stats->mean_post_rope, mean);
+        inner_products(nq, d, q, ncell, stats->newest_post_rope, newest);
+        for (int64_t i = 0; i < m; i++) {
+            const int64_t position = input.position[first + i];
+            const bool same = first + i > 0 &&
+                    position == input.position[first + i - 1];
+            for (int c = 0; c < ncell && !same; c++) {
+                // A query inside a batch may be older than the newest key.
+                age[c] = -std::log1p(static_cast<float>(
+                        std::max<int64_t>(0, position - stats->newest[c])));
             }
-            if (stats->count[c] > 1) {
+            const float* mean_i = mean + i * ncell;
+            float* newest_i = newest + i * ncell;
+            for (int c = 0; c < ncell; c++) {
+                const auto n = static_cast<float>(stats->count[c]);
+                if (n <= 1) {
+                    continue;
+                }
                 // Softmax of two, from the larger one.
-                const float a = scale * newest[c];
-                const float others = (n * mean[c] - newest[c]) / (n - 1);
-                const float b = scale * others + std::log(n - 1);
-                const float larger = std::max(a, b);
-                newest[c] = (larger + std::log1p(std::exp(-std::fabs(a - b))) -
-                             log_count[c]) /
+                const float x = scale * newest_i[c];
+                const float others = (n * mean_i[c] - newest_i[c]) / (n - 1);
+                const float y = scale * others + log_others[c];
+                newest_i[c] = (std::max(x, y) +
+                               std::log1p(std::exp(-std::fabs(x - y))) -
+                               count[c]) /
                         scale;
             }
-            // A query inside a batch may be older than the newest key.
-            const int64_t tokens = std::max<int64_t>(
-                    0, input.position[i] - stats->newest[c]);
-            age[c] = -std::log1p(static_cast<float>(tokens));
-            count[c] = log_count[c];
+            body(first + i,
+                 std::array<const float*, kBlendFeatures>{
+                         of_classifier + i * ncell,
+                         mean_i,
+                         newest_i,
+                         age,
+                         count});
         }
     }
+}
+
+void BlendAssigner::features(
+        const RoutingInput& input,
+        const CellStats* stats,
+        float* out) const {
+    for_each_query(input, stats, [&](int64_t i, const auto& features) {
+        for (int f = 0; f < kBlendFeatures; f++) {
+            float* to = out + (i * kBlendFeatures + f) * ncell;
+            for (int c = 0; c < ncell; c++) {
+                to[c] = stats->count[c] ? features[f][c] : 0.0f;
+            }
+        }
+    });
 }
 
 void BlendAssigner::scores(
         const RoutingInput& input,
         const CellStats* stats,
         float* scores) const {
-    check(input, stats);
     const int group = classifier->shape.group;
-    std::vector<float> all(size_t(kBlendFeatures) * ncell);
-    for (int64_t i = 0; i < input.n; i++) {
-        RoutingInput one;
-        one.n = 1;
-        one.d = d;
-        one.pre_rope = input.pre_rope + i * d;
-        one.post_rope = input.post_rope + i * d;
-        one.position = input.position + i;
-        one.head = input.head ? input.head + i : nullptr;
-        features(one, stats, all.data()); // checks the head
+    for_each_query(input, stats, [&](int64_t i, const auto& features) {
         const auto w = in_order(weights[group > 1 ? input.head[i] : 0]);
         float* s = scores + i * ncell;
         for (int c = 0; c < ncell; c++) {
             float sum = 0;
             for (int f = 0; f < kBlendFeatures; f++) {
-                sum += w[f] * all[size_t(f) * ncell + c];
+                sum += w[f] * features[f][c];
             }
             s[c] = stats->count[c] ? sum : -INFINITY;
         }
-    }
+    });
 }
 
 size_t BlendAssigner::bytes_read() const {
