@@ -306,9 +306,9 @@ class Training {
         std::vector<BlendWeights> weights(group);
         parallel_for(group, [&](int64_t g) {
             std::vector<BlendExample> examples;
-            for (const auto& text : of_text) {
+            for (auto& text : of_text) {
                 for (size_t i = g; i < text.size(); i += group) {
-                    examples.push_back(text[i]);
+                    examples.push_back(std::move(text[i]));
                 }
             }
             weights[g] = fit_blend(examples, scale_);
