@@ -33,7 +33,9 @@ const std::vector<std::string> kMethods = {
         "offline_ip",
         "offline_mean",
         "saap",
-        "saap_group"};
+        "saap_group",
+        "saap_blend",
+        "saap_blend_group"};
 /// The last ones of these need --partitions.
 constexpr int64_t kMethodsOfTheSequence = 6;
 
@@ -124,6 +126,9 @@ std::vector<std::unique_ptr<Method>> make_methods(
     const auto offline = [&] {
         return trained.find(data.layer, data.kv_head).partition;
     };
+    const auto blended = [&] {
+        return trained.find(data.layer, data.kv_head).blended();
+    };
     const auto by_means = [](Partition p) {
         p.query = std::make_shared<CellMeanAssigner>(p.key->d, p.key->ncell);
         return p;
@@ -149,6 +154,10 @@ std::vector<std::unique_ptr<Method>> make_methods(
             add(name, offline());
         } else if (name == "saap_group") {
             add(name, offline(), /*share_group=*/true);
+        } else if (name == "saap_blend") {
+            add(name, blended());
+        } else if (name == "saap_blend_group") {
+            add(name, blended(), /*share_group=*/true);
         }
     }
     return methods;
@@ -244,8 +253,14 @@ std::vector<Sums> evaluate(
     Progress progress(
             fmt::format("layer {}, KV head {}", data.layer, data.kv_head),
             static_cast<int64_t>(tokens.size()));
-    // Statistics of cells move on in blocks, so that queries can share threads.
-    const int64_t block = options.cluster_on == "all" ? tokens.size() : 32;
+    // Statistics of cells move on in blocks, so that queries can share threads,
+    // but not past a query that looks at the newest keys.
+    bool exact = false;
+    for (const auto& method : methods) {
+        exact = exact || method->needs_newest_keys();
+    }
+    const int64_t block =
+            options.cluster_on == "all" ? tokens.size() : exact ? 1 : 32;
     for (size_t begin = 0; begin < tokens.size(); begin += block) {
         const size_t end = std::min(begin + block, tokens.size());
         const int64_t listed = options.cluster_on == "all"
@@ -321,6 +336,12 @@ void run(const Options& options) {
                 at - kMethods.begin() < kMethodsOfTheSequence ||
                         !options.partitions.empty(),
                 "%s needs trained partitions: --partitions",
+                name.c_str());
+        FAISS_THROW_IF_NOT_FMT(
+                options.cluster_on == "prefix" ||
+                        name.find("blend") == std::string::npos,
+                "%s looks at the newest keys, which must not be later than the "
+                "query: --cluster-on prefix",
                 name.c_str());
     }
     const Trace trace(options.trace);
@@ -507,6 +528,9 @@ int main(int argc, char** argv) {
     CLI11_PARSE(app, argc, argv);
     if (o.methods.empty()) {
         o.methods = kMethods;
+        if (o.cluster_on == "all") {
+            o.methods.resize(kMethods.size() - 2); // no blends
+        }
         if (o.partitions.empty()) {
             o.methods.resize(kMethodsOfTheSequence);
         }

@@ -111,6 +111,7 @@ nlohmann::json config_of(const Options& o, const PartitionSet& set) {
             {"batch", p.batch},
             {"learning_rate", p.learning_rate},
             {"mass_power", p.mass_power},
+            {"blend", p.blend},
             {"seed", p.seed}};
 }
 
@@ -320,6 +321,10 @@ int main(int argc, char** argv) {
                "a query counts by its far mass to this power")
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
+    app.add_flag(
+            "!--no-blend",
+            p.blend,
+            "the classifier alone, without weights for a BlendAssigner");
     app.add_option("--seed", p.seed, "of k-means, network and mini-batches")
             ->capture_default_str();
     app.add_flag(

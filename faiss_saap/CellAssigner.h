@@ -14,6 +14,7 @@ enum RoutingNeeds : unsigned {
     NEEDS_POSITION = 4,  ///< the position of each vector
     NEEDS_STATS = 8,     ///< statistics of the cells of one sequence
     NEEDS_HEAD = 16,     ///< the query head of each vector within its GQA group
+    NEEDS_NEWEST_KEYS = 32, ///< statistics with the newest key of each cell
 };
 
 /// Keys or queries to be routed. Pointers that the assigner does not need may
@@ -35,6 +36,9 @@ struct CellStats {
                                             ///< for an empty cell
     const int64_t* newest = nullptr; ///< position of the newest key, size
                                      ///< ncell; -1 for an empty cell
+    const float* newest_post_rope = nullptr; ///< the newest key, size
+                                             ///< ncell * d; zero for an empty
+                                             ///< cell
 };
 
 /// Scores the cells of a partition for keys or for queries. A partition holds
@@ -58,7 +62,8 @@ struct CellAssigner {
     virtual ~CellAssigner() = default;
 
     /// Scores of all cells.
-    /// @param stats   may be null unless `needs` has NEEDS_STATS
+    /// @param stats   may be null unless `needs` has NEEDS_STATS; keys newer
+    ///                than the queries' far keys are not left out of it
     /// @param scores  output, size n * ncell; a cell that must not be probed
     ///                (an empty one, where the statistics tell) gets -infinity
     /// @throws faiss::FaissException when a needed field is null, the

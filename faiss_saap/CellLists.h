@@ -31,26 +31,30 @@ class CellLists {
     /// @param with_means  keep the mean key of each cell (for assigners that
     ///                    need statistics)
     /// @param pool        where the lists grow; null: one of their own
+    /// @param with_newest_keys  keep a copy of the newest key of each cell (for
+    ///                    assigners with NEEDS_NEWEST_KEYS)
     CellLists(
             int ncell,
             int d,
             int64_t first_slot,
             bool with_means,
-            std::shared_ptr<SlotPool> pool = nullptr);
+            std::shared_ptr<SlotPool> pool = nullptr,
+            bool with_newest_keys = false);
     CellLists(const CellLists& other);
     CellLists(CellLists&& other) noexcept;
     CellLists& operator=(CellLists other) noexcept;
     ~CellLists();
 
     /// Appends the next slot.
-    /// @param post_rope  its key, size d; may be null without means
+    /// @param post_rope  its key, size d; may be null without means and newest
+    ///                   keys
     /// @param position   of its token
     void append(int32_t cell, const float* post_rope, int64_t position);
 
-    /// Drops the newest slots until `size` are left; the state, means included,
-    /// is as if they had never been appended.
+    /// Drops the newest slots until `size` are left; the state, means and newest
+    /// keys included, is as if they had never been appended.
     /// @param read_key  reads the key of a slot, size d; may be empty without
-    ///                  means
+    ///                  means and newest keys
     void truncate(
             int64_t size,
             const std::function<void(int64_t slot, float* key)>& read_key);
@@ -60,11 +64,13 @@ class CellLists {
     /// @param cells     size n
     /// @param position  of the first one; the others follow
     /// @param means     size ncell * d; null without means
+    /// @param newest_keys  size ncell * d; null without newest keys
     void restore(
             int64_t n,
             const uint16_t* cells,
             int64_t position,
-            const float* means);
+            const float* means,
+            const float* newest_keys = nullptr);
 
     int ncell() const {
         return static_cast<int>(tail_.size());
@@ -75,6 +81,9 @@ class CellLists {
     }
     bool with_means() const {
         return with_means_;
+    }
+    bool with_newest_keys() const {
+        return with_newest_keys_;
     }
     /// Slots of a cell, ascending.
     std::vector<int32_t> slots(int cell) const;
@@ -89,7 +98,7 @@ class CellLists {
     }
     /// Number of slots of a cell below `end`.
     int64_t count_before(int cell, int64_t end) const;
-    /// Statistics; means are null where they are not kept.
+    /// Statistics; means and newest keys are null where they are not kept.
     CellStats stats() const;
     /// Bytes held apart from the pool's.
     /// @param counted  parts shared with copies are counted unless they are in
@@ -105,11 +114,15 @@ class CellLists {
 
     void push(int32_t cell, int64_t position);
     void pop(int32_t cell);
+    int32_t newest_slot(int32_t cell) const; ///< of a cell that is not empty
     void update_mean(int32_t cell, int32_t count, const float* key);
+    bool reads_keys() const {
+        return with_means_ || with_newest_keys_;
+    }
 
     int d_;
     int64_t first_slot_;
-    bool with_means_;
+    bool with_means_, with_newest_keys_;
     int64_t size_ = 0;
     std::shared_ptr<SlotPool> pool_;
     std::vector<uint32_t> tail_; ///< newest block of each cell
@@ -117,6 +130,7 @@ class CellLists {
     std::vector<int32_t> count_;
     std::vector<float> mean_;
     std::vector<int64_t> newest_;
+    std::vector<float> newest_key_;
 };
 
 } // namespace faiss_saap

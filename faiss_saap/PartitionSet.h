@@ -33,7 +33,8 @@ struct PartitionSet {
 /// Writes a .saap file: safetensors, for each partition the tensors
 /// layer.{l}.kv.{h}.centroids (ncell, d) and, for each layer of the classifier,
 /// layer.{l}.kv.{h}.{name}.weight (networks, rows, padded cols) and .bias
-/// (networks, rows); what else there is stands in the metadata as text. Written
+/// (networks, rows), and where it has a blend layer.{l}.kv.{h}.blend (query
+/// heads, weights); what else there is stands in the metadata as text. Written
 /// beside and then renamed, so that no half-written file is seen.
 /// @throws faiss::FaissException for a query assigner that is no
 ///         QueryClassifier, a key assigner that is not flat, two partitions of

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include <faiss_saap/BlendAssigner.h>
 #include <faiss_saap/Partition.h>
 #include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/Trace.h>
@@ -42,6 +43,9 @@ struct TrainingParams {
     double budget = .05;         ///< share of far keys read there
     int evaluate_every = 200;    ///< steps between such evaluations
     int patience = 5;            ///< evaluations without gain before stopping
+
+    bool blend = true;           ///< weights for a BlendAssigner afterwards
+    int blend_queries = 48;      ///< tokens of each text that ask for them
     int seed = 1234;
 
     /// @throws faiss::FaissException naming the field that is out of range
@@ -73,6 +77,14 @@ struct TrainedPartition {
     CellBalance balance;
     std::vector<HeldOut> heads; ///< one per query head of the group
     int64_t steps = 0;          ///< after which the parameters were kept
+    /// of a BlendAssigner, one per query head; empty where not trained
+    std::vector<BlendWeights> blend;
+    float scale = 0;            ///< attention scale that they were trained for
+
+    /// The same cells with a BlendAssigner over the classifier for queries.
+    /// Needs statistics of the sequence, as an AttentionAdapter keeps them.
+    /// @throws faiss::FaissException without weights
+    Partition blended() const;
 };
 
 /// Everything that going on needs.
@@ -98,6 +110,10 @@ using TrainingCallback = std::function<void(const TrainingState&)>;
 /// The last text is held out: neither k-means nor the classifier sees it, and
 /// the parameters that did best on it are kept. Of a single text, the last
 /// quarter is held out.
+///
+/// Weights of a BlendAssigner follow, from a replay of the texts: at each of
+/// some tokens, statistics are those of the keys that were far keys then. The
+/// held-out text takes no part.
 ///
 /// The same texts, parameters and seed give the same result, on any number of
 /// threads. Memory: keys and queries of all texts as float, and about

@@ -169,7 +169,8 @@ std::unique_ptr<AttentionAdapter::Sequence> AttentionAdapter::make_sequence(
                                  params_.d,
                                  params_.sink,
                                  needs & NEEDS_STATS,
-                                 pools_[h])});
+                                 pools_[h],
+                                 needs & NEEDS_NEWEST_KEYS)});
             }
         }
         FAISS_THROW_IF_NOT_FMT(
@@ -200,7 +201,8 @@ void AttentionAdapter::reset(int64_t sequence) {
                     params_.d,
                     params_.sink,
                     listed.lists.with_means(),
-                    listed.lists.pool());
+                    listed.lists.pool(),
+                    listed.lists.with_newest_keys());
         }
     }
     s.length = 0;
@@ -398,7 +400,7 @@ void AttentionAdapter::append(int64_t sequence, const KvView& kv) {
         for (size_t p = 0; p < s.heads[h].size(); p++) {
             CellLists& lists = s.heads[h][p].lists;
             const auto& to = cells[h][p];
-            if (!lists.with_means()) {
+            if (!lists.with_means() && !lists.with_newest_keys()) {
                 for (int64_t i = begin; i < end; i++) {
                     lists.append(
                             to[i - begin], nullptr, i + params_.position_offset);

@@ -43,6 +43,10 @@ void CellAssigner::check(const RoutingInput& input, const CellStats* stats)
     FAISS_THROW_IF_NOT_MSG(
             !(needs & NEEDS_STATS) || (stats && stats->count),
             "stats is null but the assigner needs it");
+    FAISS_THROW_IF_NOT_MSG(
+            !(needs & NEEDS_NEWEST_KEYS) ||
+                    (stats && stats->newest && stats->newest_post_rope),
+            "stats->newest_post_rope is null but the assigner needs it");
 }
 
 const float* CellAssigner::vectors(const RoutingInput& input) const {

@@ -19,10 +19,12 @@ CellLists::CellLists(
         int d,
         int64_t first_slot,
         bool with_means,
-        std::shared_ptr<SlotPool> pool)
+        std::shared_ptr<SlotPool> pool,
+        bool with_newest_keys)
         : d_(d),
           first_slot_(first_slot),
           with_means_(with_means),
+          with_newest_keys_(with_newest_keys),
           pool_(pool ? std::move(pool) : std::make_shared<SlotPool>()) {
     FAISS_THROW_IF_NOT_FMT(
             ncell >= 1 && ncell <= 65536,
@@ -36,19 +38,22 @@ CellLists::CellLists(
     count_.assign(ncell, 0);
     mean_.assign(with_means ? size_t(ncell) * d : 0, 0.0f);
     newest_.assign(ncell, -1);
+    newest_key_.assign(with_newest_keys ? size_t(ncell) * d : 0, 0.0f);
 }
 
 CellLists::CellLists(const CellLists& other)
         : d_(other.d_),
           first_slot_(other.first_slot_),
           with_means_(other.with_means_),
+          with_newest_keys_(other.with_newest_keys_),
           size_(other.size_),
           pool_(other.pool_),
           tail_(other.tail_),
           cells_(other.cells_),
           count_(other.count_),
           mean_(other.mean_),
-          newest_(other.newest_) {
+          newest_(other.newest_),
+          newest_key_(other.newest_key_) {
     for (uint32_t block : tail_) {
         if (block != SlotPool::kNone) {
             (*pool_)[block].users++;
@@ -60,13 +65,15 @@ CellLists::CellLists(CellLists&& other) noexcept
         : d_(other.d_),
           first_slot_(other.first_slot_),
           with_means_(other.with_means_),
+          with_newest_keys_(other.with_newest_keys_),
           size_(std::exchange(other.size_, 0)),
           pool_(std::move(other.pool_)),
           tail_(std::move(other.tail_)),
           cells_(std::move(other.cells_)),
           count_(std::move(other.count_)),
           mean_(std::move(other.mean_)),
-          newest_(std::move(other.newest_)) {
+          newest_(std::move(other.newest_)),
+          newest_key_(std::move(other.newest_key_)) {
     other.tail_.clear();
 }
 
@@ -74,6 +81,7 @@ CellLists& CellLists::operator=(CellLists other) noexcept {
     std::swap(d_, other.d_);
     std::swap(first_slot_, other.first_slot_);
     std::swap(with_means_, other.with_means_);
+    std::swap(with_newest_keys_, other.with_newest_keys_);
     std::swap(size_, other.size_);
     std::swap(pool_, other.pool_);
     std::swap(tail_, other.tail_);
@@ -81,6 +89,7 @@ CellLists& CellLists::operator=(CellLists other) noexcept {
     std::swap(count_, other.count_);
     std::swap(mean_, other.mean_);
     std::swap(newest_, other.newest_);
+    std::swap(newest_key_, other.newest_key_);
     return *this;
 }
 
@@ -106,9 +115,15 @@ void CellLists::append(int32_t cell, const float* post_rope, int64_t position) {
     FAISS_THROW_IF_NOT_MSG(
             post_rope || !with_means_,
             "post_rope is null but the lists keep means");
+    FAISS_THROW_IF_NOT_MSG(
+            post_rope || !with_newest_keys_,
+            "post_rope is null but the lists keep newest keys");
     push(cell, position);
     if (with_means_) {
         update_mean(cell, count_[cell], post_rope);
+    }
+    if (with_newest_keys_) {
+        std::copy_n(post_rope, d_, newest_key_.data() + int64_t(cell) * d_);
     }
 }
 
@@ -141,6 +156,10 @@ void CellLists::push(int32_t cell, int64_t position) {
     newest_[cell] = position;
 }
 
+int32_t CellLists::newest_slot(int32_t cell) const {
+    return (*pool_)[tail_[cell]].slots[(count_[cell] - 1) % kPerBlock];
+}
+
 void CellLists::pop(int32_t cell) {
     SlotPool& pool = *pool_;
     uint32_t& tail = tail_[cell];
@@ -158,7 +177,7 @@ void CellLists::pop(int32_t cell) {
         newest_[cell] = -1;
     } else {
         // Positions and slots differ by a constant.
-        newest_[cell] -= dropped - pool[tail].slots[(left - 1) % kPerBlock];
+        newest_[cell] -= dropped - newest_slot(cell);
     }
     size_--;
 }
@@ -173,22 +192,33 @@ void CellLists::truncate(
             size,
             size_);
     FAISS_THROW_IF_NOT_MSG(
-            read_key || !with_means_ || size == size_,
-            "read_key is empty but the lists keep means");
+            read_key || !reads_keys() || size == size_,
+            "read_key is empty but the lists keep means or newest keys");
     std::vector<int32_t> changed;
-    std::vector<bool> seen(with_means_ ? ncell() : 0);
+    std::vector<bool> seen(reads_keys() ? ncell() : 0);
     while (size_ > size) {
         const int32_t cell = cell_of(first_slot_ + size_ - 1);
         pop(cell);
-        if (with_means_ && !seen[cell]) {
+        if (reads_keys() && !seen[cell]) {
             seen[cell] = true;
             changed.push_back(cell);
         }
     }
     cells_.resize((size_ + kChunk - 1) / kChunk);
-    // Summed anew, as subtracting would leave rounding behind.
     std::vector<float> key(d_);
     for (int32_t cell : changed) {
+        if (with_newest_keys_) {
+            float* newest = newest_key_.data() + int64_t(cell) * d_;
+            if (count_[cell]) {
+                read_key(newest_slot(cell), newest);
+            } else {
+                std::fill_n(newest, d_, 0.0f);
+            }
+        }
+        if (!with_means_) {
+            continue;
+        }
+        // Summed anew, as subtracting would leave rounding behind.
         std::fill_n(mean_.data() + int64_t(cell) * d_, d_, 0.0f);
         int32_t count = 0;
         for (int32_t slot : slots(cell)) {
@@ -202,12 +232,16 @@ void CellLists::restore(
         int64_t n,
         const uint16_t* cells,
         int64_t position,
-        const float* means) {
+        const float* means,
+        const float* newest_keys) {
     FAISS_THROW_IF_NOT_FMT(
             size_ == 0, "lists of %" PRId64 " slots are not empty", size_);
     FAISS_THROW_IF_NOT_MSG(
             (means != nullptr) == with_means_,
             "means must be given exactly where the lists keep them");
+    FAISS_THROW_IF_NOT_MSG(
+            (newest_keys != nullptr) == with_newest_keys_,
+            "newest keys must be given exactly where the lists keep them");
     for (int64_t i = 0; i < n; i++) {
         FAISS_THROW_IF_NOT_FMT(
                 cells[i] < ncell(),
@@ -220,6 +254,7 @@ void CellLists::restore(
         push(cells[i], position + i);
     }
     std::copy_n(means, mean_.size(), mean_.data());
+    std::copy_n(newest_keys, newest_key_.size(), newest_key_.data());
 }
 
 void CellLists::copy_slots(int cell, int64_t n, int32_t* out) const {
@@ -269,6 +304,7 @@ CellStats CellLists::stats() const {
     stats.count = count_.data();
     stats.mean_post_rope = with_means_ ? mean_.data() : nullptr;
     stats.newest = newest_.data();
+    stats.newest_post_rope = with_newest_keys_ ? newest_key_.data() : nullptr;
     return stats;
 }
 
@@ -277,7 +313,8 @@ size_t CellLists::bytes_used(std::unordered_set<const void*>* counted) const {
             cells_.capacity() * sizeof(cells_[0]) +
             count_.capacity() * sizeof(count_[0]) +
             mean_.capacity() * sizeof(mean_[0]) +
-            newest_.capacity() * sizeof(newest_[0]);
+            newest_.capacity() * sizeof(newest_[0]) +
+            newest_key_.capacity() * sizeof(newest_key_[0]);
     for (const auto& chunk : cells_) {
         if (!counted || counted->insert(chunk.get()).second) {
             bytes += sizeof(Chunk);

@@ -19,7 +19,7 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kFormat = "faiss_saap.partitions";
-constexpr int kVersion = 1;
+constexpr int kVersion = 2; ///< with weights of blends; 1: without
 
 std::string prefix_of(int layer, int kv_head) {
     return "layer." + std::to_string(layer) + ".kv." + std::to_string(kv_head);
@@ -94,7 +94,9 @@ json describe(const TrainedPartition& p) {
             {"imbalance", p.balance.imbalance},
             {"steps", p.steps},
             // recall, ceiling, far mass
-            {"held_out", heads}};
+            {"held_out", heads},
+            {"blend", !p.blend.empty()},
+            {"scale", p.blend.empty() ? 0 : p.scale}};
 }
 
 /// Tensors of one file, each of which must be asked for with its shape.
@@ -282,6 +284,33 @@ TrainedPartition read_partition(
             read_classifier(reader, prefix, s));
     p.partition.rope = set.rope;
     p.partition.check();
+    if (about.contains("blend") && value_of<bool>(about, "blend", where)) {
+        p.scale = value_of<float>(about, "scale", where);
+        const auto weights =
+                reader.tensor(
+                              prefix + ".blend",
+                              "F32",
+                              {s.group, kBlendFeatures})
+                        .to_float();
+        static_assert(
+                sizeof(BlendWeights) == kBlendFeatures * sizeof(float),
+                "weights are written as they are");
+        for (int g = 0; g < s.group; g++) {
+            const float* w = weights.data() + g * kBlendFeatures;
+            BlendWeights head;
+            head.classifier = w[0];
+            head.mean = w[1];
+            head.newest = w[2];
+            head.age = w[3];
+            head.count = w[4];
+            p.blend.push_back(head);
+        }
+        try {
+            p.blended();
+        } catch (const faiss::FaissException& e) {
+            FAISS_THROW_FMT("%s: %s", where.c_str(), e.what());
+        }
+    }
     return p;
 }
 
@@ -364,6 +393,14 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
         metadata[prefix] = describe(p).dump();
         tensors[prefix + ".centroids"] =
                 view("F32", {flat.ntotal, flat.d}, flat.get_xb(), 4);
+        if (!p.blend.empty()) {
+            p.blended(); // checks the weights
+            tensors[prefix + ".blend"] =
+                    view("F32",
+                         {classifier.shape.group, kBlendFeatures},
+                         p.blend.data(),
+                         4);
+        }
         for (const auto& stored : classifier.layers()) {
             const ClassifierLayer& layer = stored.layer;
             const std::string name = prefix + "." + layer.name;
@@ -393,9 +430,9 @@ PartitionSet read_partitions(const std::string& path) {
             reader.file().meta("format").c_str());
     const std::string version = reader.required("format_version");
     FAISS_THROW_IF_NOT_FMT(
-            version == std::to_string(kVersion),
+            version == "1" || version == std::to_string(kVersion),
             "%s: version '%s' of the format is not known to this library, "
-            "which reads version %d",
+            "which reads versions up to %d",
             file,
             version.c_str(),
             kVersion);

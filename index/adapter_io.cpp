@@ -69,6 +69,11 @@ void AttentionAdapter::save(int64_t sequence, const std::string& path) const {
                         writer,
                         means,
                         means ? size_t(lists.ncell()) * params_.d : 0);
+                // Only where they are kept: other files stay as they were.
+                if (const float* newest = lists.stats().newest_post_rope) {
+                    write_array(
+                            writer, newest, size_t(lists.ncell()) * params_.d);
+                }
             }
         }
     });
@@ -128,6 +133,9 @@ int64_t AttentionAdapter::load(const std::string& path) {
             const auto cells = read_array<uint16_t>(reader);
             const auto means = read_array<float>(reader);
             const bool with = listed.lists.with_means();
+            const bool with_newest = listed.lists.with_newest_keys();
+            const auto newest = with_newest ? read_array<float>(reader)
+                                            : std::vector<float>();
             FAISS_THROW_IF_NOT_FMT(
                     static_cast<int64_t>(cells.size()) == listed_slots &&
                             means.size() ==
@@ -140,11 +148,22 @@ int64_t AttentionAdapter::load(const std::string& path) {
                     cells.size(),
                     means.size(),
                     length);
+            FAISS_THROW_IF_NOT_FMT(
+                    !with_newest ||
+                            newest.size() ==
+                                    size_t(listed.lists.ncell()) * params_.d,
+                    "%s: corrupt: newest keys of %zd floats for %d cells of "
+                    "d = %d",
+                    path.c_str(),
+                    newest.size(),
+                    listed.lists.ncell(),
+                    params_.d);
             listed.lists.restore(
                     listed_slots,
                     cells.data(),
                     params_.sink + params_.position_offset,
-                    with ? means.data() : nullptr);
+                    with ? means.data() : nullptr,
+                    with_newest ? newest.data() : nullptr);
         }
     }
     FAISS_THROW_IF_NOT_FMT(

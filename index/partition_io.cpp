@@ -6,6 +6,7 @@
 #include <faiss/IndexFlat.h>
 #include <faiss/index_io.h>
 
+#include <faiss_saap/BlendAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/faiss_compat.h>
@@ -18,6 +19,7 @@ namespace {
 
 const uint32_t kFlat = faiss::fourcc("SaFl"), kOther = faiss::fourcc("SaQz");
 const uint32_t kClassifier = faiss::fourcc("SaCl");
+const uint32_t kBlend = faiss::fourcc("SaBl");
 
 void write_classifier(const QueryClassifier& q, faiss::IOWriter& writer) {
     const ClassifierShape& s = q.shape;
@@ -30,7 +32,7 @@ void write_classifier(const QueryClassifier& q, faiss::IOWriter& writer) {
     write_array(writer, parameters.data(), parameters.size());
 }
 
-std::shared_ptr<const CellAssigner> read_classifier(MemoryReader& reader) {
+std::shared_ptr<const QueryClassifier> read_classifier(MemoryReader& reader) {
     ClassifierShape s;
     for (int* x : {&s.d, &s.group, &s.ncell, &s.width, &s.depth}) {
         *x = read_value<int32_t>(reader);
@@ -51,7 +53,26 @@ std::shared_ptr<const CellAssigner> read_classifier(MemoryReader& reader) {
             narrow ? DType::bfloat16 : DType::float32);
 }
 
+std::shared_ptr<const CellAssigner> read_blend(MemoryReader& reader) {
+    auto classifier = read_classifier(reader);
+    const auto scale = read_value<float>(reader);
+    auto weights = read_array<BlendWeights>(reader);
+    try {
+        return std::make_shared<BlendAssigner>(
+                std::move(classifier), std::move(weights), scale);
+    } catch (const faiss::FaissException& e) {
+        FAISS_THROW_FMT("%s: corrupt: %s", reader.name.c_str(), e.what());
+    }
+}
+
 void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
+    if (const auto* b = dynamic_cast<const BlendAssigner*>(&assigner)) {
+        write_value(writer, kBlend);
+        write_classifier(*b->classifier, writer);
+        write_value(writer, b->scale);
+        write_array(writer, b->weights.data(), b->weights.size());
+        return;
+    }
     if (const auto* c = dynamic_cast<const QueryClassifier*>(&assigner)) {
         write_value(writer, kClassifier);
         write_classifier(*c, writer);
@@ -79,12 +100,16 @@ void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
 std::shared_ptr<const CellAssigner> read_assigner(MemoryReader& reader) {
     const auto kind = read_value<uint32_t>(reader);
     FAISS_THROW_IF_NOT_FMT(
-            kind == kFlat || kind == kOther || kind == kClassifier,
+            kind == kFlat || kind == kOther || kind == kClassifier ||
+                    kind == kBlend,
             "%s: an assigner of kind %08x is not known to this version",
             reader.name.c_str(),
             kind);
     if (kind == kClassifier) {
         return read_classifier(reader);
+    }
+    if (kind == kBlend) {
+        return read_blend(reader);
     }
     const auto space = static_cast<RoutingNeeds>(read_value<uint32_t>(reader));
     std::shared_ptr<const faiss::Index> quantizer;

@@ -4,11 +4,13 @@
 #include <cinttypes>
 #include <cmath>
 #include <memory>
+#include <numeric>
 #include <random>
 
 #include <faiss/IndexFlat.h>
 #include <faiss/utils/utils.h>
 
+#include <faiss_saap/CellLists.h>
 #include <faiss_saap/ProbePolicy.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/classifier_loss.h>
@@ -164,6 +166,10 @@ class Training {
         r.balance = balance();
         r.heads = evaluate(*classifier);
         r.steps = state_.best_step;
+        r.scale = scale_;
+        if (params_.blend) {
+            r.blend = blend(classifier);
+        }
         return r;
     }
 
@@ -284,6 +290,87 @@ class Training {
         b.imbalance = faiss::imbalance_factor(
                 static_cast<int>(cells.size()), params_.ncell, cells.data());
         return b;
+    }
+
+    /// Replays the training texts, as decoding would see them, and asks at
+    /// evenly spaced tokens.
+    std::vector<BlendWeights> blend(
+            const std::shared_ptr<const QueryClassifier>& classifier) const {
+        const int group = shape_.group;
+        const BlendAssigner untrained(
+                classifier, std::vector<BlendWeights>(group), scale_);
+        std::vector<std::vector<BlendExample>> of_text(training_texts_);
+        parallel_for(training_texts_, [&](int64_t t) {
+            of_text[t] = blend_examples(texts_[t], untrained);
+        });
+        std::vector<BlendWeights> weights(group);
+        parallel_for(group, [&](int64_t g) {
+            std::vector<BlendExample> examples;
+            for (auto& text : of_text) {
+                for (size_t i = g; i < text.size(); i += group) {
+                    examples.push_back(std::move(text[i]));
+                }
+            }
+            weights[g] = fit_blend(examples, scale_);
+        });
+        return weights;
+    }
+
+    /// Of one text: query heads of a token one after the other.
+    std::vector<BlendExample> blend_examples(
+            const TrainingText& text,
+            const BlendAssigner& assigner) const {
+        const int d = shape_.d, group = shape_.group, ncell = shape_.ncell;
+        const int64_t there = text.end - text.begin;
+        const int64_t n = std::min<int64_t>(params_.blend_queries, there);
+        std::vector<int32_t> head(group);
+        std::iota(head.begin(), head.end(), 0);
+        CellLists lists(ncell, d, params_.sink, true, nullptr, true);
+        TargetBatch targets;
+        std::vector<BlendExample> examples;
+        std::vector<float> all(size_t(group) * kBlendFeatures * ncell);
+        for (int64_t i = 0; i < n; i++) {
+            // The last of each n-th, so that there are far keys.
+            const int64_t token = text.begin + (i + 1) * there / n - 1;
+            text.targets(rotary_, scale_, ncell, 1, &token, targets);
+            for (int64_t j = params_.sink + lists.size();
+                 j < token + 1 - params_.window;
+                 j++) {
+                lists.append(text.cells[j], text.keys_post.data() + j * d, j);
+            }
+            const std::vector<int64_t> position(group, token);
+            RoutingInput input;
+            input.n = group;
+            input.d = d;
+            input.pre_rope = targets.x.data();
+            input.post_rope = targets.rotated.data();
+            input.position = position.data();
+            input.head = head.data();
+            const CellStats stats = lists.stats();
+            assigner.features(input, &stats, all.data());
+            for (int g = 0; g < group; g++) {
+                BlendExample e;
+                e.weight = weight(g, targets.total[g]);
+                for (int f = 0; f < kBlendFeatures; f++) {
+                    const float* x = all.data() +
+                            (size_t(g) * kBlendFeatures + f) * ncell;
+                    for (int c = 0; c < ncell; c++) {
+                        if (stats.count[c]) {
+                            e.features.push_back(x[c]);
+                        }
+                    }
+                }
+                for (int c = 0; c < ncell; c++) {
+                    if (stats.count[c]) {
+                        e.mass.push_back(
+                                targets.mass[size_t(g) * ncell + c]);
+                        e.count.push_back(static_cast<float>(stats.count[c]));
+                    }
+                }
+                examples.push_back(std::move(e));
+            }
+        }
+        return examples;
     }
 
     /// Targets of evenly spaced tokens of the held-out text, and the far mass
@@ -572,10 +659,24 @@ void TrainingParams::check() const {
     at_least("held_out_queries", held_out_queries, 1);
     at_least("evaluate_every", evaluate_every, 1);
     at_least("patience", patience, 1);
+    at_least("blend_queries", blend_queries, 1);
     FAISS_THROW_IF_NOT_FMT(
             budget > 0 && budget <= 1,
             "training: budget = %g must be above 0 and at most 1",
             budget);
+}
+
+Partition TrainedPartition::blended() const {
+    const auto classifier =
+            std::dynamic_pointer_cast<const QueryClassifier>(partition.query);
+    FAISS_THROW_IF_NOT_FMT(
+            classifier && !blend.empty(),
+            "the partition of layer %d, KV head %d has no weights of a blend",
+            layer,
+            kv_head);
+    Partition p = partition;
+    p.query = std::make_shared<BlendAssigner>(classifier, blend, scale);
+    return p;
 }
 
 TrainedPartition train_partition(

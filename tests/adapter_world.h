@@ -134,6 +134,10 @@ inline void expect_same_state(
                     const int i = c * adapter.params().d + j;
                     EXPECT_EQ(s.mean_post_rope[i], t.mean_post_rope[i]);
                 }
+                for (int j = 0; s.newest_post_rope && j < adapter.params().d; j++) {
+                    const int i = c * adapter.params().d + j;
+                    EXPECT_EQ(s.newest_post_rope[i], t.newest_post_rope[i]);
+                }
             }
             for (int64_t i = 0; i < x.size(); i++) {
                 const int64_t slot = adapter.params().sink + i;

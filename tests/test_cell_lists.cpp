@@ -159,6 +159,71 @@ TEST(CellLists, TruncatedMeansAreAsIfNeverAppended) {
     EXPECT_EQ(back.size(), keep);
 }
 
+/// Random appends, truncations and forks against statistics made anew.
+TEST(CellLists, NewestKeysAndMeansEqualThoseOfAFreshStart) {
+    tests::Random random;
+    const int ncell = 5, d = 3, n = 2000;
+    const int64_t first = 7;
+    auto pool = std::make_shared<SlotPool>();
+    // What a slot holds and where it goes is the same for all forks.
+    const auto keys = random.normal(n * d);
+    const auto key_of = [&](int64_t slot) {
+        return keys.data() + (slot - first) * d;
+    };
+    const auto cell_of = [&](int64_t slot) {
+        return int32_t((slot * 7919 + slot / 3) % ncell);
+    };
+    for (bool with_means : {true, false}) {
+        std::vector<CellLists> all;
+        all.emplace_back(ncell, d, first, with_means, pool, true);
+        for (int step = 0; step < 200; step++) {
+            const auto i = size_t(random.below(int64_t(all.size())));
+            CellLists& lists = all[i];
+            const int64_t action = random.below(10);
+            if (action < 5) {
+                for (int64_t m = random.below(40); m > 0 && lists.size() < n; m--) {
+                    const int64_t slot = first + lists.size();
+                    lists.append(cell_of(slot), key_of(slot), slot + 100);
+                }
+            } else if (action < 8) {
+                lists.truncate(
+                        random.below(lists.size() + 1),
+                        [&](int64_t slot, float* key) {
+                            std::copy_n(key_of(slot), d, key);
+                        });
+            } else if (all.size() < 5) {
+                all.push_back(CellLists(lists));
+            }
+            const CellLists& changed = all[i];
+            CellLists fresh(ncell, d, first, with_means, nullptr, true);
+            for (int64_t s = first; s < first + changed.size(); s++) {
+                fresh.append(cell_of(s), key_of(s), s + 100);
+            }
+            const CellStats x = changed.stats(), y = fresh.stats();
+            for (int c = 0; c < ncell; c++) {
+                ASSERT_EQ(x.newest[c], y.newest[c]);
+                for (int j = c * d; j < (c + 1) * d; j++) {
+                    ASSERT_EQ(x.newest_post_rope[j], y.newest_post_rope[j]);
+                    if (with_means) {
+                        ASSERT_EQ(x.mean_post_rope[j], y.mean_post_rope[j]);
+                    }
+                }
+            }
+        }
+    }
+    CellLists lists(ncell, d, 0, false, nullptr, true);
+    const CellLists plain(ncell, d, 0, false);
+    EXPECT_EQ(
+            lists.bytes_used(), plain.bytes_used() + ncell * d * sizeof(float));
+    EXPECT_EQ(plain.stats().newest_post_rope, nullptr);
+    EXPECT_SENTENCE(lists.append(0, nullptr, 0), "newest keys");
+    lists.append(0, keys.data(), 0);
+    EXPECT_SENTENCE(lists.truncate(0, {}), "read_key is empty");
+    const uint16_t cell = 1;
+    CellLists restored(ncell, d, 0, false, nullptr, true);
+    EXPECT_SENTENCE(restored.restore(1, &cell, 0, nullptr), "newest keys must");
+}
+
 TEST(CellLists, WrongInput) {
     CellLists lists(4, 2, 0, true);
     const float key[2] = {1, 2};

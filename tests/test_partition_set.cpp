@@ -47,6 +47,15 @@ TrainedPartition make_partition(
     p.balance.imbalance = 1.3;
     p.heads = {{.5, .6, .25}, {.1 + .2, .7, 1e-9}, {1. / 3, .8, .125}};
     p.steps = 1200;
+    if (kv_head == 0) { // the other one has no blend
+        p.scale = .3f;
+        for (int g = 0; g < group; g++) {
+            BlendWeights w;
+            w.mean = .1f * float(g);
+            w.age = -1.f / 3;
+            p.blend.push_back(w);
+        }
+    }
     return p;
 }
 
@@ -107,6 +116,8 @@ TEST(PartitionSet, RoundTrips) {
         const TrainedPartition& a = set.find(3, h);
         const TrainedPartition& b = read.find(3, h);
         EXPECT_EQ(b.steps, a.steps);
+        EXPECT_EQ(b.scale, a.scale);
+        EXPECT_TRUE(b.blend == a.blend);
         EXPECT_EQ(b.balance.keys, a.balance.keys);
         EXPECT_EQ(b.balance.largest, a.balance.largest);
         EXPECT_EQ(b.balance.empty, a.balance.empty);
@@ -121,6 +132,9 @@ TEST(PartitionSet, RoundTrips) {
                 scores_of(*b.partition.query), scores_of(*a.partition.query));
         EXPECT_EQ(scores_of(*b.partition.key), scores_of(*a.partition.key));
     }
+    const auto blended = read.find(3, 0).blended();
+    EXPECT_TRUE(blended.query->needs & NEEDS_NEWEST_KEYS);
+    EXPECT_SENTENCE(read.find(3, 1).blended(), "no weights of a blend");
     EXPECT_SENTENCE(read.find(4, 0), "layer 4, KV head 0");
     EXPECT_SENTENCE(read.find(3, 2), "layer 3, KV head 2");
 }
@@ -157,6 +171,12 @@ TEST(PartitionSet, RefusesWhatCannotBeWritten) {
     set.partitions[1].partition.key =
             std::make_shared<CellMeanAssigner>(d, ncell);
     EXPECT_THROW(write_partitions(set, file.path), faiss::FaissException);
+    set = good;
+    set.partitions[0].blend[1].age = NAN;
+    EXPECT_SENTENCE(write_partitions(set, file.path), "weight 'age'");
+    set = good;
+    set.partitions[0].blend.pop_back();
+    EXPECT_SENTENCE(write_partitions(set, file.path), "2 query heads");
     set = good;
     set.partitions[1].partition.rope.theta = 3;
     EXPECT_SENTENCE(write_partitions(set, file.path), "other RoPE parameters");
@@ -212,7 +232,7 @@ TEST(PartitionSet, WrongFiles) {
         });
     };
     EXPECT_SENTENCE(with("format", "something"), "no file of partitions");
-    EXPECT_SENTENCE(with("format_version", "2"), "version '2'");
+    EXPECT_SENTENCE(with("format_version", "3"), "version '3'");
     EXPECT_SENTENCE(with("rope", "{"), "'rope' is no JSON");
     EXPECT_SENTENCE(with("rope", "{}"), "'d' is missing");
     EXPECT_SENTENCE(replaced("rope", "interleaved", "spiral"), "spiral");
@@ -253,6 +273,36 @@ TEST(PartitionSet, WrongFiles) {
                         tensors.erase("layer.3.kv.1.out.bias");
                     }),
             "no tensor 'layer.3.kv.1.out.bias'");
+    EXPECT_SENTENCE(
+            tensor(head + ".blend",
+                   [](TensorView& t, auto& numbers) {
+                       numbers[7] = NAN;
+                       t.data = numbers.data();
+                   }),
+            "weight 'newest' of query head 1");
+    EXPECT_SENTENCE(
+            tensor(head + ".blend",
+                   [](TensorView& t, auto&) { std::swap(t.shape[0], t.shape[1]); }),
+            "expected F32 (3, 5)");
+    EXPECT_SENTENCE(
+            read_changed(
+                    file.path,
+                    [](auto& tensors, auto&, auto&) {
+                        tensors.erase("layer.3.kv.0.blend");
+                    }),
+            "no tensor 'layer.3.kv.0.blend'");
+    EXPECT_SENTENCE(
+            replaced(head, "\"scale\":0.3", "\"scale\":-0.3"), "scale = -0.3");
+    EXPECT_SENTENCE(
+            replaced(head, "\"blend\":true", "\"blend\":7"), "'blend'");
+    // Files of the first version say nothing of blends.
+    read_changed(file.path, [&](auto& tensors, auto& metadata, auto&) {
+        metadata["format_version"] = "1";
+        tensors.erase("layer.3.kv.0.blend");
+        const size_t at = metadata[head].find("\"blend\":true,");
+        ASSERT_NE(at, std::string::npos);
+        metadata[head].erase(at, 13);
+    });
     EXPECT_SENTENCE(
             tensor(head + ".centroids",
                    [](TensorView& t, auto& numbers) {

@@ -164,6 +164,26 @@ TEST(TrainPartition, FindsPlantedMassThatSymmetricAssignmentMisses) {
     EXPECT_LE(read_symmetric / far, .1);
 }
 
+TEST(TrainPartition, BlendsComeAfterTheClassifier) {
+    tests::Random random;
+    const auto texts = tests::planted_texts(random, 2);
+    auto params = small_params();
+    const TrainedPartition with = train(texts, params);
+    ASSERT_EQ(with.blend.size(), size_t(PlantedTrace::group));
+    const Partition blended = with.blended();
+    blended.check();
+    EXPECT_TRUE(blended.query->needs & NEEDS_NEWEST_KEYS);
+    EXPECT_EQ(blended.key, with.partition.key);
+    params.blend = false;
+    const TrainedPartition without = train(texts, params);
+    EXPECT_TRUE(without.blend.empty());
+    EXPECT_SENTENCE(without.blended(), "no weights of a blend");
+    // The classifier is the same either way.
+    TrainedPartition stripped = with;
+    stripped.blend.clear();
+    EXPECT_TRUE(file_of(stripped) == file_of(without));
+}
+
 TEST(TrainPartition, FarMassAndBalanceAreThoseOfTheDefinitions) {
     tests::Random random;
     const PlantedTrace a(random, PlantedTrace::centres());
@@ -352,6 +372,8 @@ TEST(TrainPartition, WrongInput) {
     EXPECT_SENTENCE(with([](auto& p) { p.sink = -1; }), "sink = -1");
     EXPECT_SENTENCE(with([](auto& p) { p.window = -1; }), "window = -1");
     EXPECT_SENTENCE(with([](auto& p) { p.steps = 0; }), "steps = 0");
+    EXPECT_SENTENCE(
+            with([](auto& p) { p.blend_queries = 0; }), "blend_queries = 0");
     EXPECT_SENTENCE(with([](auto& p) { p.batch = 0; }), "batch = 0");
     EXPECT_SENTENCE(with([](auto& p) { p.budget = 0; }), "budget = 0");
     EXPECT_SENTENCE(with([](auto& p) { p.width = 0; }), "width = 0");

@@ -53,7 +53,9 @@ CellMethod::CellMethod(
           lists(partition.ncell(),
                 partition.d(),
                 sink,
-                partition.query->needs & NEEDS_STATS),
+                partition.query->needs & NEEDS_STATS,
+                nullptr,
+                partition.query->needs & NEEDS_NEWEST_KEYS),
           share_group(share),
           listed_(sink) {}
 

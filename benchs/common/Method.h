@@ -41,6 +41,11 @@ struct Method {
             FarRange far,
             int64_t limit) const;
 
+    /// Whether keys listed after a query's far keys would mislead it.
+    virtual bool needs_newest_keys() const {
+        return false;
+    }
+
     /// Bytes that choosing reads for one query, all heads of the group
     /// together.
     virtual double index_bytes(const HeadData& data) const = 0;
@@ -84,6 +89,9 @@ struct CellMethod : Method {
             FarRange,
             int64_t limit) const override;
     double index_bytes(const HeadData& data) const override;
+    bool needs_newest_keys() const override {
+        return lists.with_newest_keys();
+    }
 
    private:
     std::vector<int64_t> far_counts(FarRange far) const;
