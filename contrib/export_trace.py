@@ -45,6 +45,8 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
                         help="NTK-aware scale: 4 for 32,768 tokens, the model was made for 8,192 (default: 1)")
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16",
                         help="type of q, k and v in the file; computed in fp32 (default: fp16)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="where attention is computed; cuda needs torch, auto takes it if it works (default: auto)")
     return parser.parse_args(arguments)
 
 
@@ -125,7 +127,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse(arguments)
     try:
         check_options(options)
-        model = SmolLM2(rope_scale=options.rope_scale)
+        model = SmolLM2(rope_scale=options.rope_scale, device=options.device)
         check_heads(options, model)
         tokens = read_tokens(options, model)
     except (ValueError, OSError) as error:

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Makes the traces behind the figures in docs/recall.md and docs/classifier.md:
 # four genres of Debian's own texts, 8,192 tokens each, three of them also at
-# 32,768, and in FOLDER/train other passages to train on.
+# 32,768, and in FOLDER/train other passages to train on, at both lengths.
 #
 #   contrib/make_traces.sh FOLDER
 #
-# Needs root for apt-get, the environment that ./run.sh sets up, and about 45
-# minutes on 2 cores. What is there already is not made again.
+# Needs root for apt-get, the environment that ./run.sh sets up, and about 3
+# hours on 2 cores, two of them for the long traces to train on, which come
+# last: with torch and CUDA, 30 s each. What is there is not made again.
 set -euo pipefail
-[ $# -eq 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -eq 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
 cd "$1"
@@ -66,4 +67,7 @@ for text in kjv handbook python; do
 done
 for text in train/*.txt; do
   export_trace "${text%.txt}" 8192 1 "${text%.txt}_8k"
+done
+for text in train/*.txt; do
+  export_trace "${text%.txt}" 32768 4 "${text%.txt}_32k"
 done

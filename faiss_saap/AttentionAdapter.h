@@ -123,8 +123,8 @@ class AttentionAdapter {
     /// @return its number; numbers are never used again
     int64_t create(const HeadPartitions& own = {});
     /// A sequence that begins as a copy: lists are shared until one of both
-    /// changes them. Takes time proportional to the number of cells, not of
-    /// tokens.
+    /// changes them. Takes time by the number of cells (and a pointer for every
+    /// 4,096 tokens).
     int64_t fork(int64_t sequence);
     /// Ends a sequence; its memory is used for others.
     void free(int64_t sequence);
@@ -134,12 +134,14 @@ class AttentionAdapter {
     /// Takes note of the tokens length() .. kv.length - 1, whose keys
     /// (post-RoPE) and values are in the view: each enters the window, and the
     /// token that leaves it joins its cells. Bulk and token by token give the
-    /// same state. O(1) per token.
+    /// same state, to the bit where key assigners are flat quantizers. O(1) per
+    /// token.
     /// @throws faiss::FaissException when the view is shorter than length(), of
     ///         another shape, or a new key is not finite; state unchanged
     void append(int64_t sequence, const KvView& kv);
     /// Forgets the tokens from `length` on, as after rejected speculation. The
-    /// state is as if they had never been appended.
+    /// state is as if they had never been appended. Where statistics are kept,
+    /// the keys of the cells that lose one are read again.
     /// @param kv  read where statistics are kept; must hold the tokens that
     ///            stay
     void truncate(int64_t sequence, int64_t length, const KvView& kv);
@@ -158,15 +160,16 @@ class AttentionAdapter {
             int64_t sequence,
             int kv_head,
             int partition = 0) const;
-    /// Bytes of all lists, exactly: what sequences share is counted once, and
-    /// blocks that wait to be used again are counted.
+    /// Bytes of all lists and their statistics, exactly: what sequences share
+    /// is counted once, and blocks that wait to be used again are counted. What
+    /// partitions hold (centroids, networks) is not.
     size_t bytes_used() const;
 
     /// Writes the state of a sequence, its own partitions included. The
     /// adapter's partitions are not written; the file remembers a checksum of
     /// them.
     /// @throws faiss::FaissException when the file cannot be written or a
-    ///         partition of its own has no file form; no file is left
+    ///         partition has no file form; no file is left
     void save(int64_t sequence, const std::string& path) const;
     /// A sequence as it was saved; the caller's cache must hold the same keys.
     /// @throws faiss::FaissException when the file is damaged, or was saved by

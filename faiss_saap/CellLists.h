@@ -48,7 +48,7 @@ class CellLists {
     /// Appends the next slot.
     /// @param post_rope  its key, size d; may be null without means and newest
     ///                   keys
-    /// @param position   of its token
+    /// @param position   of its token: that of the slot before plus one
     void append(int32_t cell, const float* post_rope, int64_t position);
 
     /// Drops the newest slots until `size` are left; the state, means and newest
@@ -115,7 +115,7 @@ class CellLists {
     void push(int32_t cell, int64_t position);
     void pop(int32_t cell);
     int32_t newest_slot(int32_t cell) const; ///< of a cell that is not empty
-    void update_mean(int32_t cell, int32_t count, const float* key);
+    void add_to_mean(int32_t count, const float* key, float* mean) const;
     bool reads_keys() const {
         return with_means_ || with_newest_keys_;
     }
@@ -123,7 +123,7 @@ class CellLists {
     int d_;
     int64_t first_slot_;
     bool with_means_, with_newest_keys_;
-    int64_t size_ = 0;
+    int64_t size_ = 0, first_position_ = 0;
     std::shared_ptr<SlotPool> pool_;
     std::vector<uint32_t> tail_; ///< newest block of each cell
     std::vector<std::shared_ptr<Chunk>> cells_; ///< cell of each slot

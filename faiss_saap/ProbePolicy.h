@@ -6,7 +6,9 @@
 
 namespace faiss_saap {
 
-/// Limits of one probe; all of them hold at once.
+/// Limits of one probe; all of them hold at once. Two exceptions: the best
+/// non-empty cell is read even where it exceeds them, and an adapter reads few
+/// far keys (AdapterParams::dense_below) without asking.
 struct ProbePolicy {
     int nprobe = 32; ///< cells at most, of each partition; clamped to ncell
     /// far keys at most, per KV head with share_group, else per query head

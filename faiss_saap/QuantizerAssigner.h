@@ -19,7 +19,7 @@ namespace faiss_saap {
 struct QuantizerAssigner : CellAssigner {
     std::shared_ptr<const faiss::Index> quantizer; ///< ncell vectors
 
-    /// @param quantizer  trained, with at least one vector
+    /// @param quantizer  trained, with at least one vector, all finite
     /// @param space      NEEDS_PRE_ROPE or NEEDS_POST_ROPE
     QuantizerAssigner(
             std::shared_ptr<const faiss::Index> quantizer,

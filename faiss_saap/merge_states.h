@@ -16,7 +16,8 @@ namespace faiss_saap {
 /// o = sum exp(s_i) v_i / sum exp(s_i) and LSE = ln sum exp(s_i), with
 /// s_i = scale * q.k_i. Results over disjoint sets merge exactly (as in
 /// FlashInfer and flash-decoding); the empty set is (o = 0, LSE = -infinity)
-/// and merges as the identity.
+/// and merges as the identity. Its output is multiplied by 0, so it must be
+/// finite.
 struct MergeWeights {
     float a, b; ///< o = a * o_a + b * o_b
     float lse;  ///< of the union
@@ -26,10 +27,14 @@ struct MergeWeights {
 FAISS_SAAP_HOST_DEVICE inline MergeWeights merge_weights(
         float lse_a,
         float lse_b) {
-    const float larger = lse_a > lse_b ? lse_a : lse_b;
-    if (larger == -INFINITY) {
-        return {0.0f, 0.0f, -INFINITY};
+    // Of an empty set and a NaN the NaN is the result.
+    if (lse_a == -INFINITY) {
+        return {0.0f, lse_b == -INFINITY ? 0.0f : 1.0f, lse_b};
     }
+    if (lse_b == -INFINITY) {
+        return {1.0f, 0.0f, lse_a};
+    }
+    const float larger = lse_a > lse_b ? lse_a : lse_b;
     const float ea = expf(lse_a - larger), eb = expf(lse_b - larger);
     const float sum = ea + eb;
     return {ea / sum, eb / sum, larger + logf(sum)};

@@ -193,8 +193,8 @@ void AttentionAdapter::free(int64_t sequence) {
 }
 
 void AttentionAdapter::reset(int64_t sequence) {
-    Sequence& s = at(sequence);
-    for (auto& head : s.heads) {
+    auto empty = std::make_unique<Sequence>(at(sequence));
+    for (auto& head : empty->heads) {
         for (auto& listed : head) {
             listed.lists = CellLists(
                     listed.lists.ncell(),
@@ -205,7 +205,8 @@ void AttentionAdapter::reset(int64_t sequence) {
                     listed.lists.with_newest_keys());
         }
     }
-    s.length = 0;
+    empty->length = 0;
+    sequences_[sequence].swap(empty);
 }
 
 int64_t AttentionAdapter::length(int64_t sequence) const {

@@ -47,6 +47,7 @@ CellLists::CellLists(const CellLists& other)
           with_means_(other.with_means_),
           with_newest_keys_(other.with_newest_keys_),
           size_(other.size_),
+          first_position_(other.first_position_),
           pool_(other.pool_),
           tail_(other.tail_),
           cells_(other.cells_),
@@ -67,6 +68,7 @@ CellLists::CellLists(CellLists&& other) noexcept
           with_means_(other.with_means_),
           with_newest_keys_(other.with_newest_keys_),
           size_(std::exchange(other.size_, 0)),
+          first_position_(other.first_position_),
           pool_(std::move(other.pool_)),
           tail_(std::move(other.tail_)),
           cells_(std::move(other.cells_)),
@@ -83,6 +85,7 @@ CellLists& CellLists::operator=(CellLists other) noexcept {
     std::swap(with_means_, other.with_means_);
     std::swap(with_newest_keys_, other.with_newest_keys_);
     std::swap(size_, other.size_);
+    std::swap(first_position_, other.first_position_);
     std::swap(pool_, other.pool_);
     std::swap(tail_, other.tail_);
     std::swap(cells_, other.cells_);
@@ -99,8 +102,8 @@ CellLists::~CellLists() {
     }
 }
 
-void CellLists::update_mean(int32_t cell, int32_t count, const float* key) {
-    float* mean = mean_.data() + int64_t(cell) * d_;
+void CellLists::add_to_mean(int32_t count, const float* key, float* mean)
+        const {
     for (int j = 0; j < d_; j++) {
         mean[j] += (key[j] - mean[j]) / static_cast<float>(count);
     }
@@ -120,7 +123,8 @@ void CellLists::append(int32_t cell, const float* post_rope, int64_t position) {
             "post_rope is null but the lists keep newest keys");
     push(cell, position);
     if (with_means_) {
-        update_mean(cell, count_[cell], post_rope);
+        add_to_mean(
+                count_[cell], post_rope, mean_.data() + int64_t(cell) * d_);
     }
     if (with_newest_keys_) {
         std::copy_n(post_rope, d_, newest_key_.data() + int64_t(cell) * d_);
@@ -128,6 +132,17 @@ void CellLists::append(int32_t cell, const float* post_rope, int64_t position) {
 }
 
 void CellLists::push(int32_t cell, int64_t position) {
+    FAISS_THROW_IF_NOT_FMT(
+            first_slot_ + size_ <= INT32_MAX,
+            "slot %" PRId64 " is beyond 2^31 - 1",
+            first_slot_ + size_);
+    const int64_t first = position - size_;
+    FAISS_THROW_IF_NOT_FMT(
+            size_ == 0 || first == first_position_,
+            "position = %" PRId64 ", the slots before it lead to %" PRId64,
+            position,
+            first_position_ + size_);
+    first_position_ = first;
     // Whatever allocates comes first, so that a failure changes nothing.
     const auto chunk = static_cast<size_t>(size_ / kChunk);
     if (chunk == cells_.size()) {
@@ -164,7 +179,6 @@ void CellLists::pop(int32_t cell) {
     SlotPool& pool = *pool_;
     uint32_t& tail = tail_[cell];
     const int32_t left = --count_[cell];
-    const int32_t dropped = pool[tail].slots[left % kPerBlock];
     if (left % kPerBlock == 0) {
         const uint32_t previous = pool[tail].previous;
         if (previous != SlotPool::kNone) {
@@ -176,8 +190,7 @@ void CellLists::pop(int32_t cell) {
     if (left == 0) {
         newest_[cell] = -1;
     } else {
-        // Positions and slots differ by a constant.
-        newest_[cell] -= dropped - newest_slot(cell);
+        newest_[cell] = first_position_ + newest_slot(cell) - first_slot_;
     }
     size_--;
 }
@@ -194,37 +207,45 @@ void CellLists::truncate(
     FAISS_THROW_IF_NOT_MSG(
             read_key || !reads_keys() || size == size_,
             "read_key is empty but the lists keep means or newest keys");
+    // All that allocates or reads comes first, so that a failure changes
+    // nothing.
+    std::vector<int32_t> left(count_);
     std::vector<int32_t> changed;
-    std::vector<bool> seen(reads_keys() ? ncell() : 0);
-    while (size_ > size) {
-        const int32_t cell = cell_of(first_slot_ + size_ - 1);
-        pop(cell);
-        if (reads_keys() && !seen[cell]) {
-            seen[cell] = true;
+    for (int64_t i = size_; i > size; i--) {
+        const int32_t cell = cell_of(first_slot_ + i - 1);
+        if (reads_keys() && left[cell] == count_[cell]) {
             changed.push_back(cell);
         }
+        left[cell]--;
     }
-    cells_.resize((size_ + kChunk - 1) / kChunk);
+    std::vector<float> mean(with_means_ ? changed.size() * d_ : 0, 0.0f);
+    std::vector<float> newest(with_newest_keys_ ? changed.size() * d_ : 0, 0.0f);
     std::vector<float> key(d_);
-    for (int32_t cell : changed) {
-        if (with_newest_keys_) {
-            float* newest = newest_key_.data() + int64_t(cell) * d_;
-            if (count_[cell]) {
-                read_key(newest_slot(cell), newest);
-            } else {
-                std::fill_n(newest, d_, 0.0f);
-            }
-        }
-        if (!with_means_) {
-            continue;
+    for (size_t i = 0; i < changed.size(); i++) {
+        const int32_t cell = changed[i];
+        std::vector<int32_t> stay(left[cell]);
+        copy_slots(cell, left[cell], stay.data());
+        if (with_newest_keys_ && !stay.empty()) {
+            read_key(stay.back(), newest.data() + i * d_);
         }
         // Summed anew, as subtracting would leave rounding behind.
-        std::fill_n(mean_.data() + int64_t(cell) * d_, d_, 0.0f);
-        int32_t count = 0;
-        for (int32_t slot : slots(cell)) {
-            read_key(slot, key.data());
-            update_mean(cell, ++count, key.data());
+        for (int32_t n = 0; with_means_ && n < left[cell]; n++) {
+            read_key(stay[n], key.data());
+            add_to_mean(n + 1, key.data(), mean.data() + i * d_);
         }
+    }
+    while (size_ > size) {
+        pop(cell_of(first_slot_ + size_ - 1));
+    }
+    cells_.resize((size_ + kChunk - 1) / kChunk);
+    for (size_t i = 0; i < changed.size(); i++) {
+        const int64_t to = int64_t(changed[i]) * d_;
+        std::copy_n(
+                mean.data() + i * d_, with_means_ ? d_ : 0, mean_.data() + to);
+        std::copy_n(
+                newest.data() + i * d_,
+                with_newest_keys_ ? d_ : 0,
+                newest_key_.data() + to);
     }
 }
 

@@ -48,6 +48,9 @@ QuantizerAssigner::QuantizerAssigner(
             "METRIC_INNER_PRODUCT give scores",
             static_cast<int>(quantizer->metric_type));
     const auto* flat = dynamic_cast<const faiss::IndexFlat*>(quantizer.get());
+    if (flat) {
+        check_finite(flat->get_xb(), ncell, d, "quantizer's vectors");
+    }
     if (flat && flat->metric_type == faiss::METRIC_L2) {
         for (int c = 0; c < ncell; c++) {
             const float* y = flat->get_xb() + int64_t(c) * d;

@@ -14,7 +14,8 @@ uint32_t SlotPool::allocate(uint32_t previous) {
                 throw std::bad_alloc();
             }
             // Left as it is: filling a slab would make one insertion slow.
-            slabs_.emplace_back(new Block[kBlocksPerSlab]);
+            slabs_.push_back(
+                    std::unique_ptr<Block[]>(new Block[kBlocksPerSlab]));
         }
         block = untouched_++;
     }

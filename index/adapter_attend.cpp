@@ -91,6 +91,11 @@ ProbedCells AttentionAdapter::route(
     const ProbePolicy& policy = given ? *given : params_.policy;
     policy.check();
     const std::vector<Token> tokens = tokens_of(batch, queries);
+    for (const SequenceInput& in : batch) {
+        for (const auto& head : at(in.sequence).heads) {
+            policy.share(0, static_cast<int>(head.size())); // fits, or throws
+        }
+    }
 
     const int choices = policy.share_group ? 1 : group_; // per KV head
     const auto tasks = static_cast<int64_t>(tokens.size()) * params_.heads_kv;
@@ -137,6 +142,15 @@ ProbedCells AttentionAdapter::route(
             std::vector<float> scores(size_t(group_) * ncell);
             const CellStats stats = lists.stats();
             partition.query->scores(routed.input, &stats, scores.data());
+            for (size_t i = 0; i < scores.size(); i++) {
+                FAISS_THROW_IF_NOT_FMT(
+                        scores[i] < INFINITY, // false for NaN
+                        "the query assigner of KV head %d gives cell %d a "
+                        "score of %f",
+                        h,
+                        static_cast<int>(i % ncell),
+                        double(scores[i]));
+            }
             if (policy.share_group) {
                 std::vector<float> shared(ncell);
                 share_scores(

@@ -19,17 +19,10 @@ const FileKind kSequenceFile = {
         1,
         "a sequence of an AttentionAdapter"};
 
-/// Of a partition's file form. One without a file form is known by its sizes
-/// alone.
+/// Of a partition's file form.
 uint64_t partition_checksum(const Partition& p) {
     faiss::VectorIOWriter bytes;
-    try {
-        write_partition(p, bytes);
-    } catch (const faiss::FaissException&) {
-        bytes.data.clear();
-        write_value<int32_t>(bytes, p.d());
-        write_value<int32_t>(bytes, p.ncell());
-    }
+    write_partition(p, bytes);
     return checksum(bytes.data.data(), bytes.data.size());
 }
 
@@ -113,7 +106,8 @@ int64_t AttentionAdapter::load(const std::string& path) {
                static_cast<int64_t>(read_value<uint64_t>(reader)));
         for (size_t p = 0; p < shared; p++) {
             FAISS_THROW_IF_NOT_FMT(
-                    read_value<uint64_t>(reader) == partition_checksum(partitions_[h][p]),
+                    read_value<uint64_t>(reader) ==
+                            partition_checksum(partitions_[h][p]),
                     "%s: partition %zd of KV head %d is not the one that the "
                     "sequence was saved with",
                     path.c_str(),
@@ -148,6 +142,12 @@ int64_t AttentionAdapter::load(const std::string& path) {
                     cells.size(),
                     means.size(),
                     length);
+            const std::string name = path + ": corrupt: means";
+            check_finite(
+                    means.data(),
+                    static_cast<int64_t>(means.size()) / params_.d,
+                    params_.d,
+                    name.c_str());
             FAISS_THROW_IF_NOT_FMT(
                     !with_newest ||
                             newest.size() ==

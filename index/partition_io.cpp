@@ -7,6 +7,7 @@
 #include <faiss/index_io.h>
 
 #include <faiss_saap/BlendAssigner.h>
+#include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/faiss_compat.h>
@@ -20,6 +21,7 @@ namespace {
 const uint32_t kFlat = faiss::fourcc("SaFl"), kOther = faiss::fourcc("SaQz");
 const uint32_t kClassifier = faiss::fourcc("SaCl");
 const uint32_t kBlend = faiss::fourcc("SaBl");
+const uint32_t kMeans = faiss::fourcc("SaMn");
 
 void write_classifier(const QueryClassifier& q, faiss::IOWriter& writer) {
     const ClassifierShape& s = q.shape;
@@ -66,6 +68,12 @@ std::shared_ptr<const CellAssigner> read_blend(MemoryReader& reader) {
 }
 
 void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
+    if (const auto* m = dynamic_cast<const CellMeanAssigner*>(&assigner)) {
+        write_value(writer, kMeans);
+        write_value<int32_t>(writer, m->d);
+        write_value<int32_t>(writer, m->ncell);
+        return;
+    }
     if (const auto* b = dynamic_cast<const BlendAssigner*>(&assigner)) {
         write_value(writer, kBlend);
         write_classifier(*b->classifier, writer);
@@ -100,11 +108,16 @@ void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
 std::shared_ptr<const CellAssigner> read_assigner(MemoryReader& reader) {
     const auto kind = read_value<uint32_t>(reader);
     FAISS_THROW_IF_NOT_FMT(
-            kind == kFlat || kind == kOther || kind == kClassifier ||
+            kind == kMeans || kind == kFlat || kind == kOther || kind == kClassifier ||
                     kind == kBlend,
             "%s: an assigner of kind %08x is not known to this version",
             reader.name.c_str(),
             kind);
+    if (kind == kMeans) {
+        const auto d = read_value<int32_t>(reader);
+        const auto ncell = read_value<int32_t>(reader);
+        return std::make_shared<CellMeanAssigner>(d, ncell);
+    }
     if (kind == kClassifier) {
         return read_classifier(reader);
     }

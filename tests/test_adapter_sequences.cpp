@@ -485,6 +485,11 @@ TEST_F(Sequences, SavedAndLoaded) {
     others[1] = sequence_partitions(world.view(99), 0, 99, 10)[1][0];
     AttentionAdapter stranger(params, others);
     EXPECT_SENTENCE(stranger.load(file.path), "partition 0 of KV head");
+    others[0] = world.partitions[0]; // the same assigners, another k-means
+    others[1].query = world.partitions[1].query;
+    EXPECT_SENTENCE(
+            AttentionAdapter(params, others).load(file.path),
+            "partition 0 of KV head 1");
     EXPECT_SENTENCE(AttentionAdapter(params).load(file.path), "partitions of a head");
     EXPECT_SENTENCE(stranger.load(file.path + "x"), file.path + "x");
 
@@ -505,9 +510,51 @@ TEST_F(Sequences, SavedAndLoaded) {
     EXPECT_SENTENCE(adapter.save(77, file.path), "never made");
 }
 
+/// An assigner that the library does not know, with the same score for all.
+struct Constant : CellAssigner {
+    float score;
+    explicit Constant(float s)
+            : CellAssigner(8, 10, NEEDS_POST_ROPE), score(s) {}
+    void scores(const RoutingInput& in, const CellStats*, float* out)
+            const override {
+        std::fill_n(out, in.n * ncell, score);
+    }
+    size_t bytes_read() const override {
+        return 0;
+    }
+};
+
+TEST_F(Sequences, ScoresThatMeanNothingAreRefused) {
+    for (float score : {NAN, INFINITY}) {
+        world.partitions[1].query = std::make_shared<Constant>(score);
+        AttentionAdapter adapter = make();
+        const int64_t a = adapter.create();
+        adapter.append(a, world.view(200));
+        std::vector<float> out(32, 7.0f);
+        EXPECT_SENTENCE(
+                adapter.attend({{a, world.view(200)}}, world.queries(199), {out.data()}),
+                "KV head 1 gives cell 0 a score of");
+        EXPECT_EQ(out, std::vector<float>(32, 7.0f));
+    }
+}
+
+TEST_F(Sequences, ASplitThatDoesNotFitIsRefusedBeforeItMatters) {
+    AttentionAdapter adapter = make();
+    HeadPartitions own(2);
+    own[0] = sequence_partitions(world.view(100), 0, 100, 5)[0];
+    const int64_t a = adapter.create(own);
+    adapter.append(a, world.view(3)); // no far keys yet
+    ProbePolicy policy;
+    policy.split = {0.2, 0.2, 0.6};
+    std::vector<float> out(32);
+    EXPECT_SENTENCE(
+            adapter.attend({{a, world.view(3)}}, world.queries(2), {out.data()}, &policy),
+            "3 shares, a KV head has 2");
+}
+
 TEST_F(Sequences, WhatHasNoFileFormIsNotSaved) {
     HeadPartitions own(2);
-    own[0] = {world.partitions[0]}; // CellMeanAssigner has none
+    own[0] = {{world.partitions[0].key, std::make_shared<Constant>(1), {}}};
     AttentionAdapter adapter = make();
     const int64_t a = adapter.create(own);
     const tests::TemporaryFile file;

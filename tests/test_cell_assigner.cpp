@@ -117,6 +117,17 @@ TEST(QuantizerAssigner, AQuantizerWithItsOwnIds) {
             "returned vector 10000");
 }
 
+TEST(QuantizerAssigner, CentroidsMustBeFinite) {
+    // The key nearest to nothing would draw every key, and no query.
+    auto quantizer = std::make_shared<faiss::IndexFlatIP>(d);
+    std::vector<float> centroids(3 * d, 1.0f);
+    centroids[d + 2] = NAN;
+    quantizer->add(3, centroids.data());
+    EXPECT_SENTENCE(
+            QuantizerAssigner(quantizer, NEEDS_POST_ROPE),
+            "vector 1, component 2");
+}
+
 TEST(QuantizerAssigner, WrongInput) {
     tests::Random random;
     const QuantizerAssigner assigner(

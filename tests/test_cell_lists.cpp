@@ -153,6 +153,17 @@ TEST(CellLists, TruncatedMeansAreAsIfNeverAppended) {
         EXPECT_EQ(
                 once.stats().mean_post_rope[i], back.stats().mean_post_rope[i]);
     }
+    // A key that cannot be read changes nothing.
+    EXPECT_THROW(
+            back.truncate(
+                    keep - 50,
+                    [](int64_t, float*) { throw std::runtime_error("gone"); }),
+            std::runtime_error);
+    EXPECT_EQ(back.size(), keep);
+    for (int i = 0; i < ncell * d; i++) {
+        EXPECT_EQ(
+                once.stats().mean_post_rope[i], back.stats().mean_post_rope[i]);
+    }
     EXPECT_SENTENCE(back.truncate(-1, {}), "size = -1");
     EXPECT_SENTENCE(back.truncate(keep + 1, {}), "size = 221");
     EXPECT_SENTENCE(back.truncate(0, {}), "read_key is empty");
@@ -238,6 +249,10 @@ TEST(CellLists, WrongInput) {
     EXPECT_EQ(plain.size(), 0);
     plain.restore(1, cells, 0, nullptr);
     EXPECT_SENTENCE(plain.restore(1, cells, 0, nullptr), "not empty");
+    EXPECT_SENTENCE(plain.append(0, nullptr, 9), "position = 9");
+    CellLists last(4, 2, INT32_MAX, false);
+    last.append(0, nullptr, 0);
+    EXPECT_SENTENCE(last.append(0, nullptr, 1), "beyond 2^31 - 1");
     EXPECT_SENTENCE(CellLists(0, 2, 0, false), "ncell = 0");
     EXPECT_SENTENCE(CellLists(65537, 2, 0, false), "ncell = 65537");
     EXPECT_SENTENCE(CellLists(4, 2, -1, false), "first_slot = -1");

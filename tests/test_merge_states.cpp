@@ -66,5 +66,12 @@ TEST(MergeStates, SplitsMergeToTheWhole) {
     }
 }
 
+TEST(MergeStates, NaNIsNotLost) {
+    EXPECT_TRUE(std::isnan(merge_weights(NAN, -INFINITY).lse));
+    EXPECT_TRUE(std::isnan(merge_weights(-INFINITY, NAN).lse));
+    EXPECT_TRUE(std::isnan(merge_weights(NAN, 1).lse));
+    EXPECT_TRUE(std::isnan(merge_weights(1, NAN).lse));
+}
+
 } // namespace
 } // namespace faiss_saap

@@ -46,7 +46,7 @@ def model() -> smollm2.SmolLM2:
 def loaded_once(model, monkeypatch):
     """Lets the exporter share one model: reading the file takes seconds."""
 
-    def shared(rope_scale: float) -> smollm2.SmolLM2:
+    def shared(rope_scale: float, device: str) -> smollm2.SmolLM2:
         scaled = copy.copy(model)
         scaled.rope_scale = rope_scale
         return scaled
@@ -120,9 +120,10 @@ def test_tokenizer(model):
     assert list(model.encode("<|im_end|>")) == [2]
 
 
-@pytest.mark.parametrize("num_heads, num_kv_heads, n, m", [(6, 2, 37, 37), (2, 2, 1, 50), (4, 1, 20, 53), (1, 1, 1, 1)])
-@pytest.mark.parametrize("query_block, key_block", [(256, 512), (8, 5), (1, 1), (7, 16)])
-def test_blocked_attention_is_exact(num_heads, num_kv_heads, n, m, query_block, key_block):
+ATTENTION_SHAPES = [(6, 2, 37, 37), (2, 2, 1, 50), (4, 1, 20, 53), (1, 1, 1, 1)]
+
+
+def check_attention(attend, num_heads, num_kv_heads, n, m) -> None:
     random, d = np.random.default_rng(n + m), 16
     # scores of some hundreds, so that a softmax that forgot to subtract the maximum would overflow
     q = 20 * random.standard_normal((num_heads, n, d), dtype=np.float32)
@@ -135,7 +136,43 @@ def test_blocked_attention_is_exact(num_heads, num_kv_heads, n, m, query_block, 
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     expected = weights / weights.sum(axis=2, keepdims=True) @ v64
 
-    np.testing.assert_allclose(smollm2.causal_attention(q, k, v, query_block, key_block), expected, atol=2e-4)
+    np.testing.assert_allclose(attend(q, k, v), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads, n, m", ATTENTION_SHAPES)
+@pytest.mark.parametrize("query_block, key_block", [(256, 512), (8, 5), (1, 1), (7, 16)])
+def test_blocked_attention_is_exact(num_heads, num_kv_heads, n, m, query_block, key_block):
+    attend = lambda q, k, v: smollm2.causal_attention(q, k, v, query_block, key_block)
+    check_attention(attend, num_heads, num_kv_heads, n, m)
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads, n, m", ATTENTION_SHAPES)
+@pytest.mark.parametrize("query_block", [1024, 8, 1])
+def test_attention_in_torch_is_exact(num_heads, num_kv_heads, n, m, query_block):
+    pytest.importorskip("torch")
+    device = "cuda" if smollm2.has_cuda() else "cpu"
+    attend = lambda q, k, v: smollm2.causal_attention_torch(q, k, v, query_block, device)
+    check_attention(attend, num_heads, num_kv_heads, n, m)
+
+
+@needs_model
+@pytest.mark.skipif(not smollm2.has_cuda(), reason="there is no torch with a CUDA device")
+def test_cuda_and_numpy_record_the_same(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(Path(smollm2.__file__).read_text())
+    traces = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        options = f"--text {text} --tokens 2048 --layers 1,29 --rope-scale 4 --dtype fp32 --device {device} --out {out}"
+        assert export_trace.main(options.split()) == 0
+        traces[device] = read_trace(out)
+    expected, got = traces["cpu"], traces["cuda"]
+    np.testing.assert_allclose(got.nll, expected.nll, atol=1e-3)
+    for layer in (1, 29):
+        for name in ("q", "k", "v"):
+            want = getattr(expected, name)[layer]
+            error = getattr(got, name)[layer] - want
+            assert np.linalg.norm(error) < 1e-4 * np.linalg.norm(want), (layer, name)
 
 
 @needs_model
@@ -247,12 +284,19 @@ def check_refusal(capsys, changes: dict, words: str) -> None:
     ({"--layers": "9,x"}, "such as 9,15,21"),
     ({"--layers": "9,9"}, "twice"),
     ({"--dtype": "int8"}, "invalid choice"),
+    ({"--device": "tpu"}, "invalid choice"),
     ({"--unknown": "1"}, "unrecognized arguments: --unknown"),
     ({"--token": "8"}, "unrecognized arguments: --token"),
 ])
 def test_exporter_refuses_wrong_options(tmp_path, monkeypatch, capsys, changes, words):
     monkeypatch.chdir(tmp_path)
     check_refusal(capsys, changes, words)
+
+
+def test_exporter_refuses_cuda_where_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(smollm2, "has_cuda", lambda: False)
+    check_refusal(capsys, {"--device": "cuda"}, "no torch with a CUDA device")
 
 
 @needs_model
