@@ -37,6 +37,9 @@ const char* name(DType t) {
 }
 
 void to_float(DType type, const void* source, int64_t n, float* target) {
+    if (n == 0) {
+        return; // of nothing, the pointers may be null
+    }
     if (type == DType::float32) {
         std::memcpy(target, source, n * sizeof(float));
         return;
@@ -52,6 +55,9 @@ void to_float(DType type, const void* source, int64_t n, float* target) {
 }
 
 void from_float(DType type, const float* source, int64_t n, void* target) {
+    if (n == 0) {
+        return;
+    }
     if (type == DType::float32) {
         std::memcpy(target, source, n * sizeof(float));
         return;
