@@ -4,21 +4,12 @@
 
 #include <faiss_saap/merge_states.h>
 
-#include "common.h"
+#include "device_test.h"
 
 namespace faiss_saap {
 namespace {
 
-/// Skips where there is no device, and says so.
-class GpuMergeStates : public ::testing::Test {
-   protected:
-    void SetUp() override {
-        if (gpu::device_count() == 0) {
-            GTEST_SKIP() << "this machine has no CUDA device";
-        }
-        gpu::require_device(0);
-    }
-};
+class GpuMergeStates : public tests::DeviceTest {};
 
 float* to_device(const std::vector<float>& x) {
     float* p = nullptr;

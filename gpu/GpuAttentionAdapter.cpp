@@ -1,0 +1,1025 @@
+#include <faiss_saap/gpu/GpuAttentionAdapter.h>
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+
+#include "append.h"
+#include "attend.h"
+#include "lower.h"
+#include "route.h"
+
+namespace faiss_saap::gpu {
+
+namespace {
+
+/// Tokens of a sequence that may attend in one call: work space grows with
+/// them.
+constexpr int64_t kMostQueries = 64;
+/// What a launch can number.
+constexpr int64_t kMostRows = 65535;
+
+bool capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    FAISS_SAAP_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+    return status != cudaStreamCaptureStatusNone;
+}
+
+void copy(
+        void* to,
+        const void* from,
+        size_t bytes,
+        cudaMemcpyKind kind,
+        cudaStream_t stream) {
+    if (bytes) {
+        FAISS_SAAP_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, kind, stream));
+    }
+}
+
+DeviceView lower_view(const KvView& kv) {
+    const auto size = static_cast<int64_t>(element_size(kv.dtype));
+    DeviceView v;
+    v.k = static_cast<const char*>(kv.k);
+    v.v = static_cast<const char*>(kv.v);
+    v.k_token = kv.k_token_stride * size;
+    v.k_head = kv.k_head_stride * size;
+    v.k_page = kv.k_page_stride * size;
+    v.v_token = kv.v_token_stride * size;
+    v.v_head = kv.v_head_stride * size;
+    v.v_page = kv.v_page_stride * size;
+    v.page_table = kv.page_table;
+    v.page_size = kv.page_size;
+    v.npages = kv.npages;
+    v.length = kv.length;
+    v.bf16 = kv.dtype == DType::bfloat16;
+    return v;
+}
+
+} // namespace
+
+/// Partitions of one KV head.
+struct GpuAttentionAdapter::Lowered {
+    std::vector<LoweredPartition> partitions;
+};
+
+/// A word in host memory that kernels write to.
+struct GpuAttentionAdapter::Fault {
+    FaultFlag* host = nullptr;
+    FaultFlag* device = nullptr;
+
+    Fault() {
+        void* p = nullptr;
+        FAISS_SAAP_CUDA_CHECK(
+                cudaHostAlloc(&p, sizeof(FaultFlag), cudaHostAllocMapped));
+        host = static_cast<FaultFlag*>(p);
+        *host = {};
+        FAISS_SAAP_CUDA_CHECK(cudaHostGetDevicePointer(&p, host, 0));
+        device = static_cast<FaultFlag*>(p);
+    }
+    ~Fault() {
+        if (cudaFreeHost(host) != cudaSuccess) {
+            cudaGetLastError();
+        }
+    }
+};
+
+struct GpuAttentionAdapter::Sequence {
+    /// The adapter's and its own, each by KV head.
+    std::vector<std::shared_ptr<const Lowered>> partitions;
+    std::vector<ListState> lists; ///< as on the device
+    std::vector<int> first_list;  ///< of each KV head, and the end
+    DeviceBuffer fixed;           ///< SequenceState, then its ListStates
+    DeviceBuffer arena;
+    int64_t capacity = 0;
+    /// Tokens seen, where the host knows: not once a graph has appended.
+    int64_t length = 0;
+    bool length_known = true;
+
+    SequenceState* state() const {
+        return reinterpret_cast<SequenceState*>(fixed.data());
+    }
+    ListState* device_lists() const {
+        return reinterpret_cast<ListState*>(fixed.data() + 256);
+    }
+};
+
+struct GpuBatch::State {
+    std::vector<int64_t> sequences;
+    std::vector<int64_t> q_len, view_length;
+    std::vector<BatchList> lists;
+    std::vector<BatchRow> rows;
+    int device = 0;
+    int64_t tokens = 0, most_q_len = 0;
+    int most_cells = 0, most_cols = 0;
+    int64_t stride = 1; ///< cells of a KV head's partitions
+    bool any_network = false, keeps_means = false, attends = false;
+    DType dtype = DType::bfloat16;
+    int splits = 1, splits_per_head = 1;
+    mutable DeviceBuffer memory;
+    // in memory
+    BatchItem* d_items = nullptr;
+    BatchList* d_lists = nullptr;
+    BatchRow* d_rows = nullptr;
+    unsigned long long* best = nullptr;
+    float *hidden = nullptr, *scores = nullptr;
+    GpuProbedCells probed;
+    RowCell* row_cells = nullptr;
+    int32_t *row_cell_count = nullptr, *row_keys = nullptr, *row_twice = nullptr;
+    uint32_t* probed_bits = nullptr;
+    int64_t probed_words = 0;
+    float *part = nullptr, *part_lse = nullptr, *part_dense = nullptr;
+};
+
+GpuBatch::GpuBatch(std::unique_ptr<State> state) : state_(std::move(state)) {}
+GpuBatch::~GpuBatch() = default;
+
+int64_t GpuBatch::tokens() const {
+    return state_->tokens;
+}
+
+int64_t GpuBatch::cells() const {
+    return state_->stride;
+}
+
+size_t GpuBatch::bytes_used() const {
+    return state_->memory.size();
+}
+
+GpuAttentionAdapter::GpuAttentionAdapter(
+        const AdapterParams& params,
+        HeadPartitions partitions,
+        int device)
+        : device_(device) {
+    // The same checks, with the same sentences.
+    params_ = AttentionAdapter(params, partitions).params();
+    group_ = params_.heads_q / params_.heads_kv;
+    FAISS_THROW_IF_NOT_FMT(
+            params_.d == 64 || params_.d == 96 || params_.d == 128 ||
+                    params_.d == 256,
+            "d = %d: on the device there are 64, 96, 128 and 256",
+            params_.d);
+    FAISS_THROW_IF_NOT_FMT(
+            group_ <= kMaxGroup,
+            "heads_q / heads_kv = %d: on the device a group has at most %d",
+            group_,
+            kMaxGroup);
+    require_device(device);
+    DeviceScope scope(device);
+    FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
+            &processors_, cudaDevAttrMultiProcessorCount, device));
+    fault_ = std::make_unique<Fault>();
+    for (size_t h = 0; h < partitions.size(); h++) {
+        auto lowered = std::make_shared<Lowered>();
+        for (const Partition& partition : partitions[h]) {
+            lowered->partitions.push_back(
+                    lower(partition, static_cast<int>(h), group_, nullptr));
+        }
+        partitions_.push_back(std::move(lowered));
+    }
+}
+
+GpuAttentionAdapter::GpuAttentionAdapter(
+        const AdapterParams& params,
+        const std::vector<Partition>& partitions,
+        int device)
+        : GpuAttentionAdapter(
+                  params,
+                  [&] {
+                      HeadPartitions heads;
+                      for (const Partition& p : partitions) {
+                          heads.push_back({p});
+                      }
+                      return heads;
+                  }(),
+                  device) {}
+
+GpuAttentionAdapter::~GpuAttentionAdapter() = default;
+
+void GpuAttentionAdapter::check() const {
+    const auto fault =
+            static_cast<gpu::Fault>(*static_cast<volatile int*>(&fault_->host->fault));
+    if (fault == gpu::Fault::none) {
+        return;
+    }
+    const int index = *static_cast<volatile int*>(&fault_->host->index);
+    fault_->host->fault = 0;
+    for (const auto& entry : sequences_) {
+        entry.second->length_known = false;
+    }
+    const char* what = "";
+    switch (fault) {
+        case gpu::Fault::append_capacity:
+            what = "append: an item of a batch outgrew the tokens reserved for "
+                   "its sequence, and was not appended; item";
+            break;
+        case gpu::Fault::append_view:
+            what = "append: an item's view has fewer slots than its sequence "
+                   "would have tokens, and it was not appended; item";
+            break;
+        case gpu::Fault::append_key:
+            what = "append: a new key is not finite, and its sequence was not "
+                   "appended; item";
+            break;
+        case gpu::Fault::append_page:
+            what = "append: the page table names a page that is not there, and "
+                   "the sequence was not appended; item";
+            break;
+        case gpu::Fault::route_query:
+            what = "route: the query assigner gives a score that is not finite, "
+                   "as for a query that is not; token";
+            break;
+        case gpu::Fault::attend_view:
+            what = "attend: an item's view has fewer slots than its sequence has "
+                   "tokens; item";
+            break;
+        case gpu::Fault::attend_cell:
+            what = "attend_preassigned: a probed cell, or the number of cells, is "
+                   "out of range; row";
+            break;
+        case gpu::Fault::attend_page:
+            what = "attend: the page table names a page that is not there; item";
+            break;
+        case gpu::Fault::none:
+            break;
+    }
+    FAISS_THROW_FMT("%s %d", what, index);
+}
+
+GpuAttentionAdapter::Sequence& GpuAttentionAdapter::at(int64_t sequence) const {
+    const auto found = sequences_.find(sequence);
+    FAISS_THROW_IF_NOT_FMT(
+            found != sequences_.end(),
+            "sequence = %" PRId64 " was freed or never made",
+            sequence);
+    return *found->second;
+}
+
+int64_t GpuAttentionAdapter::insert(std::unique_ptr<Sequence> sequence) {
+    sequences_.emplace(next_sequence_, std::move(sequence));
+    return next_sequence_++;
+}
+
+namespace {
+
+/// Places the lists in an arena for `capacity` tokens; without memory, only
+/// counts it.
+size_t place(std::vector<ListState>& lists, int64_t capacity, int d, char* base) {
+    Layout layout(base);
+    for (ListState& l : lists) {
+        const bool means = l.query.reads_means;
+        l.count = layout.take<int32_t>(l.ncell);
+        l.newest = layout.take<int32_t>(l.ncell);
+        l.extents = layout.take<uint32_t>(int64_t(l.ncell) * kExtents);
+        l.used = layout.take<uint32_t>(1);
+        l.cells = layout.take<uint16_t>(capacity);
+        l.means = means ? layout.take<float>(int64_t(l.ncell) * d) : nullptr;
+        l.slots = layout.take<int32_t>(arena_size(capacity, l.ncell));
+    }
+    return layout.size();
+}
+
+/// What empty lists hold.
+void clear(const std::vector<ListState>& lists, int d, cudaStream_t stream) {
+    for (const ListState& l : lists) {
+        const auto set = [&](void* p, int value, size_t bytes) {
+            FAISS_SAAP_CUDA_CHECK(cudaMemsetAsync(p, value, bytes, stream));
+        };
+        set(l.count, 0, l.ncell * sizeof(int32_t));
+        set(l.newest, -1, l.ncell * sizeof(int32_t));
+        set(l.extents, -1, size_t(l.ncell) * kExtents * sizeof(uint32_t));
+        set(l.used, 0, sizeof(uint32_t));
+        if (l.means) {
+            set(l.means, 0, size_t(l.ncell) * d * sizeof(float));
+        }
+    }
+}
+
+/// Copies lists into others with at least their capacity.
+void copy_lists(
+        const std::vector<ListState>& from,
+        const std::vector<ListState>& to,
+        int64_t capacity,
+        int d,
+        cudaStream_t stream) {
+    for (size_t i = 0; i < from.size(); i++) {
+        const ListState &a = from[i], &b = to[i];
+        const auto array = [&](auto* target, const auto* source, int64_t n) {
+            copy(target,
+                 source,
+                 n * sizeof(*source),
+                 cudaMemcpyDeviceToDevice,
+                 stream);
+        };
+        array(b.count, a.count, a.ncell);
+        array(b.newest, a.newest, a.ncell);
+        array(b.extents, a.extents, int64_t(a.ncell) * kExtents);
+        array(b.used, a.used, 1);
+        array(b.cells, a.cells, capacity);
+        array(b.slots, a.slots, arena_size(capacity, a.ncell));
+        if (a.means) {
+            array(b.means, a.means, int64_t(a.ncell) * d);
+        }
+    }
+}
+
+void check_reserve(int64_t tokens) {
+    FAISS_THROW_IF_NOT_FMT(
+            tokens >= 1 && tokens <= kMaxTokens,
+            "reserve = %" PRId64 " tokens must be between 1 and %" PRId64,
+            tokens,
+            kMaxTokens);
+}
+
+} // namespace
+
+std::unique_ptr<GpuAttentionAdapter::Sequence> GpuAttentionAdapter::make_sequence(
+        std::vector<std::shared_ptr<const Lowered>> partitions,
+        int64_t reserve,
+        cudaStream_t stream) const {
+    check_reserve(reserve);
+    auto s = std::make_unique<Sequence>();
+    s->partitions = std::move(partitions);
+    for (int h = 0; h < params_.heads_kv; h++) {
+        s->first_list.push_back(static_cast<int>(s->lists.size()));
+        int first_cell = 0, number = 0;
+        for (size_t i = h; i < s->partitions.size(); i += params_.heads_kv) {
+            for (const LoweredPartition& p : s->partitions[i]->partitions) {
+                ListState list;
+                list.ncell = p.ncell;
+                list.kv_head = h;
+                list.partition = number++;
+                list.first_cell = first_cell;
+                list.rotary = p.rotary;
+                list.key = p.key;
+                list.query = p.query;
+                first_cell += p.ncell;
+                s->lists.push_back(list);
+            }
+        }
+        FAISS_THROW_IF_NOT_FMT(number > 0, "KV head %d has no partition", h);
+        FAISS_THROW_IF_NOT_FMT(
+                number <= kMaxPartitions,
+                "KV head %d has %d partitions, on the device there are at most %d",
+                h,
+                number,
+                kMaxPartitions);
+    }
+    s->first_list.push_back(static_cast<int>(s->lists.size()));
+    s->capacity = reserve;
+    s->arena = DeviceBuffer(place(s->lists, reserve, params_.d, nullptr), stream);
+    place(s->lists, reserve, params_.d, s->arena.data());
+    s->fixed = DeviceBuffer(256 + s->lists.size() * sizeof(ListState), stream);
+    return s;
+}
+
+namespace {
+
+void upload_sequence(
+        SequenceState* state,
+        ListState* device_lists,
+        const std::vector<ListState>& lists,
+        int64_t capacity,
+        cudaStream_t stream) {
+    copy(device_lists,
+         lists.data(),
+         lists.size() * sizeof(ListState),
+         cudaMemcpyHostToDevice,
+         stream);
+    copy(&state->capacity,
+         &capacity,
+         sizeof(capacity),
+         cudaMemcpyHostToDevice,
+         stream);
+    copy(&state->lists,
+         &device_lists,
+         sizeof(device_lists),
+         cudaMemcpyHostToDevice,
+         stream);
+}
+
+} // namespace
+
+int64_t GpuAttentionAdapter::create(
+        const HeadPartitions& own,
+        int64_t reserve,
+        cudaStream_t stream) {
+    check();
+    if (!own.empty()) {
+        AttentionAdapter checked(params_, own);
+    }
+    DeviceScope scope(device_);
+    auto partitions = partitions_;
+    for (size_t h = 0; h < own.size(); h++) {
+        auto lowered = std::make_shared<Lowered>();
+        for (const Partition& partition : own[h]) {
+            lowered->partitions.push_back(
+                    lower(partition, static_cast<int>(h), group_, stream));
+        }
+        partitions.push_back(std::move(lowered));
+    }
+    auto s = make_sequence(std::move(partitions), reserve, stream);
+    clear(s->lists, params_.d, stream);
+    FAISS_SAAP_CUDA_CHECK(
+            cudaMemsetAsync(s->fixed.data(), 0, sizeof(SequenceState), stream));
+    upload_sequence(s->state(), s->device_lists(), s->lists, s->capacity, stream);
+    return insert(std::move(s));
+}
+
+int64_t GpuAttentionAdapter::fork(int64_t sequence, cudaStream_t stream) {
+    check();
+    const Sequence& from = at(sequence);
+    DeviceScope scope(device_);
+    auto s = make_sequence(from.partitions, from.capacity, stream);
+    copy_lists(from.lists, s->lists, from.capacity, params_.d, stream);
+    copy(s->fixed.data(),
+         from.fixed.data(),
+         sizeof(SequenceState),
+         cudaMemcpyDeviceToDevice,
+         stream);
+    upload_sequence(s->state(), s->device_lists(), s->lists, s->capacity, stream);
+    s->length = from.length;
+    s->length_known = from.length_known;
+    return insert(std::move(s));
+}
+
+void GpuAttentionAdapter::free(int64_t sequence, cudaStream_t stream) {
+    check();
+    Sequence& s = at(sequence);
+    DeviceScope scope(device_);
+    s.fixed.used_on(stream);
+    s.arena.used_on(stream);
+    sequences_.erase(sequence);
+}
+
+void GpuAttentionAdapter::reset(int64_t sequence, cudaStream_t stream) {
+    check();
+    Sequence& s = at(sequence);
+    DeviceScope scope(device_);
+    clear(s.lists, params_.d, stream);
+    FAISS_SAAP_CUDA_CHECK(cudaMemsetAsync(
+            &s.state()->length, 0, sizeof(s.state()->length), stream));
+    s.length = 0;
+    s.length_known = true;
+}
+
+void GpuAttentionAdapter::reserve(
+        int64_t sequence,
+        int64_t tokens,
+        cudaStream_t stream) {
+    check();
+    check_reserve(tokens);
+    Sequence& s = at(sequence);
+    if (tokens <= s.capacity) {
+        return;
+    }
+    DeviceScope scope(device_);
+    std::vector<ListState> lists = s.lists;
+    DeviceBuffer arena(place(lists, tokens, params_.d, nullptr), stream);
+    place(lists, tokens, params_.d, arena.data());
+    copy_lists(s.lists, lists, s.capacity, params_.d, stream);
+    upload_sequence(s.state(), s.device_lists(), lists, tokens, stream);
+    s.arena.used_on(stream);
+    s.arena = std::move(arena);
+    s.lists = std::move(lists);
+    s.capacity = tokens;
+}
+
+int64_t GpuAttentionAdapter::length(int64_t sequence, cudaStream_t stream) const {
+    Sequence& s = at(sequence);
+    if (!s.length_known) {
+        DeviceScope scope(device_);
+        copy(&s.length,
+             &s.state()->length,
+             sizeof(s.length),
+             cudaMemcpyDeviceToHost,
+             stream);
+        FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(stream));
+        // A graph may run again: what is true now may not be later.
+    }
+    return s.length;
+}
+
+int GpuAttentionAdapter::npartition(int64_t sequence, int kv_head) const {
+    const Sequence& s = at(sequence);
+    FAISS_THROW_IF_NOT_FMT(
+            kv_head >= 0 && kv_head < params_.heads_kv,
+            "kv_head = %d, the adapter has heads_kv = %d",
+            kv_head,
+            params_.heads_kv);
+    return s.first_list[kv_head + 1] - s.first_list[kv_head];
+}
+
+size_t GpuAttentionAdapter::bytes_used() const {
+    size_t bytes = 0;
+    for (const auto& entry : sequences_) {
+        bytes += entry.second->fixed.size() + entry.second->arena.size();
+    }
+    return bytes;
+}
+
+void GpuAttentionAdapter::check_view(const KvView& kv) const {
+    FAISS_THROW_IF_NOT_FMT(
+            kv.heads == params_.heads_kv,
+            "kv.heads = %d, the adapter has heads_kv = %d",
+            kv.heads,
+            params_.heads_kv);
+    FAISS_THROW_IF_NOT_FMT(
+            kv.d == params_.d,
+            "kv.d = %d, the adapter has d = %d",
+            kv.d,
+            params_.d);
+    FAISS_THROW_IF_NOT_FMT(
+            kv.d_v == kv.d,
+            "kv.d_v = %d: on the device values have as many components as keys, "
+            "%d",
+            kv.d_v,
+            kv.d);
+    FAISS_THROW_IF_NOT_FMT(
+            kv.dtype != DType::float32,
+            "kv.dtype = %s: on the device there are float16 and bfloat16",
+            name(kv.dtype));
+    FAISS_THROW_IF_NOT_FMT(
+            kv.length >= 0,
+            "kv.length = %" PRId64 " must not be negative",
+            kv.length);
+    FAISS_THROW_IF_NOT_MSG(kv.k, "kv.k is null");
+    FAISS_THROW_IF_NOT_MSG(kv.v, "kv.v is null");
+    if (kv.page_table) {
+        FAISS_THROW_IF_NOT_FMT(
+                kv.page_size >= 1,
+                "kv.page_size = %d must be at least 1",
+                kv.page_size);
+    }
+    const auto aligned = [](const char* what, int64_t value, int64_t unit) {
+        FAISS_THROW_IF_NOT_FMT(
+                value % unit == 0,
+                "%s = %" PRId64 ": on the device rows begin at multiples of 16 "
+                "bytes",
+                what,
+                value);
+    };
+    aligned("kv.k", reinterpret_cast<intptr_t>(kv.k), 16);
+    aligned("kv.v", reinterpret_cast<intptr_t>(kv.v), 16);
+    aligned("kv.k_token_stride", kv.k_token_stride, 8);
+    aligned("kv.v_token_stride", kv.v_token_stride, 8);
+    aligned("kv.k_head_stride", kv.k_head_stride, 8);
+    aligned("kv.v_head_stride", kv.v_head_stride, 8);
+    aligned("kv.k_page_stride", kv.k_page_stride, 8);
+    aligned("kv.v_page_stride", kv.v_page_stride, 8);
+}
+
+std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
+        const std::vector<SequenceInput>& batch,
+        cudaStream_t stream) const {
+    check();
+    auto state = std::make_unique<GpuBatch::State>();
+    GpuBatch::State& b = *state;
+    b.device = device_;
+    std::vector<BatchItem> items;
+    int64_t hidden = 0, scores = 0;
+    b.attends = true;
+    for (const SequenceInput& in : batch) {
+        b.attends = b.attends && in.q_len <= kMostQueries;
+    }
+    for (const SequenceInput& in : batch) {
+        const Sequence& s = at(in.sequence);
+        FAISS_THROW_IF_NOT_FMT(
+                std::find(b.sequences.begin(), b.sequences.end(), in.sequence) ==
+                        b.sequences.end(),
+                "sequence %" PRId64 " is in the batch twice",
+                in.sequence);
+        FAISS_THROW_IF_NOT_MSG(
+                !in.positions,
+                "positions must be null: on the device the last q_len tokens ask");
+        FAISS_THROW_IF_NOT_FMT(
+                in.q_len >= 0 && in.q_len <= kMaxTokens,
+                "q_len = %" PRId64 " must be between 0 and %" PRId64,
+                in.q_len,
+                kMaxTokens);
+        check_view(in.kv);
+        FAISS_THROW_IF_NOT_FMT(
+                in.kv.dtype == batch[0].kv.dtype,
+                "kv.dtype = %s, that of the batch's first sequence is %s",
+                name(in.kv.dtype),
+                name(batch[0].kv.dtype));
+        BatchItem item;
+        item.sequence = s.state();
+        item.kv = lower_view(in.kv);
+        item.q_len = static_cast<int>(in.q_len);
+        item.first_token = static_cast<int>(b.tokens);
+        const int number = static_cast<int>(items.size());
+        const int first = static_cast<int>(b.lists.size());
+        for (size_t l = 0; l < s.lists.size(); l++) {
+            const ListState& list = s.lists[l];
+            const DeviceAssigner& a = list.query;
+            BatchList at;
+            at.item = number;
+            at.list = static_cast<int>(l);
+            at.hidden = hidden;
+            at.scores = scores;
+            if (a.input == RowInput::hidden) {
+                b.any_network = true;
+                hidden += in.q_len * group_ * a.padded_width;
+            }
+            scores += in.q_len * group_ * list.ncell;
+            b.keeps_means = b.keeps_means || a.reads_means;
+            b.most_cells = std::max(b.most_cells, list.ncell);
+            b.most_cols = std::max(
+                    b.most_cols,
+                    a.padded_cols + (a.blend ? (params_.d + 7) / 8 * 8 : 0));
+            b.lists.push_back(at);
+        }
+        for (int64_t t = 0; b.attends && t < in.q_len; t++) {
+            for (int h = 0; h < params_.heads_kv; h++) {
+                BatchRow row;
+                row.item = number;
+                row.token = static_cast<int>(t);
+                row.kv_head = h;
+                row.first_list = first + s.first_list[h];
+                row.nlist = s.first_list[h + 1] - s.first_list[h];
+                b.rows.push_back(row);
+            }
+        }
+        for (int h = 0; h < params_.heads_kv; h++) {
+            const ListState& last = s.lists[s.first_list[h + 1] - 1];
+            b.stride = std::max<int64_t>(b.stride, last.first_cell + last.ncell);
+        }
+        b.sequences.push_back(in.sequence);
+        b.q_len.push_back(in.q_len);
+        b.view_length.push_back(in.kv.length);
+        b.tokens += in.q_len;
+        b.most_q_len = std::max(b.most_q_len, in.q_len);
+        b.dtype = in.kv.dtype;
+        items.push_back(item);
+    }
+    const auto nrow = static_cast<int64_t>(b.rows.size());
+    FAISS_THROW_IF_NOT_FMT(
+            static_cast<int64_t>(b.lists.size()) <= kMostRows &&
+                    nrow * group_ <= kMostRows,
+            "the batch has %zd lists and %" PRId64 " rows, one launch numbers "
+            "%" PRId64,
+            b.lists.size(),
+            nrow * group_,
+            kMostRows);
+
+    DeviceScope scope(device_);
+    // A choice for each query head has more rows and may need as many pieces.
+    b.splits = attend_splits(processors_, std::max<int64_t>(1, nrow));
+    b.splits_per_head =
+            attend_splits(processors_, std::max<int64_t>(1, nrow * group_));
+    const int64_t heads = nrow * group_;
+    const int64_t pieces = std::max(
+            heads * b.splits, heads * int64_t(b.splits_per_head));
+    b.probed_words = (b.stride + 31) / 32;
+    b.probed.stride = b.stride;
+    const auto lay = [&](char* base) {
+        Layout layout(base);
+        b.d_items = layout.take<BatchItem>(items.size());
+        b.d_lists = layout.take<BatchList>(b.lists.size());
+        b.d_rows = layout.take<BatchRow>(nrow);
+        b.best = layout.take<unsigned long long>(
+                static_cast<int64_t>(b.lists.size()) * b.most_q_len);
+        if (b.attends) {
+            b.hidden = layout.take<float>(hidden);
+            b.scores = layout.take<float>(scores);
+            b.probed.cells = layout.take<int32_t>(heads * b.stride);
+            b.probed.count = layout.take<int32_t>(heads);
+            b.row_cells = layout.take<RowCell>(heads * b.stride);
+            b.row_cell_count = layout.take<int32_t>(heads);
+            b.row_keys = layout.take<int32_t>(heads);
+            b.row_twice = layout.take<int32_t>(heads);
+            b.probed_bits = layout.take<uint32_t>(heads * b.probed_words);
+            b.part = layout.take<float>(pieces * params_.d);
+            b.part_lse = layout.take<float>(pieces);
+            b.part_dense = layout.take<float>(pieces);
+        }
+        return layout.size();
+    };
+    b.memory = DeviceBuffer(lay(nullptr), stream);
+    lay(b.memory.data());
+    copy(b.d_items,
+         items.data(),
+         items.size() * sizeof(BatchItem),
+         cudaMemcpyHostToDevice,
+         stream);
+    copy(b.d_lists,
+         b.lists.data(),
+         b.lists.size() * sizeof(BatchList),
+         cudaMemcpyHostToDevice,
+         stream);
+    copy(b.d_rows,
+         b.rows.data(),
+         nrow * sizeof(BatchRow),
+         cudaMemcpyHostToDevice,
+         stream);
+    return std::unique_ptr<GpuBatch>(new GpuBatch(std::move(state)));
+}
+
+void GpuAttentionAdapter::check_batch(const GpuBatch& batch, bool attends) const {
+    const GpuBatch::State& b = *batch.state_;
+    FAISS_THROW_IF_NOT_FMT(
+            b.device == device_,
+            "the batch lies on device %d, the adapter on %d",
+            b.device,
+            device_);
+    for (int64_t sequence : b.sequences) {
+        at(sequence);
+    }
+    FAISS_THROW_IF_NOT_FMT(
+            b.attends || !attends,
+            "q_len = %" PRId64 ": the batch can be appended, but at most %" PRId64
+            " tokens of a sequence attend in one call",
+            b.most_q_len,
+            kMostQueries);
+}
+
+void GpuAttentionAdapter::append(const GpuBatch& batch, cudaStream_t stream) {
+    check();
+    check_batch(batch, false);
+    const GpuBatch::State& b = *batch.state_;
+    DeviceScope scope(device_);
+    if (capturing(stream)) {
+        for (int64_t sequence : b.sequences) {
+            at(sequence).length_known = false;
+        }
+    } else {
+        std::vector<int64_t> after;
+        for (size_t i = 0; i < b.sequences.size(); i++) {
+            after.push_back(length(b.sequences[i], stream) + b.q_len[i]);
+            FAISS_THROW_IF_NOT_FMT(
+                    after[i] <= b.view_length[i],
+                    "kv.length = %" PRId64 ", sequence %" PRId64
+                    " would have %" PRId64 " tokens",
+                    b.view_length[i],
+                    b.sequences[i],
+                    after[i]);
+            check_reserve(std::max<int64_t>(1, after[i]));
+        }
+        for (size_t i = 0; i < b.sequences.size(); i++) {
+            const int64_t capacity = at(b.sequences[i]).capacity;
+            if (after[i] > capacity) {
+                reserve(b.sequences[i],
+                        std::min(kMaxTokens, std::max(after[i], 2 * capacity)),
+                        stream);
+            }
+        }
+        for (size_t i = 0; i < b.sequences.size(); i++) {
+            Sequence& s = at(b.sequences[i]);
+            s.length = after[i];
+        }
+    }
+    b.memory.used_on(stream);
+    if (b.most_q_len == 0) {
+        return;
+    }
+    AppendParams p;
+    p.items = b.d_items;
+    p.nitem = static_cast<int>(b.sequences.size());
+    p.lists = b.d_lists;
+    p.nlist = static_cast<int>(b.lists.size());
+    p.best = b.best;
+    p.most_tokens = static_cast<int>(b.most_q_len);
+    p.most_cells = b.most_cells;
+    p.heads_kv = params_.heads_kv;
+    p.d = params_.d;
+    p.sink = params_.sink;
+    p.window = params_.window;
+    p.position_offset = params_.position_offset;
+    p.keeps_means = b.keeps_means;
+    p.flag = fault_->device;
+    FAISS_SAAP_CUDA_CHECK(gpu::append(p, stream));
+}
+
+void GpuAttentionAdapter::truncate(
+        int64_t sequence,
+        int64_t length,
+        const KvView& kv,
+        cudaStream_t stream) {
+    check();
+    Sequence& s = at(sequence);
+    DeviceScope scope(device_);
+    const int64_t before = this->length(sequence, stream);
+    FAISS_THROW_IF_NOT_FMT(
+            length >= 0 && length <= before,
+            "length = %" PRId64 " must be between 0 and the %" PRId64
+            " tokens of sequence %" PRId64,
+            length,
+            before,
+            sequence);
+    check_view(kv);
+    FAISS_THROW_IF_NOT_FMT(
+            kv.length >= length,
+            "kv.length = %" PRId64 ", %" PRId64 " tokens are needed",
+            kv.length,
+            length);
+    TruncateParams p;
+    p.sequence = s.state();
+    p.nlist = static_cast<int>(s.lists.size());
+    p.length = length;
+    p.sink = params_.sink;
+    p.window = params_.window;
+    p.d = params_.d;
+    p.slack = static_cast<uint32_t>(arena_slack(s.capacity));
+    p.kv = lower_view(kv);
+    FAISS_SAAP_CUDA_CHECK(gpu::truncate(p, stream));
+    s.length = length;
+}
+
+void GpuAttentionAdapter::start_route(
+        const GpuBatch& batch,
+        const void* queries,
+        const GpuProbedCells& probed,
+        const ProbePolicy& policy,
+        cudaStream_t stream) const {
+    const GpuBatch::State& b = *batch.state_;
+    policy.check();
+    for (const BatchRow& row : b.rows) {
+        policy.share(0, row.nlist); // fits, or throws
+    }
+    FAISS_THROW_IF_NOT_MSG(b.tokens == 0 || queries, "queries is null");
+    RouteParams p;
+    p.items = b.d_items;
+    p.lists = b.d_lists;
+    p.nlist = static_cast<int>(b.lists.size());
+    p.rows = b.d_rows;
+    p.nrow = static_cast<int>(b.rows.size());
+    p.most_q_len = static_cast<int>(b.most_q_len);
+    p.most_cells = b.most_cells;
+    p.most_cols = b.most_cols;
+    p.heads_q = params_.heads_q;
+    p.heads_kv = params_.heads_kv;
+    p.d = params_.d;
+    p.sink = params_.sink;
+    p.window = params_.window;
+    p.position_offset = params_.position_offset;
+    p.dense_below = params_.dense_below;
+    p.scale = params_.scale;
+    p.queries = queries;
+    p.hidden = b.hidden;
+    p.scores = b.scores;
+    p.share_group = policy.share_group;
+    p.nprobe = policy.nprobe;
+    p.max_keys = policy.max_keys;
+    p.max_selectivity = policy.max_selectivity;
+    p.nsplit = static_cast<int>(policy.split.size());
+    std::copy(policy.split.begin(), policy.split.end(), p.split);
+    p.stride = probed.stride;
+    p.cells = probed.cells;
+    p.count = probed.count;
+    p.flag = fault_->device;
+    FAISS_SAAP_CUDA_CHECK(gpu::route(p, b.any_network, stream));
+}
+
+void GpuAttentionAdapter::route(
+        const GpuBatch& batch,
+        const void* queries,
+        const GpuProbedCells& probed,
+        const ProbePolicy* policy,
+        cudaStream_t stream) const {
+    check();
+    check_batch(batch, true);
+    const ProbePolicy& chosen = policy ? *policy : params_.policy;
+    const GpuBatch::State& b = *batch.state_;
+    FAISS_THROW_IF_NOT_FMT(
+            probed.share_group == chosen.share_group,
+            "probed.share_group = %d, the policy's is %d",
+            probed.share_group,
+            chosen.share_group);
+    FAISS_THROW_IF_NOT_FMT(
+            probed.stride >= b.stride,
+            "probed.stride = %" PRId64 ", a KV head has up to %" PRId64 " cells",
+            probed.stride,
+            b.stride);
+    FAISS_THROW_IF_NOT_MSG(probed.cells, "probed.cells is null");
+    FAISS_THROW_IF_NOT_MSG(probed.count, "probed.count is null");
+    DeviceScope scope(device_);
+    b.memory.used_on(stream);
+    start_route(batch, queries, probed, chosen, stream);
+}
+
+void GpuAttentionAdapter::attend_preassigned(
+        const GpuBatch& batch,
+        const void* queries,
+        const GpuProbedCells& probed,
+        const AttendOutput& out,
+        cudaStream_t stream) const {
+    check();
+    check_batch(batch, true);
+    const GpuBatch::State& b = *batch.state_;
+    if (b.tokens == 0) {
+        return;
+    }
+    FAISS_THROW_IF_NOT_MSG(queries, "queries is null");
+    FAISS_THROW_IF_NOT_FMT(
+            reinterpret_cast<intptr_t>(queries) % 16 == 0,
+            "queries = %p must be a multiple of 16",
+            queries);
+    FAISS_THROW_IF_NOT_MSG(out.output, "output is null");
+    FAISS_THROW_IF_NOT_MSG(
+            out.lse || !out.merge, "lse is null, but merging needs it");
+    FAISS_THROW_IF_NOT_MSG(probed.cells, "probed.cells is null");
+    FAISS_THROW_IF_NOT_MSG(probed.count, "probed.count is null");
+    FAISS_THROW_IF_NOT_FMT(
+            probed.stride >= 1,
+            "probed.stride = %" PRId64 " must be at least 1",
+            probed.stride);
+    DeviceScope scope(device_);
+    b.memory.used_on(stream);
+    AttendParams p;
+    p.items = b.d_items;
+    p.lists = b.d_lists;
+    p.rows = b.d_rows;
+    p.nrow = static_cast<int>(b.rows.size());
+    p.most_cells = b.most_cells;
+    p.heads_q = params_.heads_q;
+    p.heads_kv = params_.heads_kv;
+    p.d = params_.d;
+    p.sink = params_.sink;
+    p.window = params_.window;
+    p.scale = params_.scale;
+    p.attend_dense = params_.attend_dense;
+    p.bf16 = b.dtype == DType::bfloat16;
+    p.queries = queries;
+    p.share_group = probed.share_group;
+    p.stride = probed.stride;
+    p.cells = probed.cells;
+    p.count = probed.count;
+    p.row_stride = b.stride;
+    p.row_cells = b.row_cells;
+    p.row_cell_count = b.row_cell_count;
+    p.row_keys = b.row_keys;
+    p.row_twice = b.row_twice;
+    p.probed = b.probed_bits;
+    p.probed_words = b.probed_words;
+    p.splits = probed.share_group ? b.splits : b.splits_per_head;
+    p.part = b.part;
+    p.part_lse = b.part_lse;
+    p.part_dense = b.part_dense;
+    p.out = out;
+    p.flag = fault_->device;
+    FAISS_SAAP_CUDA_CHECK(gpu::attend(p, stream));
+}
+
+void GpuAttentionAdapter::attend(
+        const GpuBatch& batch,
+        const void* queries,
+        const AttendOutput& out,
+        const ProbePolicy* policy,
+        cudaStream_t stream) const {
+    GpuProbedCells probed = batch.state_->probed;
+    probed.share_group = (policy ? *policy : params_.policy).share_group;
+    if (batch.tokens() == 0) {
+        return;
+    }
+    check_batch(batch, true);
+    FAISS_THROW_IF_NOT_MSG(out.output, "output is null");
+    FAISS_THROW_IF_NOT_MSG(
+            out.lse || !out.merge, "lse is null, but merging needs it");
+    route(batch, queries, probed, policy, stream);
+    attend_preassigned(batch, queries, probed, out, stream);
+}
+
+GpuListsCopy GpuAttentionAdapter::lists(
+        int64_t sequence,
+        int kv_head,
+        int partition,
+        cudaStream_t stream) const {
+    const int n = npartition(sequence, kv_head);
+    FAISS_THROW_IF_NOT_FMT(
+            partition >= 0 && partition < n,
+            "partition = %d, KV head %d has %d",
+            partition,
+            kv_head,
+            n);
+    const Sequence& s = at(sequence);
+    const ListState& l = s.lists[s.first_list[kv_head] + partition];
+    DeviceScope scope(device_);
+    std::vector<int32_t> count(l.ncell), slots(arena_size(s.capacity, l.ncell));
+    std::vector<uint32_t> extents(size_t(l.ncell) * kExtents);
+    GpuListsCopy lists;
+    lists.means.resize(l.means ? size_t(l.ncell) * params_.d : 0);
+    const auto fetch = [&](auto& to, const void* from) {
+        copy(to.data(),
+             from,
+             to.size() * sizeof(to[0]),
+             cudaMemcpyDeviceToHost,
+             stream);
+    };
+    fetch(count, l.count);
+    fetch(extents, l.extents);
+    fetch(slots, l.slots);
+    fetch(lists.means, l.means);
+    FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (int c = 0; c < l.ncell; c++) {
+        std::vector<int32_t> of_cell;
+        for (int32_t i = 0; i < count[c]; i++) {
+            const int e = extent_of(i);
+            of_cell.push_back(
+                    slots[extents[size_t(c) * kExtents + e] + i - extent_begin(e)]);
+        }
+        lists.slots.push_back(std::move(of_cell));
+    }
+    return lists;
+}
+
+} // namespace faiss_saap::gpu

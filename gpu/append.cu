@@ -1,0 +1,372 @@
+#include "append.h"
+
+#include <algorithm>
+
+#include "device_vectors.cuh"
+
+namespace faiss_saap::gpu {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTokens = 32; ///< of a tile of keys
+constexpr int kCells = 64;  ///< of a tile of centroids
+constexpr int kStep = 32;   ///< components at a time
+
+/// Refuses what does not fit, before anything is written. `bad` is 0 before.
+__global__ void check_append(AppendParams p) {
+    const int i = blockIdx.x;
+    BatchItem& item = p.items[i];
+    const int64_t length = item.sequence->length;
+    const int64_t after = length + item.q_len;
+    const Fault refused = after > item.sequence->capacity ? Fault::append_capacity
+            : after > item.kv.length                      ? Fault::append_view
+                                                          : Fault::none;
+    if (threadIdx.x == 0 && blockIdx.y == 0) {
+        item.begin = max(p.sink, length - p.window);
+        item.end = max(p.sink, after - p.window);
+    }
+    if (refused != Fault::none) {
+        if (threadIdx.x == 0) {
+            raise(p.flag, refused, i);
+            item.bad = 1;
+        }
+        return;
+    }
+    // A warp for each key.
+    const int lane = threadIdx.x % 32;
+    const int64_t n = int64_t(item.q_len) * p.heads_kv;
+    for (int64_t r = blockIdx.y * (kThreads / 32) + threadIdx.x / 32; r < n;
+         r += gridDim.y * (kThreads / 32)) {
+        const char* row = key_row(
+                item.kv, static_cast<int>(r % p.heads_kv), length + r / p.heads_kv);
+        float norm = 0;
+        for (int j = lane; row && j < p.d; j += 32) {
+            const float x = element(row, item.kv.bf16, j);
+            norm += x * x;
+        }
+        for (int step = 16; step; step /= 2) {
+            norm += __shfl_xor_sync(0xffffffffu, norm, step);
+        }
+        if (lane == 0 && (!row || !isfinite(norm))) {
+            raise(p.flag, row ? Fault::append_key : Fault::append_page, i);
+            item.bad = 1;
+        }
+    }
+}
+
+/// Best cells of a tile of leaving tokens among a part of the cells.
+__global__ void __launch_bounds__(kThreads) assign_tokens(AppendParams p) {
+    const BatchList& at = p.lists[blockIdx.y];
+    const BatchItem& item = p.items[at.item];
+    const ListState& list = item.sequence->lists[at.list];
+    const int64_t first = item.begin + int64_t(blockIdx.x) * kTokens;
+    if (item.bad || first >= item.end) {
+        return;
+    }
+    const int n = static_cast<int>(min(int64_t(kTokens), item.end - first));
+    __shared__ float keys[kTokens][kStep + 1];
+    __shared__ float centroids[kCells][kStep + 1];
+    __shared__ unsigned long long best[kTokens];
+    if (threadIdx.x < kTokens) {
+        best[threadIdx.x] = 0;
+    }
+    const DeviceAssigner& key = list.key;
+    const auto* rows = static_cast<const float*>(key.rows);
+    // A thread has 2 tokens and 4 cells.
+    const int t0 = threadIdx.x / 16 * 2, c0 = threadIdx.x % 16;
+    for (int cell = blockIdx.z * kCells; cell < key.ncell;
+         cell += gridDim.z * kCells) {
+        float sum[2][4] = {};
+        for (int j0 = 0; j0 < p.d; j0 += kStep) {
+            __syncthreads();
+            for (int i = threadIdx.x; i < kTokens * kStep; i += kThreads) {
+                const int t = i / kStep, j = j0 + i % kStep;
+                float x = 0;
+                if (t < n && j < p.d) {
+                    const int64_t slot = first + t;
+                    const char* row = key_row(item.kv, list.kv_head, slot);
+                    if (row) {
+                        const auto read = [&](int k) {
+                            return element(row, item.kv.bf16, k);
+                        };
+                        x = key.input == RowInput::pre_rope
+                                ? derotated(
+                                          list.rotary,
+                                          p.d,
+                                          slot + p.position_offset,
+                                          j,
+                                          read)
+                                : read(j);
+                    }
+                }
+                keys[t][i % kStep] = x;
+            }
+            for (int i = threadIdx.x; i < kCells * kStep; i += kThreads) {
+                const int c = cell + i / kStep, j = j0 + i % kStep;
+                centroids[i / kStep][i % kStep] = c < key.ncell && j < p.d
+                        ? rows[int64_t(c) * key.padded_cols + j]
+                        : 0.0f;
+            }
+            __syncthreads();
+#pragma unroll 8
+            for (int j = 0; j < kStep; j++) {
+                const float a = keys[t0][j], b = keys[t0 + 1][j];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float c = centroids[c0 + 16 * i][j];
+                    sum[0][i] += a * c;
+                    sum[1][i] += b * c;
+                }
+            }
+        }
+        for (int t = 0; t < 2; t++) {
+            unsigned long long mine = 0;
+            for (int i = 0; i < 4; i++) {
+                const int c = cell + c0 + 16 * i;
+                if (c < key.ncell) {
+                    const float score = sum[t][i] + (key.bias ? key.bias[c] : 0);
+                    // Of equal scores the lower cell's is larger.
+                    const auto packed =
+                            static_cast<unsigned long long>(ordered(score)) << 32 |
+                            ~static_cast<uint32_t>(c);
+                    mine = max(mine, packed);
+                }
+            }
+            atomicMax(&best[t0 + t], mine);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < n) {
+        atomicMax(
+                &p.best[int64_t(blockIdx.y) * p.most_tokens +
+                        int64_t(blockIdx.x) * kTokens + threadIdx.x],
+                best[threadIdx.x]);
+    }
+}
+
+/// Lists the slots begin .. end - 1 of the cells that `cell_of` says, in their
+/// order, so that the state is the same on every run. By one warp.
+template <class CellOf>
+__device__ void list_slots(
+        const ListState& list,
+        int64_t sink,
+        int64_t begin,
+        int64_t end,
+        const CellOf& cell_of) {
+    const int lane = threadIdx.x % 32;
+    for (int64_t first = begin; first < end; first += 32) {
+        const bool active = first + lane < end;
+        const unsigned mask = __ballot_sync(0xffffffffu, active);
+        if (active) {
+            const auto slot = static_cast<int32_t>(first + lane);
+            const int cell = cell_of(slot);
+            const unsigned same = __match_any_sync(mask, cell);
+            const int rank = __popc(same & ((1u << lane) - 1));
+            const int size = __popc(same);
+            const int32_t count = list.count[cell];
+            volatile uint32_t* extents =
+                    list.extents + int64_t(cell) * kExtents;
+            __syncwarp(mask);
+            if (rank == 0) {
+                for (int e = extent_of(count); e <= extent_of(count + size - 1);
+                     e++) {
+                    // After a truncation the cell may have it still.
+                    if (extents[e] == kNoExtent) {
+                        extents[e] = atomicAdd(list.used, extent_size(e));
+                    }
+                }
+                list.count[cell] = count + size;
+            }
+            __syncwarp(mask);
+            const uint32_t i = count + rank;
+            const int e = extent_of(i);
+            list.slots[extents[e] + (i - extent_begin(e))] = slot;
+            list.cells[slot - sink] = static_cast<uint16_t>(cell);
+            if (rank == size - 1) {
+                list.newest[cell] = slot;
+            }
+        }
+        __syncwarp();
+    }
+}
+
+/// A warp for each list.
+__global__ void __launch_bounds__(32) list_tokens(AppendParams p) {
+    const BatchList& at = p.lists[blockIdx.x];
+    const BatchItem& item = p.items[at.item];
+    if (item.bad) {
+        return;
+    }
+    const unsigned long long* best =
+            p.best + int64_t(blockIdx.x) * p.most_tokens - item.begin;
+    list_slots(
+            item.sequence->lists[at.list],
+            p.sink,
+            item.begin,
+            item.end,
+            [&](int64_t slot) {
+                return static_cast<int>(~static_cast<uint32_t>(best[slot]));
+            });
+}
+
+__device__ int32_t listed_slot(const ListState& list, int cell, uint32_t i) {
+    const int e = extent_of(i);
+    return list.slots
+            [list.extents[int64_t(cell) * kExtents + e] + (i - extent_begin(e))];
+}
+
+/// Takes the entries begin .. end - 1 of a cell's list into its mean, one after
+/// the other, as CellLists does; by a warp.
+__device__ void add_to_mean(
+        const ListState& list,
+        const DeviceView& kv,
+        int d,
+        int cell,
+        uint32_t begin,
+        uint32_t end) {
+    float* mean = list.means + int64_t(cell) * d;
+    for (int j = threadIdx.x % 32; j < d; j += 32) {
+        float m = begin ? mean[j] : 0.0f;
+        for (uint32_t i = begin; i < end; i++) {
+            const char* row = key_row(kv, list.kv_head, listed_slot(list, cell, i));
+            const float x = row ? element(row, kv.bf16, j) : m;
+            m += (x - m) / static_cast<float>(i + 1);
+        }
+        mean[j] = m;
+    }
+}
+
+/// A warp for each cell.
+__global__ void __launch_bounds__(kThreads) update_means(AppendParams p) {
+    const BatchList& at = p.lists[blockIdx.y];
+    const BatchItem& item = p.items[at.item];
+    const ListState& list = item.sequence->lists[at.list];
+    if (item.bad || !list.means || item.begin == item.end) {
+        return;
+    }
+    for (int c = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; c < list.ncell;
+         c += gridDim.x * (kThreads / 32)) {
+        // The new entries are those from `begin` on: the lists are sorted.
+        const auto count = static_cast<uint32_t>(list.count[c]);
+        uint32_t low = 0, high = count;
+        if (count == 0 || list.newest[c] < item.begin) {
+            continue;
+        }
+        while (low < high) {
+            const uint32_t middle = (low + high) / 2;
+            if (listed_slot(list, c, middle) < item.begin) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        add_to_mean(list, item.kv, p.d, c, low, count);
+    }
+}
+
+__global__ void end_append(AppendParams p) {
+    for (int i = threadIdx.x; i < p.nitem; i += blockDim.x) {
+        if (!p.items[i].bad) {
+            p.items[i].sequence->length += p.items[i].q_len;
+        }
+        p.items[i].bad = 0;
+    }
+}
+
+/// A block for each list.
+__global__ void __launch_bounds__(kThreads) truncate_list(TruncateParams p) {
+    const ListState& list = p.sequence->lists[blockIdx.x];
+    const int64_t before = p.sequence->length;
+    const int64_t begin = max(p.sink, p.length - p.window);
+    const int64_t end = max(p.sink, before - p.window);
+    __shared__ uint32_t idle; // entries of extents that hold nothing
+    if (threadIdx.x == 0) {
+        idle = 0;
+    }
+    for (int64_t slot = begin + threadIdx.x; slot < end; slot += kThreads) {
+        atomicSub(&list.count[list.cells[slot - p.sink]], 1);
+    }
+    __syncthreads();
+    for (int c = threadIdx.x / 32; c < list.ncell; c += kThreads / 32) {
+        const auto count = static_cast<uint32_t>(list.count[c]);
+        const int lane = threadIdx.x % 32;
+        if (lane < kExtents && extent_begin(lane) >= count &&
+            list.extents[int64_t(c) * kExtents + lane] != kNoExtent) {
+            atomicAdd(&idle, extent_size(lane));
+        }
+        if (list.newest[c] < begin) {
+            continue; // lost nothing
+        }
+        __syncwarp();
+        if (list.means) {
+            add_to_mean(list, p.kv, p.d, c, 0, count);
+        }
+        __syncwarp();
+        if (lane == 0) {
+            list.newest[c] = count ? listed_slot(list, c, count - 1) : -1;
+        }
+    }
+    __syncthreads();
+    if (idle <= p.slack) {
+        return;
+    }
+    // What idles would be missing elsewhere: list all that is left anew.
+    for (int64_t i = threadIdx.x; i < int64_t(list.ncell) * kExtents;
+         i += kThreads) {
+        list.extents[i] = kNoExtent;
+    }
+    for (int c = threadIdx.x; c < list.ncell; c += kThreads) {
+        list.count[c] = 0;
+    }
+    if (threadIdx.x == 0) {
+        *list.used = 0;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        list_slots(list, p.sink, p.sink, begin, [&](int64_t slot) {
+            return static_cast<int>(list.cells[slot - p.sink]);
+        });
+    }
+}
+
+__global__ void end_truncate(TruncateParams p) {
+    p.sequence->length = p.length;
+}
+
+} // namespace
+
+cudaError_t append(const AppendParams& p, cudaStream_t stream) {
+    const int key_blocks = static_cast<int>(std::min<int64_t>(
+            (int64_t(p.most_tokens) * p.heads_kv + 7) / 8, 1024));
+    check_append<<<dim3(p.nitem, key_blocks), kThreads, 0, stream>>>(p);
+    if (p.nlist) {
+        cudaMemsetAsync(
+                p.best,
+                0,
+                sizeof(*p.best) * int64_t(p.nlist) * p.most_tokens,
+                stream);
+        const int tiles = (p.most_tokens + kTokens - 1) / kTokens;
+        // Few tokens: the cells are split, so that many processors take part.
+        const int cell_tiles = (p.most_cells + kCells - 1) / kCells;
+        const int splits = tiles <= 4 ? cell_tiles : 1;
+        assign_tokens<<<dim3(tiles, p.nlist, splits), kThreads, 0, stream>>>(p);
+        list_tokens<<<p.nlist, 32, 0, stream>>>(p);
+        if (p.keeps_means) {
+            const int blocks = (p.most_cells + kThreads / 32 - 1) / (kThreads / 32);
+            update_means<<<dim3(blocks, p.nlist), kThreads, 0, stream>>>(p);
+        }
+    }
+    end_append<<<1, 128, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
+cudaError_t truncate(const TruncateParams& p, cudaStream_t stream) {
+    if (p.nlist) {
+        truncate_list<<<p.nlist, kThreads, 0, stream>>>(p);
+    }
+    end_truncate<<<1, 1, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
+} // namespace faiss_saap::gpu

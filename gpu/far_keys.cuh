@@ -1,0 +1,53 @@
+/// What a query attends to, and how many keys of a cell that includes.
+#pragma once
+
+#include "sequence_state.h"
+
+namespace faiss_saap::gpu {
+
+/// A query at slot window_end - 1 reads [0, sink_end) and [window_begin,
+/// window_end) densely, the slots between them through cells.
+struct Reach {
+    int64_t sink_end, window_begin, window_end;
+
+    __device__ int64_t far_keys() const {
+        return window_begin - sink_end;
+    }
+};
+
+__device__ inline Reach reach_of(
+        const BatchItem& item,
+        int token,
+        int64_t sink,
+        int64_t window) {
+    Reach r;
+    // A sequence shorter than its queries has none for the first ones.
+    r.window_end = max(int64_t(0), item.sequence->length - item.q_len + token + 1);
+    r.sink_end = min(sink, r.window_end);
+    r.window_begin = max(r.sink_end, r.window_end - window);
+    return r;
+}
+
+/// Far keys of each cell for a query, into shared memory; by a whole block. The
+/// newest listed slots may be in a window still, of a query before the last.
+__device__ inline void far_counts(
+        const ListState& list,
+        const BatchItem& item,
+        const Reach& reach,
+        int64_t sink,
+        int64_t window,
+        int32_t* counts) {
+    for (int c = threadIdx.x; c < list.ncell; c += blockDim.x) {
+        counts[c] = list.count[c];
+    }
+    __syncthreads();
+    const int64_t listed_end = max(sink, item.sequence->length - window);
+    for (int64_t slot = max(sink, reach.window_begin) + threadIdx.x;
+         slot < listed_end;
+         slot += blockDim.x) {
+        atomicSub(&counts[list.cells[slot - sink]], 1);
+    }
+    __syncthreads();
+}
+
+} // namespace faiss_saap::gpu

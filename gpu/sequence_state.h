@@ -1,0 +1,185 @@
+/// What the kernels know of a sequence. Plain structs, shared by host and
+/// device; pointers are device memory unless said otherwise.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <faiss_saap/merge_states.h>
+
+namespace faiss_saap::gpu {
+
+// --- Lists -----------------------------------------------------------------
+//
+// The list of a cell grows in extents of 32, 32, 64, 128, ... slots: nothing is
+// ever moved, and entry i is found without a walk, so a warp can begin to read
+// a list anywhere. A cell with n slots holds at most max(32, 2 n) of them.
+
+constexpr int kFirstExtent = 32;
+constexpr int kExtents = 18;
+constexpr uint32_t kNoExtent = UINT32_MAX;
+/// Slots that one cell can hold, and so the longest sequence.
+constexpr int64_t kMaxTokens = int64_t(kFirstExtent) << (kExtents - 1);
+
+/// The extent of entry i.
+FAISS_SAAP_HOST_DEVICE inline int extent_of(uint32_t i) {
+    const uint32_t blocks = i / kFirstExtent;
+#ifdef __CUDA_ARCH__
+    return 32 - __clz(static_cast<int>(blocks));
+#else
+    return blocks ? 32 - __builtin_clz(blocks) : 0;
+#endif
+}
+
+/// The first entry of an extent.
+FAISS_SAAP_HOST_DEVICE inline uint32_t extent_begin(int extent) {
+    return extent ? (kFirstExtent / 2u) << extent : 0u;
+}
+
+/// Entries of an extent.
+FAISS_SAAP_HOST_DEVICE inline uint32_t extent_size(int extent) {
+    return extent ? (kFirstExtent / 2u) << extent : kFirstExtent;
+}
+
+/// Entries of extents that truncation may leave idle in a list.
+inline int64_t arena_slack(int64_t tokens) {
+    return 1024 + tokens / 8;
+}
+
+/// Entries that `tokens` slots in `ncell` cells need at most.
+inline int64_t arena_size(int64_t tokens, int ncell) {
+    return 2 * tokens + int64_t(kFirstExtent) * (tokens < ncell ? tokens : ncell) +
+            arena_slack(tokens);
+}
+
+// --- Assigners -------------------------------------------------------------
+
+/// The inverse rotation; no frequencies: none.
+struct DeviceRotary {
+    const double* inverse_frequency = nullptr; ///< size d / 2
+    int interleaved = 0;
+    float shrink = 1; ///< 1 / magnitude
+};
+
+/// Which vectors the rows of an assigner are multiplied with.
+enum class RowInput : int { none, pre_rope, post_rope, hidden };
+
+constexpr int kMaxLayers = 2 + 2 * 16;
+
+/// A CellAssigner as kernels see it: for query head g
+///     linear = rows[network(g)] x + bias,
+/// x being the vector or what a network makes of it, and the score is linear
+/// alone or a blend of it with the statistics of the sequence's cells
+/// (BlendAssigner.h).
+struct DeviceAssigner {
+    int d = 0, ncell = 0;
+    RowInput input = RowInput::none;
+    int bf16 = 0;                ///< rows are bfloat16, else float
+    const void* rows = nullptr;  ///< networks * ncell * padded_cols
+    const float* bias = nullptr; ///< networks * ncell; may be null
+    int padded_cols = 0;
+    int networks = 1; ///< 1 or one for each query head of the group
+
+    // Hidden layers, where input is hidden: in, block0.up, block0.down, ...
+    int width = 0, depth = 0, padded_width = 0, padded_d = 0;
+    const void* layer[kMaxLayers] = {};
+    const float* layer_bias[kMaxLayers] = {};
+
+    /// weights of classifier, mean, newest, age and count for each query head,
+    /// size group * 5; null: the linear part alone
+    const float* blend = nullptr;
+    float scale = 1;      ///< in the feature `newest`
+    int reads_means = 0;  ///< the blend needs the cells' means
+    int reads_newest = 0; ///< and their newest keys, age and count
+};
+
+// --- A sequence ------------------------------------------------------------
+
+/// Lists of one KV head and one partition.
+struct ListState {
+    uint16_t* cells = nullptr;   ///< cell of each listed slot, size capacity
+    int32_t* count = nullptr;    ///< size ncell
+    int32_t* newest = nullptr;   ///< newest slot, size ncell; -1: none
+    uint32_t* extents = nullptr; ///< where each begins, size ncell * kExtents
+    int32_t* slots = nullptr;    ///< size arena_size(capacity, ncell)
+    uint32_t* used = nullptr;    ///< entries of the arena given out
+    float* means = nullptr;      ///< size ncell * d; null: not kept
+    int ncell = 0;
+    int kv_head = 0;
+    int partition = 0;  ///< among those of its head
+    int first_cell = 0; ///< number of its first cell among those of its head
+    DeviceRotary rotary;
+    DeviceAssigner key, query;
+};
+
+/// The fixed part of a sequence; its address never changes.
+struct SequenceState {
+    int64_t length = 0;
+    int64_t capacity = 0; ///< tokens that the lists have room for
+    ListState* lists = nullptr; ///< by KV head, then partition
+};
+
+// --- The caller's cache ----------------------------------------------------
+
+/// A KvView with strides in bytes.
+struct DeviceView {
+    const char* k = nullptr;
+    const char* v = nullptr;
+    int64_t k_token = 0, k_head = 0, k_page = 0;
+    int64_t v_token = 0, v_head = 0, v_page = 0;
+    const int32_t* page_table = nullptr;
+    int page_size = 1;
+    int64_t npages = 0;
+    int64_t length = 0; ///< slots that can be read
+    int bf16 = 0;       ///< else float16
+};
+
+// --- A batch ---------------------------------------------------------------
+
+struct BatchItem {
+    SequenceState* sequence = nullptr;
+    DeviceView kv;
+    int q_len = 1;
+    int first_token = 0; ///< of the batch's tokens
+    int bad = 0;         ///< the append in progress was refused
+    int64_t begin = 0, end = 0; ///< slots that leave the window in it
+};
+
+/// One KV head and partition of one item.
+struct BatchList {
+    int item = 0;
+    int list = 0; ///< in SequenceState::lists
+    /// where its scores begin: tokens of the item, then query heads of the
+    /// group, then cells
+    int64_t scores = 0;
+    int64_t hidden = 0; ///< likewise, then the network's width
+};
+
+/// One KV head of one token.
+struct BatchRow {
+    int item = 0, token = 0; ///< token within the item
+    int kv_head = 0;
+    int first_list = 0, nlist = 0; ///< in the batch's lists
+};
+
+// --- Conditions that kernels detect ----------------------------------------
+
+enum class Fault : int {
+    none,
+    append_capacity,
+    append_view,
+    append_key,
+    append_page,
+    route_query,
+    attend_view,
+    attend_cell,
+    attend_page
+};
+
+/// The first fault stays until the host has seen it.
+struct FaultFlag {
+    int fault;
+    int index; ///< of the item or token that the sentence names
+};
+
+} // namespace faiss_saap::gpu
