@@ -77,8 +77,12 @@ struct KvView {
         return row(v, v_page_stride, v_token_stride, v_head_stride, head, slot);
     }
 
-    /// @throws faiss::FaissException when a pointer is null, a size is not
-    ///         positive or the page table points outside the buffers
+    /// @throws faiss::FaissException when a pointer is null or a size is not
+    ///         positive. Reads no memory: a view may be of a device's.
+    void check_shape() const;
+    /// `check_shape`, and every page is there.
+    /// @throws faiss::FaissException also when the page table points outside the
+    ///         buffers
     void check() const;
 
    private:

@@ -7,16 +7,17 @@
 
 namespace faiss_saap::gpu {
 
-/// Memory that is given out and given back in the order of a stream.
+/// Memory that is given out in the order of a stream. The destructor waits for
+/// the device, as streams may be gone by then; `release` does not.
 class DeviceBuffer {
    public:
     DeviceBuffer() = default;
     /// @throws faiss::FaissException when the device has no room
-    DeviceBuffer(size_t bytes, cudaStream_t stream)
-            : bytes_(bytes), stream_(stream) {
+    DeviceBuffer(size_t bytes, cudaStream_t stream) {
         if (bytes) {
             FAISS_SAAP_CUDA_CHECK(cudaMallocAsync(&data_, bytes, stream));
         }
+        bytes_ = bytes;
     }
     DeviceBuffer(DeviceBuffer&& other) noexcept {
         swap(other);
@@ -26,7 +27,7 @@ class DeviceBuffer {
         return *this;
     }
     ~DeviceBuffer() {
-        if (data_ && cudaFreeAsync(data_, stream_) != cudaSuccess) {
+        if (data_ && cudaFree(data_) != cudaSuccess) {
             cudaGetLastError(); // the context is gone, and the memory with it
         }
     }
@@ -37,21 +38,23 @@ class DeviceBuffer {
     size_t size() const {
         return bytes_;
     }
-    /// The stream whose work must be done before the memory is used again.
-    void used_on(cudaStream_t stream) {
-        stream_ = stream;
+    /// Gives the memory back once a stream's work so far is done.
+    void release(cudaStream_t stream) {
+        void* data = std::exchange(data_, nullptr);
+        bytes_ = 0;
+        if (data) {
+            FAISS_SAAP_CUDA_CHECK(cudaFreeAsync(data, stream));
+        }
     }
 
    private:
     void swap(DeviceBuffer& other) {
         std::swap(data_, other.data_);
         std::swap(bytes_, other.bytes_);
-        std::swap(stream_, other.stream_);
     }
 
     void* data_ = nullptr;
     size_t bytes_ = 0;
-    cudaStream_t stream_ = nullptr;
 };
 
 /// Makes a device current while it lives.

@@ -115,7 +115,7 @@ struct GpuBatch::State {
     bool any_network = false, keeps_means = false, attends = false;
     DType dtype = DType::bfloat16;
     int splits = 1, splits_per_head = 1;
-    mutable DeviceBuffer memory;
+    DeviceBuffer memory;
     // in memory
     BatchItem* d_items = nullptr;
     BatchList* d_lists = nullptr;
@@ -446,8 +446,8 @@ void GpuAttentionAdapter::free(int64_t sequence, cudaStream_t stream) {
     check();
     Sequence& s = at(sequence);
     DeviceScope scope(device_);
-    s.fixed.used_on(stream);
-    s.arena.used_on(stream);
+    s.fixed.release(stream);
+    s.arena.release(stream);
     sequences_.erase(sequence);
 }
 
@@ -478,10 +478,10 @@ void GpuAttentionAdapter::reserve(
     place(lists, tokens, params_.d, arena.data());
     copy_lists(s.lists, lists, s.capacity, params_.d, stream);
     upload_sequence(s.state(), s.device_lists(), lists, tokens, stream);
-    s.arena.used_on(stream);
-    s.arena = std::move(arena);
+    std::swap(s.arena, arena);
     s.lists = std::move(lists);
     s.capacity = tokens;
+    arena.release(stream);
 }
 
 int64_t GpuAttentionAdapter::length(int64_t sequence, cudaStream_t stream) const {
@@ -518,6 +518,7 @@ size_t GpuAttentionAdapter::bytes_used() const {
 }
 
 void GpuAttentionAdapter::check_view(const KvView& kv) const {
+    kv.check_shape();
     FAISS_THROW_IF_NOT_FMT(
             kv.heads == params_.heads_kv,
             "kv.heads = %d, the adapter has heads_kv = %d",
@@ -538,18 +539,6 @@ void GpuAttentionAdapter::check_view(const KvView& kv) const {
             kv.dtype != DType::float32,
             "kv.dtype = %s: on the device there are float16 and bfloat16",
             name(kv.dtype));
-    FAISS_THROW_IF_NOT_FMT(
-            kv.length >= 0,
-            "kv.length = %" PRId64 " must not be negative",
-            kv.length);
-    FAISS_THROW_IF_NOT_MSG(kv.k, "kv.k is null");
-    FAISS_THROW_IF_NOT_MSG(kv.v, "kv.v is null");
-    if (kv.page_table) {
-        FAISS_THROW_IF_NOT_FMT(
-                kv.page_size >= 1,
-                "kv.page_size = %d must be at least 1",
-                kv.page_size);
-    }
     const auto aligned = [](const char* what, int64_t value, int64_t unit) {
         FAISS_THROW_IF_NOT_FMT(
                 value % unit == 0,
@@ -768,7 +757,6 @@ void GpuAttentionAdapter::append(const GpuBatch& batch, cudaStream_t stream) {
             s.length = after[i];
         }
     }
-    b.memory.used_on(stream);
     if (b.most_q_len == 0) {
         return;
     }
@@ -893,7 +881,6 @@ void GpuAttentionAdapter::route(
     FAISS_THROW_IF_NOT_MSG(probed.cells, "probed.cells is null");
     FAISS_THROW_IF_NOT_MSG(probed.count, "probed.count is null");
     DeviceScope scope(device_);
-    b.memory.used_on(stream);
     start_route(batch, queries, probed, chosen, stream);
 }
 
@@ -905,8 +892,16 @@ void GpuAttentionAdapter::attend_preassigned(
         cudaStream_t stream) const {
     check();
     check_batch(batch, true);
-    const GpuBatch::State& b = *batch.state_;
-    if (b.tokens == 0) {
+    check_output(batch, queries, out);
+    DeviceScope scope(device_);
+    start_attend(batch, queries, probed, out, stream);
+}
+
+void GpuAttentionAdapter::check_output(
+        const GpuBatch& batch,
+        const void* queries,
+        const AttendOutput& out) const {
+    if (batch.tokens() == 0) {
         return;
     }
     FAISS_THROW_IF_NOT_MSG(queries, "queries is null");
@@ -917,14 +912,24 @@ void GpuAttentionAdapter::attend_preassigned(
     FAISS_THROW_IF_NOT_MSG(out.output, "output is null");
     FAISS_THROW_IF_NOT_MSG(
             out.lse || !out.merge, "lse is null, but merging needs it");
+}
+
+void GpuAttentionAdapter::start_attend(
+        const GpuBatch& batch,
+        const void* queries,
+        const GpuProbedCells& probed,
+        const AttendOutput& out,
+        cudaStream_t stream) const {
+    const GpuBatch::State& b = *batch.state_;
+    if (b.tokens == 0) {
+        return;
+    }
     FAISS_THROW_IF_NOT_MSG(probed.cells, "probed.cells is null");
     FAISS_THROW_IF_NOT_MSG(probed.count, "probed.count is null");
     FAISS_THROW_IF_NOT_FMT(
             probed.stride >= 1,
             "probed.stride = %" PRId64 " must be at least 1",
             probed.stride);
-    DeviceScope scope(device_);
-    b.memory.used_on(stream);
     AttendParams p;
     p.items = b.d_items;
     p.lists = b.d_lists;
@@ -966,17 +971,15 @@ void GpuAttentionAdapter::attend(
         const AttendOutput& out,
         const ProbePolicy* policy,
         cudaStream_t stream) const {
-    GpuProbedCells probed = batch.state_->probed;
-    probed.share_group = (policy ? *policy : params_.policy).share_group;
-    if (batch.tokens() == 0) {
-        return;
-    }
+    check();
     check_batch(batch, true);
-    FAISS_THROW_IF_NOT_MSG(out.output, "output is null");
-    FAISS_THROW_IF_NOT_MSG(
-            out.lse || !out.merge, "lse is null, but merging needs it");
-    route(batch, queries, probed, policy, stream);
-    attend_preassigned(batch, queries, probed, out, stream);
+    check_output(batch, queries, out);
+    const ProbePolicy& chosen = policy ? *policy : params_.policy;
+    GpuProbedCells probed = batch.state_->probed;
+    probed.share_group = chosen.share_group;
+    DeviceScope scope(device_);
+    start_route(batch, queries, probed, chosen, stream);
+    start_attend(batch, queries, probed, out, stream);
 }
 
 GpuListsCopy GpuAttentionAdapter::lists(

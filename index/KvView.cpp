@@ -43,7 +43,7 @@ KvView KvView::token_major(
         int d,
         int d_v) {
     const KvView view = dense_rows(k, v, dtype, length, heads, d, d_v);
-    view.check();
+    view.check_shape();
     return view;
 }
 
@@ -66,7 +66,7 @@ KvView KvView::head_major(
     view.k_head_stride = capacity * d;
     view.v_token_stride = d_v;
     view.v_head_stride = capacity * d_v;
-    view.check();
+    view.check_shape();
     return view;
 }
 
@@ -88,11 +88,11 @@ KvView KvView::paged(
     view.npages = npages;
     view.k_page_stride = page_size * view.k_token_stride;
     view.v_page_stride = page_size * view.v_token_stride;
-    view.check();
+    view.check_shape();
     return view;
 }
 
-void KvView::check() const {
+void KvView::check_shape() const {
     FAISS_THROW_IF_NOT_FMT(
             length >= 0 && length <= INT32_MAX,
             "kv.length = %" PRId64 " must be between 0 and 2^31 - 1",
@@ -113,6 +113,13 @@ void KvView::check() const {
             page_size >= 1,
             "kv.page_size = %d must be at least 1",
             page_size);
+}
+
+void KvView::check() const {
+    check_shape();
+    if (!page_table) {
+        return;
+    }
     const int64_t used = (length + page_size - 1) / page_size;
     for (int64_t i = 0; i < used; i++) {
         FAISS_THROW_IF_NOT_FMT(

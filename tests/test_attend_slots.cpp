@@ -341,7 +341,7 @@ TEST(KvView, WrongInput) {
                            std::vector<int32_t> table) {
         KvView::paged(
                 x.data(), x.data(), DType::float32, length, 4, page_size,
-                table.data(), 1, 4, 4);
+                table.data(), 1, 4, 4).check();
     };
     paged(16, 4, {3, 1, 0, 2});
     EXPECT_SENTENCE(paged(16, 4, {3, 1, 4, 2}), "page_table[2] = 4");

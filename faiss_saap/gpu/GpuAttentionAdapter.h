@@ -17,8 +17,8 @@ class GpuAttentionAdapter;
 
 /// Sequences that are appended to and attended together, laid down on the
 /// device once and used for any number of steps, also inside a CUDA graph. Made
-/// by GpuAttentionAdapter::plan; must be gone before the adapter, and outlive
-/// graphs that were captured with it.
+/// by GpuAttentionAdapter::plan; must outlive graphs that were captured with it.
+/// Its destructor waits for the device.
 class GpuBatch {
    public:
     ~GpuBatch();
@@ -114,7 +114,7 @@ class GpuAttentionAdapter {
     /// A sequence that begins as a copy: its lists are copied (about 1 % of the
     /// cache that they index).
     int64_t fork(int64_t sequence, cudaStream_t stream = nullptr);
-    /// Ends a sequence.
+    /// Ends a sequence; its memory is used again after the stream's work so far.
     void free(int64_t sequence, cudaStream_t stream = nullptr);
     /// Makes a sequence empty; it keeps its partitions and its reserve.
     void reset(int64_t sequence, cudaStream_t stream = nullptr);
@@ -213,6 +213,16 @@ class GpuAttentionAdapter {
             const void* queries,
             const GpuProbedCells& probed,
             const ProbePolicy& policy,
+            cudaStream_t stream) const;
+    void check_output(
+            const GpuBatch& batch,
+            const void* queries,
+            const AttendOutput& out) const;
+    void start_attend(
+            const GpuBatch& batch,
+            const void* queries,
+            const GpuProbedCells& probed,
+            const AttendOutput& out,
             cudaStream_t stream) const;
 
     AdapterParams params_;

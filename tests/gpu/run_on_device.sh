@@ -6,6 +6,7 @@
 #   tests/gpu/run_on_device.sh unpack IN.tar.xz DIR    there; then run
 #                                                      DIR/run PROGRAM [ARGUMENTS]
 set -euo pipefail
+shopt -s nullglob
 
 case "${1:-}" in
   pack)
@@ -15,7 +16,7 @@ case "${1:-}" in
     trap 'rm -rf "$work"' EXIT
     mkdir "$work/bin" "$work/lib"
     for program in "$build"/bin/*; do
-      [ -x "$program" ] && [ -f "$program" ] && strip -o "$work/bin/$(basename "$program")" "$program"
+      if [ -f "$program" ] && [ -x "$program" ]; then strip -o "$work/bin/$(basename "$program")" "$program"; fi
     done
     for f in "$build"/lib/*.so*; do
       [ ! -f "$f" ] || strip -o "$work/lib/$(basename "$f")" "$f"

@@ -1,4 +1,6 @@
-#include "../../gpu/sequence_state.h"
+#include <faiss_saap/gpu/extents.h>
+
+#include <algorithm>
 
 #include <gtest/gtest.h>
 
@@ -6,7 +8,7 @@ namespace faiss_saap::gpu {
 namespace {
 
 /// Extents follow each other without a gap, and each entry lies in its own.
-TEST(SequenceState, ExtentsTileTheEntries) {
+TEST(Extents, ExtentsTileTheEntries) {
     uint32_t next = 0;
     for (int e = 0; e < kExtents; e++) {
         EXPECT_EQ(extent_begin(e), next);
@@ -22,7 +24,7 @@ TEST(SequenceState, ExtentsTileTheEntries) {
 }
 
 /// However the tokens fall into cells, their extents fit the arena.
-TEST(SequenceState, TheArenaHoldsEveryDistribution) {
+TEST(Extents, TheArenaHoldsEveryDistribution) {
     for (int64_t tokens : {1, 33, 1000, 5000}) {
         for (int ncell : {1, 3, 64, 2000}) {
             for (int64_t per_cell : {int64_t(1), int64_t(33), int64_t(65), tokens}) {
