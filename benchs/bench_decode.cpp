@@ -6,36 +6,18 @@
 #include <numeric>
 #include <random>
 
-#include <faiss/IndexFlat.h>
-#include <fmt/core.h>
+#include <faiss/impl/FaissAssert.h>
 
 #include <faiss_saap/AttentionAdapter.h>
-#include <faiss_saap/QuantizerAssigner.h>
-#include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/attend_slots.h>
 
-#include "common/CacheOptions.h"
+#include "common/decode.h"
 #include "common/report.h"
 
 using namespace faiss_saap;
 using namespace faiss_saap::benchs;
 
 namespace {
-
-struct Options : CacheOptions {
-    int sequences = 1, heads_q = 32, repeat = 21;
-    double selectivity = 0.05, buffer_gib = 2;
-    std::string json;
-};
-
-std::shared_ptr<QuantizerAssigner> flat_assigner(
-        const std::vector<float>& centres,
-        int d,
-        faiss::MetricType metric) {
-    auto flat = std::make_shared<faiss::IndexFlat>(d, metric);
-    flat->add(static_cast<faiss::Index::idx_t>(centres.size()) / d, centres.data());
-    return std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
-}
 
 /// One sequence, its cache and what it asks.
 struct Sequence {
@@ -49,41 +31,9 @@ struct Sequence {
     ProbedCells probed;
     std::vector<std::vector<int32_t>> slots; ///< per KV head, those it reads
 
-    Sequence(const Options& o, unsigned seed)
+    Sequence(const DecodeOptions& o, unsigned seed)
             : random(seed), cache(o.shape(o.tokens), random) {
-        std::normal_distribution<float> normal;
-        HeadPartitions by_centroids, by_classifier;
-        queries.resize(int64_t(o.heads_q) * o.d);
-        const int group = o.heads_q / o.heads_kv;
-        for (int h = 0; h < o.heads_kv; h++) {
-            Partition p;
-            p.key = flat_assigner(cache.centres[h], o.d, faiss::METRIC_L2);
-            p.query = flat_assigner(
-                    cache.centres[h], o.d, faiss::METRIC_INNER_PRODUCT);
-            by_centroids.push_back({p});
-            // Time does not depend on what a network has learnt.
-            ClassifierShape shape;
-            shape.d = o.d;
-            shape.group = group;
-            shape.ncell = o.ncell;
-            std::vector<float> parameters(parameter_count(shape));
-            for (float& f : parameters) {
-                f = 0.1f * normal(random);
-            }
-            p.query = std::make_shared<QueryClassifier>(
-                    shape, parameters.data());
-            p.rope.d = o.d;
-            by_classifier.push_back({p});
-            // The group looks for the same few things.
-            std::vector<float> topic(o.d);
-            for (float& f : topic) {
-                f = normal(random);
-            }
-            for (int64_t i = 0; i < int64_t(group) * o.d; i++) {
-                queries[int64_t(h) * group * o.d + i] =
-                        topic[i % o.d] + 0.5f * normal(random);
-            }
-        }
+        queries = decode_queries(o, random);
         AdapterParams params;
         params.heads_q = o.heads_q;
         params.heads_kv = o.heads_kv;
@@ -93,8 +43,9 @@ struct Sequence {
         params.policy.nprobe = o.ncell;
         params.policy.max_selectivity = o.selectivity;
         adapter = std::make_unique<AttentionAdapter>(params);
-        id = adapter->create(by_centroids);
-        classified = adapter->create(by_classifier);
+        id = adapter->create(centre_partitions(o, cache.centres));
+        classified = adapter->create(
+                classifier_partitions(o, cache.centres, random));
         // The last token stays out: the step appends it.
         KvView prefix = kv;
         prefix.length--;
@@ -125,7 +76,7 @@ struct Stage {
     std::function<void(Sequence&)> work;
 };
 
-void run(const Options& o) {
+void run(const DecodeOptions& o) {
     FAISS_THROW_IF_NOT_FMT(
             o.heads_q % o.heads_kv == 0,
             "heads-q = %d must be a multiple of heads-kv = %d",
@@ -272,72 +223,35 @@ void run(const Options& o) {
     }
 
     const double append = percentile(append_seconds, 0.5) * o.sequences;
-    const double peak =
-            cache * o.sequences / percentile(seconds[0], 0.5); // bytes per s
-    const double dense_seconds = percentile(seconds[2], 0.5);
-    nlohmann::json rows = nlohmann::json::array();
-    std::vector<std::vector<std::string>> table;
-    const auto report = [&](const std::string& name, double bytes, double median,
-                            double p99) {
-        const double fraction = bytes / median / peak;
-        rows.push_back({{"stage", name},
-                        {"us", 1e6 * median},
-                        {"p99_us", 1e6 * p99},
-                        {"bytes", bytes},
-                        {"fraction_of_bandwidth", fraction}});
-        table.push_back({name,
-                         fmt::format("{:.1f}", 1e6 * median),
-                         fmt::format("{:.1f}", 1e6 * p99),
-                         fmt::format("{:.1f}", bytes / (1 << 20)),
-                         fmt::format("{:.2f}", fraction),
-                         fmt::format("{:.1f}x", dense_seconds / median)});
-    };
+    std::vector<DecodeStage> rows;
     for (size_t i = 0; i < stages.size(); i++) {
         const double extra = stages[i].name == "sparse" ? append : 0;
-        report(stages[i].name,
-               stages[i].bytes * o.sequences,
-               percentile(seconds[i], 0.5) + extra,
-               percentile(seconds[i], 0.99) + extra);
+        rows.push_back({stages[i].name,
+                        stages[i].bytes * o.sequences,
+                        percentile(seconds[i], 0.5) + extra,
+                        percentile(seconds[i], 0.99) + extra});
     }
-    report("append",
-           double(o.sequences) * o.heads_kv * o.d * element_size(dtype),
-           append,
-           percentile(append_seconds, 0.99) * o.sequences);
-    fmt::print(
-            "{} x {} tokens, {} / {} heads, d {}, {}, {} pages; {:.2f} % of the "
-            "far keys read per KV head; {:.1f} GB/s read bandwidth\n",
-            o.sequences,
-            o.tokens,
-            o.heads_q,
-            o.heads_kv,
-            o.d,
-            o.dtype,
-            o.huge_pages ? "2 MiB" : "4 KiB",
-            100 * keys_read / far_keys,
-            peak / 1e9);
-    print_table(
-            {"stage", "us", "p99 us", "MiB", "of bandwidth", "dense / stage"},
-            table);
-    if (!o.json.empty()) {
-        nlohmann::json config = o.config();
-        config["sequences"] = o.sequences;
-        config["heads_q"] = o.heads_q;
-        config["selectivity"] = keys_read / far_keys;
-        config["bandwidth_bytes_per_s"] = peak;
-        write_json(o.json, config, rows);
-    }
+    rows.push_back({"append",
+                    double(o.sequences) * o.heads_kv * o.d * element_size(dtype),
+                    append,
+                    percentile(append_seconds, 0.99) * o.sequences});
+    report_decode(
+            o,
+            rows,
+            keys_read / far_keys,
+            o.huge_pages ? "CPU, 2 MiB pages" : "CPU, 4 KiB pages");
 }
 
 } // namespace
 
 int main(int argc, char** argv) {
-    Options o;
+    DecodeOptions o;
     CLI::App app{
             "Times one decode step of one layer by stage, dense attention and "
             "the read bandwidth of the machine beside it. Keys lie around the "
             "centres of their cells, whose sizes are skewed as in real "
             "partitions."};
-    o.add_to(app);
+    o.add_to(app, {"cpu", "cuda"});
     add_number(app, "--sequences", o.sequences, "sequences in the batch");
     add_number(app, "--heads-q", o.heads_q, "query heads");
     add_number(app, "--repeat", o.repeat, "runs of each stage");
@@ -348,5 +262,15 @@ int main(int argc, char** argv) {
             ->capture_default_str();
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] { run(o); });
+    return run_program([&] {
+        if (o.device == "cpu") {
+            run(o);
+            return;
+        }
+#ifdef FAISS_SAAP_WITH_CUDA
+        decode_on_device(o);
+#else
+        FAISS_THROW_MSG("device = cuda: this is a build without CUDA");
+#endif
+    });
 }

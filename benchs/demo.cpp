@@ -14,6 +14,11 @@
 
 #include "common/GroundTruth.h"
 #include "common/report.h"
+#ifdef FAISS_SAAP_WITH_CUDA
+#include <faiss_saap/gpu/device.h>
+
+#include "device/decode_trace.h"
+#endif
 
 using namespace faiss_saap;
 using namespace faiss_saap::benchs;
@@ -145,6 +150,10 @@ void note_ceiling(
 struct Results {
     Result dense{"dense attention"};
     std::vector<Result> oracle, symmetric, asymmetric; // per budget
+#ifdef FAISS_SAAP_WITH_CUDA
+    DeviceDecode device; // sums over KV heads
+    int device_heads = 0;
+#endif
 };
 
 /// Sums that describe the index.
@@ -330,6 +339,20 @@ void decode(
         }
     }
     search_both_ways(data, *index, prefix, figures);
+#ifdef FAISS_SAAP_WITH_CUDA
+    if (gpu::device_count() > 0) {
+        const DeviceDecode device = decode_trace(
+                data,
+                index->partition,
+                options.sink,
+                options.window,
+                options.budget);
+        results.device.mass_recall += device.mass_recall;
+        results.device.error += device.error;
+        results.device.selectivity += device.selectivity;
+        results.device_heads++;
+    }
+#endif
 }
 
 std::vector<std::string> table_row(const Result& r, const Result& dense) {
@@ -428,6 +451,20 @@ void run(const Options& options) {
             100 * figures.share_read / queries,
             figures.found_symmetric / queries,
             figures.found_asymmetric / queries);
+
+#ifdef FAISS_SAAP_WITH_CUDA
+    if (results.device_heads) {
+        fmt::print(
+                "On the GPU ({}, float16, the last 64 tokens): selectivity "
+                "{:.3f}, mass recall {:.3f}, output error {:.1e}.\n",
+                gpu::device_info(0).name,
+                results.device.selectivity / results.device_heads,
+                results.device.mass_recall / results.device_heads,
+                results.device.error / results.device_heads);
+    } else {
+        fmt::print("No GPU here: all of this ran on the CPU.\n");
+    }
+#endif
 
     if (!options.json.empty()) {
         nlohmann::json rows = nlohmann::json::array();

@@ -27,7 +27,9 @@ class DeviceBuffer {
         return *this;
     }
     ~DeviceBuffer() {
-        if (data_ && cudaFree(data_) != cudaSuccess) {
+        // cudaFree alone does not wait for kernels that use such memory.
+        if (data_ && (cudaDeviceSynchronize() != cudaSuccess ||
+                      cudaFree(data_) != cudaSuccess)) {
             cudaGetLastError(); // the context is gone, and the memory with it
         }
     }

@@ -2,9 +2,11 @@
 
 namespace faiss_saap::benchs {
 
-void CacheOptions::add_to(CLI::App& app) {
-    app.add_option("--device", device, "cpu")
-            ->check(CLI::IsMember({"cpu"}))
+void CacheOptions::add_to(
+        CLI::App& app,
+        const std::vector<std::string>& devices) {
+    app.add_option("--device", device, "where to run")
+            ->check(CLI::IsMember(devices))
             ->capture_default_str();
     add_number(app, "--tokens", tokens, "tokens of a sequence");
     add_number(app, "--heads-kv", heads_kv, "KV heads");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -18,7 +19,8 @@ struct CacheOptions {
     double skew = 0.5;
     bool huge_pages = false;
 
-    void add_to(CLI::App& app);
+    /// @param devices  where the program can run
+    void add_to(CLI::App& app, const std::vector<std::string>& devices = {"cpu"});
     /// The shape of a cache of that many tokens.
     CacheShape shape(int64_t length) const;
     /// For the results.

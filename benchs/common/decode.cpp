@@ -1,0 +1,129 @@
+#include "decode.h"
+
+#include <faiss/IndexFlat.h>
+#include <fmt/core.h>
+
+#include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/QueryClassifier.h>
+
+#include "report.h"
+
+namespace faiss_saap::benchs {
+
+namespace {
+
+std::shared_ptr<QuantizerAssigner> flat_assigner(
+        const std::vector<float>& centres,
+        int d,
+        faiss::MetricType metric) {
+    auto flat = std::make_shared<faiss::IndexFlat>(d, metric);
+    flat->add(static_cast<faiss::Index::idx_t>(centres.size()) / d, centres.data());
+    return std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
+}
+
+} // namespace
+
+std::vector<float> decode_queries(const DecodeOptions& o, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    const int group = o.heads_q / o.heads_kv;
+    std::vector<float> queries;
+    for (int h = 0; h < o.heads_kv; h++) {
+        std::vector<float> topic(o.d);
+        for (float& f : topic) {
+            f = normal(random);
+        }
+        for (int64_t i = 0; i < int64_t(group) * o.d; i++) {
+            queries.push_back(topic[i % o.d] + 0.5f * normal(random));
+        }
+    }
+    return queries;
+}
+
+HeadPartitions centre_partitions(
+        const DecodeOptions& o,
+        const std::vector<std::vector<float>>& centres) {
+    HeadPartitions heads;
+    for (const auto& c : centres) {
+        Partition p;
+        p.key = flat_assigner(c, o.d, faiss::METRIC_L2);
+        p.query = flat_assigner(c, o.d, faiss::METRIC_INNER_PRODUCT);
+        heads.push_back({p});
+    }
+    return heads;
+}
+
+HeadPartitions classifier_partitions(
+        const DecodeOptions& o,
+        const std::vector<std::vector<float>>& centres,
+        std::mt19937& random) {
+    // Time does not depend on what a network has learnt.
+    std::normal_distribution<float> normal;
+    HeadPartitions heads = centre_partitions(o, centres);
+    for (auto& head : heads) {
+        ClassifierShape shape;
+        shape.d = o.d;
+        shape.group = o.heads_q / o.heads_kv;
+        shape.ncell = o.ncell;
+        std::vector<float> parameters(parameter_count(shape));
+        for (float& f : parameters) {
+            f = 0.1f * normal(random);
+        }
+        head[0].query = std::make_shared<QueryClassifier>(shape, parameters.data());
+        head[0].rope.d = o.d;
+    }
+    return heads;
+}
+
+void report_decode(
+        const DecodeOptions& o,
+        const std::vector<DecodeStage>& stages,
+        double selectivity,
+        const std::string& device) {
+    const double peak = stages[0].bytes / stages[0].median; // bytes per s
+    double dense = 0;
+    for (const DecodeStage& s : stages) {
+        dense = s.name == "dense" ? s.median : dense;
+    }
+    nlohmann::json rows = nlohmann::json::array();
+    std::vector<std::vector<std::string>> table;
+    for (const DecodeStage& s : stages) {
+        const double fraction = s.bytes / s.median / peak;
+        rows.push_back({{"stage", s.name},
+                        {"us", 1e6 * s.median},
+                        {"p99_us", 1e6 * s.p99},
+                        {"bytes", s.bytes},
+                        {"fraction_of_bandwidth", fraction}});
+        table.push_back({s.name,
+                         fmt::format("{:.1f}", 1e6 * s.median),
+                         fmt::format("{:.1f}", 1e6 * s.p99),
+                         fmt::format("{:.1f}", s.bytes / (1 << 20)),
+                         fmt::format("{:.2f}", fraction),
+                         fmt::format("{:.1f}x", dense / s.median)});
+    }
+    fmt::print(
+            "{}: {} x {} tokens, {} / {} heads, d {}, {}; {:.2f} % of the far "
+            "keys read per KV head; {:.1f} GB/s read bandwidth\n",
+            device,
+            o.sequences,
+            o.tokens,
+            o.heads_q,
+            o.heads_kv,
+            o.d,
+            o.dtype,
+            100 * selectivity,
+            peak / 1e9);
+    print_table(
+            {"stage", "us", "p99 us", "MiB", "of bandwidth", "dense / stage"},
+            table);
+    if (!o.json.empty()) {
+        nlohmann::json config = o.config();
+        config["sequences"] = o.sequences;
+        config["heads_q"] = o.heads_q;
+        config["selectivity"] = selectivity;
+        config["bandwidth_bytes_per_s"] = peak;
+        config["device_name"] = device;
+        write_json(o.json, config, rows);
+    }
+}
+
+} // namespace faiss_saap::benchs

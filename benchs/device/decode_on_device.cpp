@@ -1,0 +1,336 @@
+// bench_decode --device cuda.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <numeric>
+
+#include <cuda_runtime_api.h>
+#include <faiss/impl/FaissAssert.h>
+
+#include <faiss_saap/gpu/GpuAttentionAdapter.h>
+
+#include "DeviceMemory.h"
+#include "common/decode.h"
+#include "common/report.h"
+#include "read_kernels.h"
+
+namespace faiss_saap::benchs {
+
+namespace {
+
+/// A captured stage.
+class Graph {
+   public:
+    Graph(cudaStream_t stream, const std::function<void()>& launch) {
+        cudaGraph_t graph;
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        launch();
+        check(cudaStreamEndCapture(stream, &graph));
+        check(cudaGraphInstantiate(&step_, graph, 0));
+        check(cudaGraphDestroy(graph));
+    }
+    Graph(Graph&& other) noexcept {
+        std::swap(step_, other.step_);
+    }
+    ~Graph() {
+        if (step_) {
+            cudaGraphExecDestroy(step_);
+        }
+    }
+    void launch(cudaStream_t stream) const {
+        check(cudaGraphLaunch(step_, stream));
+    }
+
+   private:
+    cudaGraphExec_t step_ = nullptr;
+};
+
+/// A batch of sequences whose caches nothing else has read for long.
+struct Copy {
+    std::vector<DeviceMemory> k, v;
+    std::vector<int64_t> sequences;
+    std::unique_ptr<gpu::GpuBatch> batch, classified, dense;
+    std::vector<DeviceMemory> offsets; ///< of the rows that each sequence reads
+    std::vector<int64_t> rows;
+};
+
+} // namespace
+
+void decode_on_device(const DecodeOptions& o) {
+    using gpu::GpuAttentionAdapter;
+    gpu::require_device(0);
+    std::mt19937 random(1);
+    const DType dtype = o.shape(o.tokens).dtype;
+    FAISS_THROW_IF_NOT_FMT(
+            dtype != DType::float32, "dtype = %s: on a device there are f16 and bf16",
+            o.dtype.c_str());
+    const auto element = static_cast<int64_t>(element_size(dtype));
+    const double row = 2.0 * o.d * element;
+    // Room for the tokens that the replays append.
+    const int64_t room = o.tokens + 16 * (o.repeat + 8);
+    const int64_t slot_bytes = int64_t(o.heads_kv) * o.d * element;
+    const double cache = row * o.heads_kv * o.tokens;
+    const int copies = std::max<int>(
+            1,
+            static_cast<int>(std::ceil(
+                    o.buffer_gib * (1u << 30) / (cache * o.sequences))));
+
+    const SyntheticCache host(o.shape(o.tokens), random);
+    const std::vector<float> queries = decode_queries(o, random);
+    std::vector<char> typed(queries.size() * element);
+    from_float(
+            dtype, queries.data(), static_cast<int64_t>(queries.size()), typed.data());
+    std::vector<char> all_queries;
+    for (int s = 0; s < o.sequences; s++) {
+        all_queries.insert(all_queries.end(), typed.begin(), typed.end());
+    }
+    const DeviceMemory d_queries(all_queries.data(), all_queries.size());
+
+    AdapterParams params;
+    params.heads_q = o.heads_q;
+    params.heads_kv = o.heads_kv;
+    params.d = o.d;
+    params.sink = o.sink;
+    params.window = o.window;
+    params.policy.nprobe = o.ncell;
+    params.policy.max_selectivity = o.selectivity;
+    GpuAttentionAdapter adapter(params, centre_partitions(o, host.centres));
+    GpuAttentionAdapter classifying(
+            params, classifier_partitions(o, host.centres, random));
+    AdapterParams all_dense = params;
+    all_dense.window = room;
+    GpuAttentionAdapter dense(all_dense, centre_partitions(o, host.centres));
+
+    const auto rows_q = int64_t(o.sequences) * o.heads_q;
+    const DeviceMemory output(rows_q * o.d * sizeof(float)),
+            lse(rows_q * sizeof(float)), stats(rows_q * sizeof(AttendStats)),
+            sink(16);
+    AttendOutput out;
+    out.output = output.as<float>();
+    out.lse = lse.as<float>();
+    cudaStream_t stream;
+    check(cudaStreamCreate(&stream));
+
+    std::vector<Copy> all(copies);
+    std::vector<DeviceMemory> probed_memory;
+    std::vector<gpu::GpuProbedCells> probed;
+    Progress progress("making caches", copies);
+    for (Copy& copy : all) {
+        std::vector<SequenceInput> batch, classified, dense_batch;
+        for (int s = 0; s < o.sequences; s++) {
+            for (auto* side : {&copy.k, &copy.v}) {
+                side->emplace_back(room * slot_bytes);
+                check(cudaMemset(side->back().as(), 0, room * slot_bytes));
+                const Buffer& from = side == &copy.k ? host.k : host.v;
+                check(cudaMemcpy(
+                        side->back().as(),
+                        from.data(),
+                        o.tokens * slot_bytes,
+                        cudaMemcpyHostToDevice));
+            }
+            SequenceInput in;
+            in.kv = KvView::token_major(
+                    copy.k[s].as(),
+                    copy.v[s].as(),
+                    dtype,
+                    room,
+                    o.heads_kv,
+                    o.d,
+                    o.d);
+            for (auto [to, inputs] :
+                 {std::pair{&adapter, &batch},
+                  std::pair{&classifying, &classified},
+                  std::pair{&dense, &dense_batch}}) {
+                in.sequence = to->create({}, room);
+                in.q_len = o.tokens - 1; // the step appends the last one
+                to->append(*to->plan({in}, stream), stream);
+                in.q_len = 1;
+                inputs->push_back(in);
+            }
+        }
+        copy.batch = adapter.plan(batch, stream);
+        copy.classified = classifying.plan(classified, stream);
+        copy.dense = dense.plan(dense_batch, stream);
+        // The state that the stages after the append see.
+        adapter.append(*copy.batch, stream);
+        classifying.append(*copy.classified, stream);
+        dense.append(*copy.dense, stream);
+        gpu::GpuProbedCells cells;
+        cells.stride = copy.batch->cells();
+        const int64_t rows = int64_t(o.sequences) * o.heads_kv;
+        probed_memory.emplace_back(rows * cells.stride * sizeof(int32_t));
+        cells.cells = probed_memory.back().as<int32_t>();
+        probed_memory.emplace_back(rows * sizeof(int32_t));
+        cells.count = probed_memory.back().as<int32_t>();
+        adapter.route(*copy.batch, d_queries.as(), cells, nullptr, stream);
+        probed.push_back(cells);
+        check(cudaStreamSynchronize(stream));
+        // The rows that a step reads, in the order in which it reads them.
+        std::vector<int32_t> cell(rows * cells.stride), count(rows);
+        check(cudaMemcpy(
+                cell.data(), cells.cells, cell.size() * 4, cudaMemcpyDeviceToHost));
+        check(cudaMemcpy(
+                count.data(), cells.count, count.size() * 4, cudaMemcpyDeviceToHost));
+        for (int s = 0; s < o.sequences; s++) {
+            std::vector<int64_t> offsets;
+            for (int h = 0; h < o.heads_kv; h++) {
+                const int64_t r = int64_t(s) * o.heads_kv + h;
+                const auto lists = adapter.lists(batch[s].sequence, h);
+                const auto add = [&](int64_t slot) {
+                    offsets.push_back(
+                            slot * slot_bytes + int64_t(h) * o.d * element);
+                };
+                for (int64_t j = 0; j < o.sink; j++) {
+                    add(j);
+                }
+                for (int64_t j = o.tokens - o.window; j < o.tokens; j++) {
+                    add(j);
+                }
+                for (int i = 0; i < count[r]; i++) {
+                    for (int32_t slot : lists.slots[cell[r * cells.stride + i]]) {
+                        add(slot);
+                    }
+                }
+            }
+            copy.rows.push_back(static_cast<int64_t>(offsets.size()));
+            copy.offsets.emplace_back(offsets.data(), offsets.size() * 8);
+        }
+        progress.advance();
+    }
+    AttendOutput with_stats = out;
+    with_stats.stats = stats.as<AttendStats>();
+    adapter.attend(*all[0].batch, d_queries.as(), with_stats, nullptr, stream);
+    check(cudaStreamSynchronize(stream));
+    std::vector<AttendStats> got(rows_q);
+    check(cudaMemcpy(
+            got.data(), stats.as(), rows_q * sizeof(AttendStats), cudaMemcpyDeviceToHost));
+    double keys_read = 0, far_keys = 0;
+    for (int64_t r = 0; r < rows_q; r += o.heads_q / o.heads_kv) {
+        keys_read += static_cast<double>(got[r].keys_read);
+        far_keys += static_cast<double>(got[r].far_keys);
+    }
+
+    const double attend_bytes = row *
+            (keys_read + double(o.sequences) * o.heads_kv * (o.sink + o.window));
+    const double centroid_bytes =
+            4.0 * o.heads_kv * o.ncell * (o.d + double(o.sequences));
+    double classifier_bytes = 4.0 * o.heads_kv * o.ncell * o.sequences;
+    for (const auto& head : classifier_partitions(o, host.centres, random)) {
+        classifier_bytes += static_cast<double>(head[0].query->bytes_read());
+    }
+    const double dense_bytes = cache * o.sequences;
+    struct Stage {
+        std::string name;
+        double bytes;
+        std::function<void(Copy&, int)> launch;
+    };
+    const auto read = [&](Copy& copy) {
+        for (auto* side : {&copy.k, &copy.v}) {
+            for (const DeviceMemory& m : *side) {
+                check(read_all(
+                        m.as(), o.tokens * slot_bytes, sink.as<uint32_t>(), stream));
+            }
+        }
+    };
+    const std::vector<Stage> stages = {
+            {"bandwidth", dense_bytes, [&](Copy& copy, int) { read(copy); }},
+            {"gather",
+             attend_bytes,
+             [&](Copy& copy, int) {
+                 for (int s = 0; s < o.sequences; s++) {
+                     ReadRowsParams p;
+                     p.k = copy.k[s].as();
+                     p.v = copy.v[s].as();
+                     p.offsets = copy.offsets[s].as<int64_t>();
+                     p.n = copy.rows[s];
+                     p.bytes = static_cast<int>(o.d * element);
+                     p.sink = sink.as<uint32_t>();
+                     check(read_rows(p, stream));
+                 }
+             }},
+            {"dense",
+             dense_bytes,
+             [&](Copy& copy, int) {
+                 dense.attend(*copy.dense, d_queries.as(), out, nullptr, stream);
+             }},
+            {"sparse",
+             attend_bytes + centroid_bytes,
+             [&](Copy& copy, int) {
+                 adapter.append(*copy.batch, stream);
+                 adapter.attend(*copy.batch, d_queries.as(), out, nullptr, stream);
+             }},
+            {"sparse_classifier",
+             attend_bytes + classifier_bytes,
+             [&](Copy& copy, int) {
+                 classifying.append(*copy.classified, stream);
+                 classifying.attend(
+                         *copy.classified, d_queries.as(), out, nullptr, stream);
+             }},
+            {"route",
+             centroid_bytes,
+             [&](Copy& copy, int i) {
+                 adapter.route(
+                         *copy.batch, d_queries.as(), probed[i], nullptr, stream);
+             }},
+            {"route_classifier",
+             classifier_bytes,
+             [&](Copy& copy, int i) {
+                 classifying.route(
+                         *copy.classified, d_queries.as(), probed[i], nullptr, stream);
+             }},
+            {"attend",
+             attend_bytes,
+             [&](Copy& copy, int i) {
+                 adapter.attend_preassigned(
+                         *copy.batch, d_queries.as(), probed[i], out, stream);
+             }},
+            {"append", slot_bytes * double(o.sequences), [&](Copy& copy, int) {
+                 adapter.append(*copy.batch, stream);
+             }}};
+
+    constexpr size_t kOtherBytes = size_t(256) << 20;
+    const DeviceMemory other(kOtherBytes);
+    cudaEvent_t begin, end;
+    check(cudaEventCreate(&begin));
+    check(cudaEventCreate(&end));
+    std::vector<DecodeStage> results;
+    Progress measuring("measuring", static_cast<int64_t>(stages.size()));
+    for (const Stage& stage : stages) {
+        std::vector<Graph> graphs;
+        for (int i = 0; i < copies; i++) {
+            graphs.emplace_back(stream, [&] { stage.launch(all[i], i); });
+        }
+        std::vector<double> seconds;
+        for (int r = -3; r < o.repeat; r++) {
+            const Graph& graph = graphs[(r + 3) % copies];
+            // Nothing is left in the L2, and launching costs the host no time
+            // that is measured.
+            check(read_all(
+                    other.as(), kOtherBytes, sink.as<uint32_t>(), stream));
+            check(cudaEventRecord(begin, stream));
+            graph.launch(stream);
+            check(cudaEventRecord(end, stream));
+            check(cudaEventSynchronize(end));
+            float ms = 0;
+            check(cudaEventElapsedTime(&ms, begin, end));
+            if (r >= 0) {
+                seconds.push_back(1e-3 * ms);
+            }
+        }
+        adapter.check();
+        classifying.check();
+        results.push_back(
+                {stage.name,
+                 stage.bytes,
+                 percentile(seconds, 0.5),
+                 percentile(seconds, 0.99)});
+        measuring.advance();
+    }
+    check(cudaEventDestroy(begin));
+    check(cudaEventDestroy(end));
+    report_decode(o, results, keys_read / far_keys, gpu::device_info(0).name);
+    all.clear();
+    check(cudaStreamDestroy(stream));
+}
+
+} // namespace faiss_saap::benchs
