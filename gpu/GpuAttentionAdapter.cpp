@@ -72,7 +72,7 @@ struct GpuAttentionAdapter::Fault {
         FAISS_SAAP_CUDA_CHECK(
                 cudaHostAlloc(&p, sizeof(FaultFlag), cudaHostAllocMapped));
         host = static_cast<FaultFlag*>(p);
-        *host = {};
+        *host = 0;
         FAISS_SAAP_CUDA_CHECK(cudaHostGetDevicePointer(&p, host, 0));
         device = static_cast<FaultFlag*>(p);
     }
@@ -196,13 +196,13 @@ GpuAttentionAdapter::GpuAttentionAdapter(
 GpuAttentionAdapter::~GpuAttentionAdapter() = default;
 
 void GpuAttentionAdapter::check() const {
-    const auto fault =
-            static_cast<gpu::Fault>(*static_cast<volatile int*>(&fault_->host->fault));
+    const FaultFlag word = *static_cast<volatile FaultFlag*>(fault_->host);
+    const auto fault = static_cast<gpu::Fault>(static_cast<uint32_t>(word));
     if (fault == gpu::Fault::none) {
         return;
     }
-    const int index = *static_cast<volatile int*>(&fault_->host->index);
-    fault_->host->fault = 0;
+    const auto index = static_cast<int>(word >> 32);
+    *static_cast<volatile FaultFlag*>(fault_->host) = 0;
     for (const auto& entry : sequences_) {
         entry.second->length_known = false;
     }

@@ -9,11 +9,9 @@
 namespace faiss_saap::gpu {
 
 __device__ inline void raise(FaultFlag* flag, Fault fault, int index) {
-    // The flag lies in host memory that the device sees.
-    if (atomicCAS_system(&flag->fault, 0, static_cast<int>(fault)) == 0) {
-        flag->index = index;
-        __threadfence_system();
-    }
+    *static_cast<volatile FaultFlag*>(flag) =
+            static_cast<FaultFlag>(static_cast<uint32_t>(index)) << 32 |
+            static_cast<uint32_t>(fault);
 }
 
 /// The row of a slot, or null where the page table has a hole.

@@ -133,10 +133,10 @@ enum class Fault : int {
     attend_page
 };
 
-/// The first fault stays until the host has seen it.
-struct FaultFlag {
-    int fault;
-    int index; ///< of the item or token that the sentence names
-};
+/// Where kernels say what they have met, in host memory: a fault and the index of
+/// the item, token or row that its sentence names. The latest one stays. Written
+/// as one word, without an atomic operation, which not every bus offers on host
+/// memory; 0: none.
+using FaultFlag = unsigned long long;
 
 } // namespace faiss_saap::gpu

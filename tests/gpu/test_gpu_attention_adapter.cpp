@@ -582,7 +582,7 @@ TEST_F(GpuAdapter, RefusesWithASentence) {
     EXPECT_SENTENCE(p.device.truncate(p.on_device, 1, p.cache.view(1)), "length = 1");
     const auto prefill = p.device.plan({p.input(100, p.n)});
     AttendOutput out;
-    float x;
+    alignas(16) float x = 0;
     out.output = &x;
     EXPECT_SENTENCE(p.device.attend(*prefill, &x, out), "q_len = 100");
     const auto plan = p.device.plan({p.input(1, 0)});
