@@ -598,6 +598,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
         item.first_token = static_cast<int>(b.tokens);
         const int number = static_cast<int>(items.size());
         const int first = static_cast<int>(b.lists.size());
+        item.first_list = first;
+        item.nlist = static_cast<int>(s.lists.size());
         for (size_t l = 0; l < s.lists.size(); l++) {
             const ListState& list = s.lists[l];
             const DeviceAssigner& a = list.query;
@@ -691,6 +693,13 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
          items.size() * sizeof(BatchItem),
          cudaMemcpyHostToDevice,
          stream);
+    if (b.best) {
+        FAISS_SAAP_CUDA_CHECK(cudaMemsetAsync(
+                b.best,
+                0,
+                b.lists.size() * b.most_q_len * sizeof(*b.best),
+                stream));
+    }
     copy(b.d_lists,
          b.lists.data(),
          b.lists.size() * sizeof(BatchList),

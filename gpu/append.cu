@@ -55,16 +55,17 @@ __global__ void check_append(AppendParams p) {
     }
 }
 
-/// Best cells of a tile of leaving tokens among a part of the cells.
-__global__ void __launch_bounds__(kThreads) assign_tokens(AppendParams p) {
-    const BatchList& at = p.lists[blockIdx.y];
-    const BatchItem& item = p.items[at.item];
-    const ListState& list = item.sequence->lists[at.list];
-    const int64_t first = item.begin + int64_t(blockIdx.x) * kTokens;
-    if (item.bad || first >= item.end) {
-        return;
-    }
-    const int n = static_cast<int>(min(int64_t(kTokens), item.end - first));
+/// Best cells of the leaving tokens first .. first + n - 1, at most kTokens,
+/// among every `step` cells from `cell` on, into p.best; by a block.
+__device__ void find_best_cells(
+        const AppendParams& p,
+        const BatchItem& item,
+        const ListState& list,
+        int64_t first,
+        int n,
+        int cell,
+        int step,
+        unsigned long long* out) {
     __shared__ float keys[kTokens][kStep + 1];
     __shared__ float centroids[kCells][kStep + 1];
     __shared__ unsigned long long best[kTokens];
@@ -75,8 +76,7 @@ __global__ void __launch_bounds__(kThreads) assign_tokens(AppendParams p) {
     const auto* rows = static_cast<const float*>(key.rows);
     // A thread has 2 tokens and 4 cells.
     const int t0 = threadIdx.x / 16 * 2, c0 = threadIdx.x % 16;
-    for (int cell = blockIdx.z * kCells; cell < key.ncell;
-         cell += gridDim.z * kCells) {
+    for (; cell < key.ncell; cell += step) {
         float sum[2][4] = {};
         for (int j0 = 0; j0 < p.d; j0 += kStep) {
             __syncthreads();
@@ -138,11 +138,27 @@ __global__ void __launch_bounds__(kThreads) assign_tokens(AppendParams p) {
     }
     __syncthreads();
     if (threadIdx.x < n) {
-        atomicMax(
-                &p.best[int64_t(blockIdx.y) * p.most_tokens +
-                        int64_t(blockIdx.x) * kTokens + threadIdx.x],
-                best[threadIdx.x]);
+        atomicMax(&out[threadIdx.x], best[threadIdx.x]);
     }
+}
+
+__global__ void __launch_bounds__(kThreads) assign_tokens(AppendParams p) {
+    const BatchList& at = p.lists[blockIdx.y];
+    const BatchItem& item = p.items[at.item];
+    const int64_t first = item.begin + int64_t(blockIdx.x) * kTokens;
+    if (item.bad || first >= item.end) {
+        return;
+    }
+    find_best_cells(
+            p,
+            item,
+            item.sequence->lists[at.list],
+            first,
+            static_cast<int>(min(int64_t(kTokens), item.end - first)),
+            blockIdx.z * kCells,
+            gridDim.z * kCells,
+            p.best + int64_t(blockIdx.y) * p.most_tokens +
+                    int64_t(blockIdx.x) * kTokens);
 }
 
 /// Lists the slots begin .. end - 1 of the cells that `cell_of` says, in their
@@ -237,6 +253,28 @@ __device__ void add_to_mean(
     }
 }
 
+/// Takes the slots from `begin` on into the mean of a cell that has some; by a
+/// warp.
+__device__ void update_mean(
+        const ListState& list,
+        const DeviceView& kv,
+        int d,
+        int cell,
+        int64_t begin) {
+    // The lists are sorted.
+    const auto count = static_cast<uint32_t>(list.count[cell]);
+    uint32_t low = 0, high = count;
+    while (low < high) {
+        const uint32_t middle = (low + high) / 2;
+        if (listed_slot(list, cell, middle) < begin) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    add_to_mean(list, kv, d, cell, low, count);
+}
+
 /// A warp for each cell.
 __global__ void __launch_bounds__(kThreads) update_means(AppendParams p) {
     const BatchList& at = p.lists[blockIdx.y];
@@ -247,21 +285,9 @@ __global__ void __launch_bounds__(kThreads) update_means(AppendParams p) {
     }
     for (int c = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; c < list.ncell;
          c += gridDim.x * (kThreads / 32)) {
-        // The new entries are those from `begin` on: the lists are sorted.
-        const auto count = static_cast<uint32_t>(list.count[c]);
-        uint32_t low = 0, high = count;
-        if (count == 0 || list.newest[c] < item.begin) {
-            continue;
+        if (list.count[c] && list.newest[c] >= item.begin) {
+            update_mean(list, item.kv, p.d, c, item.begin);
         }
-        while (low < high) {
-            const uint32_t middle = (low + high) / 2;
-            if (listed_slot(list, c, middle) < item.begin) {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        add_to_mean(list, item.kv, p.d, c, low, count);
     }
 }
 
@@ -271,6 +297,105 @@ __global__ void end_append(AppendParams p) {
             p.items[i].sequence->length += p.items[i].q_len;
         }
         p.items[i].bad = 0;
+    }
+}
+
+/// All of the above for items with few tokens, in one launch. Blocks share the
+/// cells of an item's lists; the last of them to be done lists the tokens.
+__global__ void __launch_bounds__(kThreads) append_few(AppendParams p) {
+    const BatchList& at = p.lists[blockIdx.y];
+    BatchItem& item = p.items[at.item];
+    const int64_t length = item.sequence->length;
+    const int64_t after = length + item.q_len;
+    const Fault refused = after > item.sequence->capacity ? Fault::append_capacity
+            : after > item.kv.length                      ? Fault::append_view
+                                                          : Fault::none;
+    const int64_t begin = max(p.sink, length - p.window);
+    const int64_t end = max(p.sink, after - p.window);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const ListState& mine = item.sequence->lists[at.list];
+    if (refused != Fault::none) {
+        if (threadIdx.x == 0) {
+            raise(p.flag, refused, at.item);
+            item.bad = 1;
+        }
+    } else {
+        // One block of each KV head looks at its new keys.
+        const bool checks = blockIdx.x == 0 && mine.partition == 0;
+        for (int t = warp; checks && t < item.q_len; t += kThreads / 32) {
+            const char* row = key_row(item.kv, mine.kv_head, length + t);
+            float norm = 0;
+            for (int j = lane; row && j < p.d; j += 32) {
+                const float x = element(row, item.kv.bf16, j);
+                norm += x * x;
+            }
+            for (int step = 16; step; step /= 2) {
+                norm += __shfl_xor_sync(0xffffffffu, norm, step);
+            }
+            if (lane == 0 && (!row || !isfinite(norm))) {
+                raise(p.flag, row ? Fault::append_key : Fault::append_page, at.item);
+                item.bad = 1;
+            }
+        }
+        if (begin < end) {
+            find_best_cells(
+                    p,
+                    item,
+                    mine,
+                    begin,
+                    static_cast<int>(end - begin),
+                    blockIdx.x * kCells,
+                    gridDim.x * kCells,
+                    p.best + int64_t(blockIdx.y) * p.most_tokens);
+        }
+    }
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const int blocks = static_cast<int>(gridDim.x) * item.nlist;
+        last = atomicAdd(&item.done, 1) == blocks - 1;
+    }
+    __syncthreads();
+    if (!last) {
+        return;
+    }
+    __threadfence();
+    const bool bad = *static_cast<volatile int*>(&item.bad);
+    for (int l = warp; l < item.nlist; l += kThreads / 32) {
+        const ListState& list = item.sequence->lists[l];
+        unsigned long long* best =
+                p.best + int64_t(item.first_list + l) * p.most_tokens;
+        const auto cell_of = [&](int64_t slot) {
+            const unsigned long long packed =
+                    *static_cast<volatile unsigned long long*>(best + slot - begin);
+            return static_cast<int>(~static_cast<uint32_t>(packed));
+        };
+        if (!bad) {
+            list_slots(list, p.sink, begin, end, cell_of);
+            for (int64_t slot = begin; list.means && slot < end; slot++) {
+                const int cell = cell_of(slot);
+                bool first = true;
+                for (int64_t other = begin; other < slot; other++) {
+                    first = first && cell_of(other) != cell;
+                }
+                if (first) {
+                    update_mean(list, item.kv, p.d, cell, begin);
+                }
+            }
+        }
+        __syncwarp();
+        for (int t = lane; t < p.most_tokens; t += 32) {
+            best[t] = 0; // as the next step expects it
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        if (!bad) {
+            item.sequence->length = after;
+        }
+        item.bad = 0;
+        item.done = 0;
     }
 }
 
@@ -337,25 +462,24 @@ __global__ void end_truncate(TruncateParams p) {
 } // namespace
 
 cudaError_t append(const AppendParams& p, cudaStream_t stream) {
+    const int cell_tiles = (p.most_cells + kCells - 1) / kCells;
+    if (p.most_tokens <= kTokens) {
+        append_few<<<dim3(cell_tiles, p.nlist), kThreads, 0, stream>>>(p);
+        return cudaGetLastError();
+    }
     const int key_blocks = static_cast<int>(std::min<int64_t>(
             (int64_t(p.most_tokens) * p.heads_kv + 7) / 8, 1024));
     check_append<<<dim3(p.nitem, key_blocks), kThreads, 0, stream>>>(p);
-    if (p.nlist) {
-        cudaMemsetAsync(
-                p.best,
-                0,
-                sizeof(*p.best) * int64_t(p.nlist) * p.most_tokens,
-                stream);
-        const int tiles = (p.most_tokens + kTokens - 1) / kTokens;
-        // Few tokens: the cells are split, so that many processors take part.
-        const int cell_tiles = (p.most_cells + kCells - 1) / kCells;
-        const int splits = tiles <= 4 ? cell_tiles : 1;
-        assign_tokens<<<dim3(tiles, p.nlist, splits), kThreads, 0, stream>>>(p);
-        list_tokens<<<p.nlist, 32, 0, stream>>>(p);
-        if (p.keeps_means) {
-            const int blocks = (p.most_cells + kThreads / 32 - 1) / (kThreads / 32);
-            update_means<<<dim3(blocks, p.nlist), kThreads, 0, stream>>>(p);
-        }
+    cudaMemsetAsync(
+            p.best, 0, sizeof(*p.best) * int64_t(p.nlist) * p.most_tokens, stream);
+    const int tiles = (p.most_tokens + kTokens - 1) / kTokens;
+    // Few tokens: the cells are split, so that many processors take part.
+    const int splits = tiles <= 4 ? cell_tiles : 1;
+    assign_tokens<<<dim3(tiles, p.nlist, splits), kThreads, 0, stream>>>(p);
+    list_tokens<<<p.nlist, 32, 0, stream>>>(p);
+    if (p.keeps_means) {
+        const int blocks = (p.most_cells + kThreads / 32 - 1) / (kThreads / 32);
+        update_means<<<dim3(blocks, p.nlist), kThreads, 0, stream>>>(p);
     }
     end_append<<<1, 128, 0, stream>>>(p);
     return cudaGetLastError();

@@ -15,7 +15,7 @@ struct AppendParams {
     const BatchList* lists = nullptr;
     int nlist = 0;
     /// (score, cell) of each leaving token's best cell so far, size
-    /// nlist * most_tokens
+    /// nlist * most_tokens; 0 before and after an append of few tokens
     unsigned long long* best = nullptr;
     int most_tokens = 0; ///< of an item
     int most_cells = 0;  ///< of a list

@@ -116,25 +116,49 @@ __global__ void __launch_bounds__(kThreads) merge_pieces(AttendParams p) {
             row.kv_head * group + g;
     const auto piece = [&](int s) { return (r * p.splits + s) * nq + q; };
 
+    __shared__ float weights[kThreads], largest_of[kThreads / 32],
+            sum_of[kThreads / 32], dense_of[kThreads / 32];
     const float given = p.out.merge ? p.out.lse[out_row] : -INFINITY;
-    float largest = given, dense = -INFINITY;
-    for (int s = 0; s < p.splits; s++) {
-        largest = fmaxf(largest, p.part_lse[piece(s)]);
-        dense = merge_weights(dense, p.part_dense[piece(s)]).lse;
+    // A thread for each piece: there are at most kThreads.
+    const bool mine = threadIdx.x < p.splits;
+    const float of_piece = mine ? p.part_lse[piece(threadIdx.x)] : -INFINITY;
+    const float of_dense = mine ? p.part_dense[piece(threadIdx.x)] : -INFINITY;
+    float largest = fmaxf(of_piece, given);
+    for (int step = 16; step; step /= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
     }
-    __syncthreads(); // all have read the caller's LSE
+    if (threadIdx.x % 32 == 0) {
+        largest_of[threadIdx.x / 32] = largest;
+    }
+    __syncthreads(); // and all have read the caller's LSE
+    for (int w = 0; w < kThreads / 32; w++) {
+        largest = fmaxf(largest, largest_of[w]);
+    }
     const float shift = largest == -INFINITY ? 0.0f : largest;
-    float sum = expf(given - shift);
-    for (int s = 0; s < p.splits; s++) {
-        sum += expf(p.part_lse[piece(s)] - shift);
+    weights[threadIdx.x] = expf(of_piece - shift);
+    float sum = weights[threadIdx.x], dense = expf(of_dense - shift);
+    for (int step = 16; step; step /= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        dense += __shfl_xor_sync(0xffffffffu, dense, step);
+    }
+    if (threadIdx.x % 32 == 0) {
+        sum_of[threadIdx.x / 32] = sum;
+        dense_of[threadIdx.x / 32] = dense;
+    }
+    __syncthreads();
+    sum = expf(given - shift);
+    dense = 0;
+    for (int w = 0; w < kThreads / 32; w++) {
+        sum += sum_of[w];
+        dense += dense_of[w];
     }
     const float lse = sum > 0 ? shift + logf(sum) : -INFINITY;
     for (int j = threadIdx.x; j < p.d; j += kThreads) {
         float& to = p.out.output[out_row * p.d + j];
         float o = given > -INFINITY ? expf(given - shift) * to : 0.0f;
+#pragma unroll 8
         for (int s = 0; s < p.splits; s++) {
-            const float w = expf(p.part_lse[piece(s)] - shift);
-            o += w * p.part[piece(s) * p.d + j];
+            o += weights[s] * p.part[piece(s) * p.d + j];
         }
         to = sum > 0 ? o / sum : 0.0f;
     }
@@ -148,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) merge_pieces(AttendParams p) {
             stats.cells = p.row_cell_count[r];
             stats.keys_read = p.row_keys[r] - p.row_twice[r];
             stats.far_keys = reach.far_keys();
-            stats.dense_mass = lse > -INFINITY ? expf(dense - lse) : 0.0f;
+            stats.dense_mass = sum > 0 ? dense / sum : 0.0f;
         }
     }
 }
@@ -159,7 +183,7 @@ int attend_splits(int processors, int64_t rows) {
     // Blocks that a processor holds at once, a few.
     const int64_t blocks = int64_t(3) * processors;
     return static_cast<int>(
-            std::clamp<int64_t>((blocks + rows - 1) / rows, 1, 128));
+            std::clamp<int64_t>((blocks + rows - 1) / rows, 1, kThreads));
 }
 
 cudaError_t attend(const AttendParams& p, cudaStream_t stream) {

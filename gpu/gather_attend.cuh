@@ -12,6 +12,8 @@ namespace {
 
 constexpr int kTile = 16;   ///< keys that a warp takes at a time
 constexpr int kQueries = 16; ///< rows of a tensor-core tile
+/// Probed cells of a row that a block keeps at hand; others stay in memory.
+constexpr int kCellsAtHand = 192;
 
 __device__ __forceinline__ void copy_16_bytes(
         void* to,
@@ -177,12 +179,21 @@ __global__ void __launch_bounds__(32 * Warps) gather_attend_kernel(AttendParams 
         }
         *reinterpret_cast<uint4*>(queries + q * kStride + 8 * c) = bits;
     }
+    __shared__ RowCell at_hand[kCellsAtHand];
+    const RowCell* cells = p.row_cells + r * p.row_stride;
+    const int ncell = p.row_cell_count[r];
+    if (ncell <= kCellsAtHand) {
+        for (int i = threadIdx.x; i < ncell; i += 32 * Warps) {
+            at_hand[i] = cells[i];
+        }
+        cells = at_hand;
+    }
     __syncthreads();
 
     SlotReader reader;
     reader.item = &item;
     reader.lists = item.sequence->lists + p.lists[row.first_list].list;
-    reader.cells = p.row_cells + r * p.row_stride;
+    reader.cells = cells;
     reader.probed = p.probed + r * p.probed_words;
     reader.twice = p.row_twice + r;
     reader.reach = reach_of(item, row.token, p.sink, p.window);
@@ -203,8 +214,7 @@ __global__ void __launch_bounds__(32 * Warps) gather_attend_kernel(AttendParams 
         const int64_t far = tile * kTile + lane % kTile - reader.dense;
         const int64_t most = p.row_keys[r];
         if (most) {
-            reader.seek(far < 0 ? 0 : far < most ? far : most - 1,
-                        p.row_cell_count[r]);
+            reader.seek(far < 0 ? 0 : far < most ? far : most - 1, ncell);
         }
     }
     // Lanes of the upper half repeat those of the lower one, except that they

@@ -12,6 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSelectThreads = 512;
+constexpr int kSelectWarps = kSelectThreads / 32;
 
 __device__ const char* query_row(
         const RouteParams& p,
@@ -235,10 +236,35 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- Selection ---------------------------------------------------------------
 
-__device__ float block_reduce(float x, bool sum, float* scratch) {
+/// Maxima or sums over a block of some values of each thread, at most kMaxGroup.
+__device__ void block_reduce(float* x, int n, bool sum, float* scratch) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads(); // the scratch memory is no longer read
+    for (int i = 0; i < n; i++) {
+        for (int step = 16; step; step /= 2) {
+            const float y = __shfl_xor_sync(0xffffffffu, x[i], step);
+            x[i] = sum ? x[i] + y : fmaxf(x[i], y);
+        }
+        if (lane == 0) {
+            scratch[i * kSelectWarps + warp] = x[i];
+        }
+    }
+    __syncthreads();
+    for (int i = 0; i < n; i++) {
+        x[i] = scratch[i * kSelectWarps];
+        for (int w = 1; w < kSelectWarps; w++) {
+            const float y = scratch[i * kSelectWarps + w];
+            x[i] = sum ? x[i] + y : fmaxf(x[i], y);
+        }
+    }
+}
+
+/// The largest value of a block's threads.
+__device__ unsigned long long block_max(
+        unsigned long long x,
+        unsigned long long* scratch) {
     for (int step = 16; step; step /= 2) {
-        const float y = __shfl_xor_sync(0xffffffffu, x, step);
-        x = sum ? x + y : fmaxf(x, y);
+        x = max(x, __shfl_xor_sync(0xffffffffu, x, step));
     }
     __syncthreads();
     if (threadIdx.x % 32 == 0) {
@@ -246,8 +272,8 @@ __device__ float block_reduce(float x, bool sum, float* scratch) {
     }
     __syncthreads();
     x = scratch[0];
-    for (int w = 1; w < kSelectThreads / 32; w++) {
-        x = sum ? x + scratch[w] : fmaxf(x, scratch[w]);
+    for (int w = 1; w < kSelectWarps; w++) {
+        x = max(x, scratch[w]);
     }
     return x;
 }
@@ -272,70 +298,180 @@ __device__ void sort_descending(unsigned long long* keys, int n) {
     __syncthreads();
 }
 
-/// take_cells (ProbePolicy.h), by one warp. `keys` are sorted; an empty cell's
-/// is 0.
+/// What take_cells keeps in shared memory.
+struct TakeCells {
+    static constexpr int kBins = 256;
+    static constexpr int kRanked = 256; ///< cells put in order without a sort
+    unsigned long long scratch[kSelectWarps];
+    unsigned long long ranked[kRanked];
+    uint32_t taken[kMaxCells / 32]; ///< a bit per cell
+    int keys_of[kBins], cells_of[kBins];
+    int ntaken, crossing, cells_above;
+    int64_t keys_above;
+};
+
+/// Where, from the largest down, the bins' keys exceed `limit` or their cells
+/// `nprobe`; -1: nowhere. By one warp.
+__device__ void find_crossing(TakeCells& t, int64_t limit, int nprobe) {
+    const int lane = threadIdx.x;
+    int64_t keys = 0;
+    int cells = 0;
+    t.crossing = -1;
+    for (int first = 0; first < TakeCells::kBins; first += 32) {
+        const int bin = TakeCells::kBins - 1 - first - lane;
+        int64_t k = t.keys_of[bin];
+        int c = t.cells_of[bin];
+        for (int step = 1; step < 32; step *= 2) {
+            const int64_t k_before = __shfl_up_sync(0xffffffffu, k, step);
+            const int c_before = __shfl_up_sync(0xffffffffu, c, step);
+            k += lane >= step ? k_before : 0;
+            c += lane >= step ? c_before : 0;
+        }
+        const bool crosses = keys + k > limit || cells + c > nprobe;
+        const unsigned any = __ballot_sync(0xffffffffu, crosses);
+        if (any) {
+            if (lane == __ffs(static_cast<int>(any)) - 1) {
+                t.crossing = bin;
+                t.keys_above = keys + k - t.keys_of[bin];
+                t.cells_above = cells + c - t.cells_of[bin];
+            }
+            break;
+        }
+        keys += __shfl_sync(0xffffffffu, k, 31);
+        cells += __shfl_sync(0xffffffffu, c, 31);
+        t.keys_above = keys;
+        t.cells_above = cells;
+    }
+}
+
+/// take_cells (ProbePolicy.h), by a block. A key is a score above ~cell, 0 for a
+/// cell that is never taken; n is a power of two. Most cells are found by a radix
+/// search for the score at which a limit is crossed, the few beyond it that still
+/// fit one by one. Changes the keys.
+/// @return how many cells were written to `out`, best first
 __device__ int take_cells(
-        const unsigned long long* keys,
+        TakeCells& t,
+        unsigned long long* keys,
         int n,
         const int32_t* counts,
         int nprobe,
         int64_t limit,
         bool at_least_one,
-        int32_t fewest,
         int32_t first_cell,
         int32_t* out) {
-    const int lane = threadIdx.x % 32;
-    int64_t read = 0;
-    int taken = 0;
-    for (int first = 0; first < n && taken < nprobe; first += 32) {
-        const unsigned long long key =
-                first + lane < n ? keys[first + lane] : 0ull;
-        const auto cell = static_cast<int32_t>(~static_cast<uint32_t>(key));
-        const int64_t count = key ? counts[cell] : 0;
-        bool open = key != 0;
-        if (!__any_sync(0xffffffffu, open)) {
-            break;
-        }
-        while (taken < nprobe) {
-            const bool must = at_least_one && taken == 0;
-            // What does not fit now will not fit later.
-            open = open && (count <= limit - read || (must && lane == 0));
-            const unsigned candidates = __ballot_sync(0xffffffffu, open);
-            if (!candidates) {
-                break;
-            }
-            int64_t sum = open ? count : 0;
-            for (int step = 1; step < 32; step *= 2) {
-                const int64_t before = __shfl_up_sync(0xffffffffu, sum, step);
-                sum += lane >= step ? before : 0;
-            }
-            const int rank = __popc(candidates & ((1u << lane) - 1));
-            const bool forced = must && rank == 0;
-            const bool fits = open && taken + rank < nprobe &&
-                    (read + sum <= limit || forced);
-            const unsigned refused = __ballot_sync(0xffffffffu, open && !fits);
-            const int stop = refused ? __ffs(static_cast<int>(refused)) - 1 : 32;
-            const bool take = fits && lane < stop;
-            if (take) {
-                out[taken + rank] = first_cell + cell;
-            }
-            const unsigned takes = __ballot_sync(0xffffffffu, take);
-            int64_t added = take ? count : 0;
-            for (int step = 16; step; step /= 2) {
-                added += __shfl_xor_sync(0xffffffffu, added, step);
-            }
-            taken += __popc(takes);
-            read += added;
-            open = open && !take;
-            if (!takes) {
-                break; // nprobe is reached
-            }
-        }
-        if (read >= limit || fewest > limit - read) {
-            break;
+    const auto cell_of = [](unsigned long long key) {
+        return static_cast<int32_t>(~static_cast<uint32_t>(key));
+    };
+    const auto is_taken = [&](int32_t cell) {
+        return t.taken[cell / 32] >> (cell % 32) & 1;
+    };
+    unsigned long long most = 0, least_inverted = 0;
+    for (int i = threadIdx.x; i < n; i += kSelectThreads) {
+        if (keys[i]) {
+            most = max(most, keys[i]);
+            least_inverted = max(least_inverted, ~keys[i]);
         }
     }
-    return taken;
+    for (int i = threadIdx.x; i < kMaxCells / 32; i += kSelectThreads) {
+        t.taken[i] = 0;
+    }
+    if (threadIdx.x == 0) {
+        t.ntaken = 0;
+    }
+    most = block_max(most, t.scratch);
+    const auto least = static_cast<uint32_t>(
+            ~block_max(least_inverted, t.scratch) >> 32);
+    if (most == 0) {
+        return 0;
+    }
+    // The class holds the scores whose bits from `low` on are `prefix`. Bits that
+    // all scores share are no use to the search.
+    int low = 32 - __clz(static_cast<int>(static_cast<uint32_t>(most >> 32) ^ least));
+    uint64_t prefix = most >> 32 >> low;
+    bool all = false;
+    do {
+        const int shift = max(0, low - 8);
+        for (int i = threadIdx.x; i < TakeCells::kBins; i += kSelectThreads) {
+            t.keys_of[i] = t.cells_of[i] = 0;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < n; i += kSelectThreads) {
+            const uint64_t score = keys[i] >> 32;
+            if (keys[i] && score >> low == prefix) {
+                const auto bin = static_cast<int>(
+                        (score >> shift) - (prefix << (low - shift)));
+                atomicAdd(&t.keys_of[bin], counts[cell_of(keys[i])]);
+                atomicAdd(&t.cells_of[bin], 1);
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < 32) {
+            find_crossing(t, limit, nprobe);
+        }
+        __syncthreads();
+        limit -= t.keys_above;
+        nprobe -= t.cells_above;
+        if (t.crossing < 0) { // in the first round alone
+            all = true;
+            break;
+        }
+        prefix = (prefix << (low - shift)) + t.crossing;
+        low = shift;
+    } while (low > 0 && t.cells_of[t.crossing] > 1);
+    __syncthreads();
+    const auto take = [&](unsigned long long key) {
+        const int32_t cell = cell_of(key);
+        atomicOr(&t.taken[cell / 32], 1u << (cell % 32));
+        const int at = atomicAdd(&t.ntaken, 1);
+        if (at < TakeCells::kRanked) {
+            t.ranked[at] = key;
+        }
+    };
+    for (int i = threadIdx.x; i < n; i += kSelectThreads) {
+        if (keys[i] && (all || keys[i] >> 32 >> low > prefix)) {
+            take(keys[i]);
+        }
+    }
+    __syncthreads();
+    while (!all && nprobe > 0) {
+        const bool must = at_least_one && t.ntaken == 0;
+        unsigned long long best = 0;
+        for (int i = threadIdx.x; i < n; i += kSelectThreads) {
+            const int32_t cell = cell_of(keys[i]);
+            if (keys[i] && (must || counts[cell] <= limit) && !is_taken(cell)) {
+                best = max(best, keys[i]);
+            }
+        }
+        best = block_max(best, t.scratch);
+        if (best == 0) {
+            break;
+        }
+        limit -= counts[cell_of(best)];
+        nprobe--;
+        if (threadIdx.x == 0) {
+            take(best);
+        }
+        __syncthreads();
+    }
+    const int ntaken = t.ntaken;
+    if (ntaken <= TakeCells::kRanked) {
+        for (int i = threadIdx.x; i < ntaken; i += kSelectThreads) {
+            int rank = 0;
+            for (int j = 0; j < ntaken; j++) {
+                rank += t.ranked[j] > t.ranked[i];
+            }
+            out[rank] = first_cell + cell_of(t.ranked[i]);
+        }
+    } else {
+        for (int i = threadIdx.x; i < n; i += kSelectThreads) {
+            keys[i] = keys[i] && is_taken(cell_of(keys[i])) ? keys[i] : 0;
+        }
+        sort_descending(keys, n);
+        for (int i = threadIdx.x; i < ntaken; i += kSelectThreads) {
+            out[i] = first_cell + cell_of(keys[i]);
+        }
+    }
+    return ntaken;
 }
 
 /// A block takes the cells of one row: of a token and a KV head, or of one
@@ -349,9 +485,9 @@ __global__ void __launch_bounds__(kSelectThreads) select_cells(RouteParams p) {
     int32_t* out = p.cells + r * p.stride;
     const Reach reach = reach_of(item, row.token, p.sink, p.window);
     const int64_t far = reach.far_keys();
-    extern __shared__ __align__(16) unsigned long long sorted[];
-    __shared__ float scratch[kSelectThreads / 32];
-    __shared__ int found;
+    extern __shared__ __align__(16) unsigned long long keys[];
+    __shared__ float scratch[kMaxGroup * kSelectWarps];
+    __shared__ TakeCells taking;
     int taken = 0;
     for (int i = 0; i < row.nlist && far > 0; i++) {
         const BatchList& at = p.lists[row.first_list + i];
@@ -361,7 +497,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_cells(RouteParams p) {
         while (padded < n) {
             padded *= 2;
         }
-        auto* counts = reinterpret_cast<int32_t*>(sorted + padded);
+        auto* counts = reinterpret_cast<int32_t*>(keys + padded);
         __syncthreads(); // the partition before is done with both
         far_counts(list, item, reach, p.sink, p.window, counts);
         const bool all = far <= p.dense_below;
@@ -376,77 +512,67 @@ __global__ void __launch_bounds__(kSelectThreads) select_cells(RouteParams p) {
         float largest[kMaxGroup], log_sum[kMaxGroup];
         const int heads = p.share_group && !all ? group : 0;
         for (int g = 0; g < heads; g++) {
-            float m = -INFINITY;
-            for (int c = threadIdx.x; c < n; c += kSelectThreads) {
-                if (counts[c]) {
-                    m = fmaxf(m, p.scale * scores[int64_t(g) * n + c]);
-                }
+            largest[g] = -INFINITY;
+            log_sum[g] = 0;
+        }
+        for (int c = threadIdx.x; c < n; c += kSelectThreads) {
+            for (int g = 0; g < heads && counts[c]; g++) {
+                largest[g] = fmaxf(largest[g], p.scale * scores[int64_t(g) * n + c]);
             }
-            largest[g] = block_reduce(m, false, scratch);
-            float sum = 0;
-            for (int c = threadIdx.x; c < n && largest[g] > -INFINITY;
-                 c += kSelectThreads) {
-                if (counts[c]) {
-                    sum += counts[c] *
+        }
+        block_reduce(largest, heads, false, scratch);
+        for (int c = threadIdx.x; c < n; c += kSelectThreads) {
+            for (int g = 0; g < heads && counts[c]; g++) {
+                if (largest[g] > -INFINITY) {
+                    log_sum[g] += counts[c] *
                             expf(p.scale * scores[int64_t(g) * n + c] - largest[g]);
                 }
             }
-            log_sum[g] = logf(block_reduce(sum, true, scratch));
         }
-        float fewest = -INFINITY; // of a cell's keys, negated
+        block_reduce(log_sum, heads, true, scratch);
+        for (int g = 0; g < heads; g++) {
+            log_sum[g] = logf(log_sum[g]);
+        }
         for (int c = threadIdx.x; c < padded; c += kSelectThreads) {
             float score = -INFINITY;
             if (c < n && counts[c]) {
-                fewest = fmaxf(fewest, -static_cast<float>(counts[c]));
                 if (all) {
                     score = 0;
                 } else if (!p.share_group) {
                     score = scores[c];
                 } else {
-                    float m = -INFINITY;
                     for (int g = 0; g < group; g++) {
                         const float s = p.scale * scores[int64_t(g) * n + c] -
                                 largest[g] - log_sum[g];
                         if (s > -INFINITY) { // false for NaN too
-                            const float larger = fmaxf(m, s);
-                            const float sum = expf(m - larger) + expf(s - larger);
-                            m = larger + logf(sum);
+                            const float larger = fmaxf(score, s);
+                            score = larger +
+                                    logf(expf(score - larger) + expf(s - larger));
                         }
                     }
-                    score = m;
                 }
             }
-            sorted[c] = score > -INFINITY
+            keys[c] = score > -INFINITY
                     ? static_cast<unsigned long long>(ordered(score)) << 32 |
                             ~static_cast<uint32_t>(c)
                     : 0ull;
         }
-        fewest = -block_reduce(fewest, false, scratch);
-        sort_descending(sorted, padded);
-        if (threadIdx.x < 32) {
-            const int64_t limit_of_head =
-                    min(p.max_keys,
-                        static_cast<int64_t>(p.max_selectivity * far));
-            const int64_t limit = all || limit_of_head >= far
-                    ? far
-                    : static_cast<int64_t>(share * limit_of_head + 1e-9);
-            const int k = take_cells(
-                    sorted,
-                    padded,
-                    counts,
-                    all ? n : p.nprobe,
-                    limit,
-                    /*at_least_one=*/taken == 0,
-                    // exact below 2^24; beyond that no cell is this small
-                    static_cast<int32_t>(fminf(fewest, 1 << 24)),
-                    list.first_cell,
-                    out + taken);
-            if (threadIdx.x == 0) {
-                found = k;
-            }
-        }
+        const int64_t limit_of_head = min(
+                p.max_keys, static_cast<int64_t>(p.max_selectivity * far));
+        const int64_t limit = all || limit_of_head >= far
+                ? far
+                : static_cast<int64_t>(share * limit_of_head + 1e-9);
         __syncthreads();
-        taken += found;
+        taken += take_cells(
+                taking,
+                keys,
+                padded,
+                counts,
+                all ? n : p.nprobe,
+                limit,
+                /*at_least_one=*/taken == 0,
+                list.first_cell,
+                out + taken);
     }
     if (threadIdx.x == 0) {
         p.count[r] = taken;

@@ -98,7 +98,9 @@ struct BatchItem {
     DeviceView kv;
     int q_len = 1;
     int first_token = 0; ///< of the batch's tokens
-    int bad = 0;         ///< the append in progress was refused
+    int first_list = 0, nlist = 0; ///< of the batch's lists
+    int done = 0;        ///< blocks of the append in progress
+    int bad = 0;         ///< it was refused
     int64_t begin = 0, end = 0; ///< slots that leave the window in it
 };
 
