@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 APT_PACKAGES=(g++ cmake ninja-build ccache libfaiss-dev libopenblas-dev libhwy-dev libfmt-dev
-  nlohmann-json3-dev libcli11-dev libgtest-dev python3 python3-venv)
+  nlohmann-json3-dev libcli11-dev libgtest-dev python3 python3-dev python3-venv)
 VENV=build/venv
 NEEDED_MB=2000
 
@@ -77,12 +77,13 @@ find_cuda() {
   command -v nvcc >/dev/null
 }
 
-build() { # preset
+build() { # preset [CMake options]
   local preset=$1 log=build/$1.log
+  shift
   mkdir -p build
   say "building ($preset)"
   local options=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache
-    "-DPython3_EXECUTABLE=$PWD/$VENV/bin/python")
+    "-DPython3_EXECUTABLE=$PWD/$VENV/bin/python" "$@")
   [ -z "${CI:-}" ] || options+=(-DFAISS_SAAP_WERROR=ON)
   if ! { cmake --preset "$preset" "${options[@]}" && cmake --build --preset "$preset"; } >"$log" 2>&1; then
     tail -n 40 "$log" >&2
@@ -130,7 +131,11 @@ run_tests() {
       ;;
     *) die "unknown option of test: $1" ;;
   esac
-  build "$preset"
+  if [ "$preset" = asan ]; then
+    build asan
+  else
+    build "$preset" -DFAISS_SAAP_PYTHON=ON
+  fi
   say "running the tests ($preset)"
   ctest --preset "$preset" -j "$(nproc)"
 }
