@@ -4,6 +4,7 @@
 #   ./run.sh demo              the main job on the embedded trace
 #   ./run.sh test              every test
 #   ./run.sh test --sanitize   C++ tests under ASan and UBSan (CPU only)
+#   ./run.sh needle            a model finds a pass key through the index
 #
 # Works on Debian 12 and Ubuntu 24.04, as root or with sudo. Safe to repeat.
 set -euo pipefail
@@ -115,6 +116,14 @@ demo() {
   say "mass recall against selectivity: build/demo/recall.png"
 }
 
+needle() {
+  [ $# -eq 0 ] || die "needle takes no option: $*"
+  set_up
+  build "$(main_preset)" -DFAISS_SAAP_PYTHON=ON
+  say "SmolLM2-135M reads 4,096 tokens and answers: with all keys, with the recent ones, with 5 % of the others"
+  PYTHONPATH=build/python "$VENV/bin/python" contrib/end_to_end.py stream --tokens 4096 --budget 0.05
+}
+
 run_tests() {
   local preset
   case "${1:-}" in
@@ -145,6 +154,7 @@ command=${1:-}
 case "$command" in
   demo) demo "$@" ;;
   test) run_tests "$@" ;;
-  -h | --help | help | '') sed -n '2,8s/^# \{0,1\}//p' "$0" ;;
-  *) die "unknown command: $command (there are demo and test)" ;;
+  needle) needle "$@" ;;
+  -h | --help | help | '') sed -n '2,9s/^# \{0,1\}//p' "$0" ;;
+  *) die "unknown command: $command (there are demo, test and needle)" ;;
 esac
