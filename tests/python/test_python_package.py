@@ -74,6 +74,7 @@ def test_ids_removal_and_range_search(random):
     np.testing.assert_array_equal(index.reconstruct(int(ids[7])), x[7])
     index.reset()
     assert index.ntotal == 0 and index.is_trained
+    assert fs.__version__.count(".") == 2
 
 
 def test_files_keep_the_index(random, tmp_path):
@@ -111,6 +112,7 @@ def test_rope_is_the_definition_and_undone(random):
     a, b = x[:, : D // 2], x[:, D // 2 :]
     expected = np.hstack([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)])
     np.testing.assert_allclose(rotated, expected, atol=1e-5)
+    assert rope == fs.RopeParams(d=D, theta=1000.0) != fs.RopeParams(d=D, theta=999.0) and rope != "rope"
     np.testing.assert_allclose(fs.RotaryEmbedding(rope).derotate(rotated, position), x, atol=1e-5)
 
 

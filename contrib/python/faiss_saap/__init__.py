@@ -7,5 +7,7 @@ Not synchronised: objects that only read may be used by several threads at once 
 while the library works), what changes one needs exclusive access.
 """
 
+from . import _core
 from ._core import *  # noqa: F401,F403
-from ._core import __version__  # noqa: F401
+
+__version__: str = getattr(_core, "__version__")

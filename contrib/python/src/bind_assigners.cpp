@@ -144,9 +144,13 @@ void bind_assigners(nb::module_& m) {
                                                             : "interleaved";
                     })
             .def_prop_ro("scaling", &RopeParams::scaling_text)
-            .def("__eq__", [](const RopeParams& a, const RopeParams& b) {
-                return a == b;
-            });
+            .def(
+                    "__eq__",
+                    [](const RopeParams& a, const RopeParams& b) {
+                        return a == b;
+                    },
+                    nb::is_operator(),
+                    nb::sig("def __eq__(self, other: object, /) -> bool"));
 
     using Turn = void (RotaryEmbedding::*)(int64_t, const int64_t*, float*)
             const;
