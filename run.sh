@@ -4,13 +4,14 @@
 #   ./run.sh demo              the main job on the embedded trace
 #   ./run.sh test              every test
 #   ./run.sh test --sanitize   C++ tests under ASan and UBSan (CPU only)
+#   ./run.sh needle            a model finds a pass key through the index
 #
 # Works on Debian 12 and Ubuntu 24.04, as root or with sudo. Safe to repeat.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 APT_PACKAGES=(g++ cmake ninja-build ccache libfaiss-dev libopenblas-dev libhwy-dev libfmt-dev
-  nlohmann-json3-dev libcli11-dev libgtest-dev python3 python3-venv)
+  nlohmann-json3-dev libcli11-dev libgtest-dev python3 python3-dev python3-venv)
 VENV=build/venv
 NEEDED_MB=2000
 
@@ -77,12 +78,13 @@ find_cuda() {
   command -v nvcc >/dev/null
 }
 
-build() { # preset
+build() { # preset [CMake options]
   local preset=$1 log=build/$1.log
+  shift
   mkdir -p build
   say "building ($preset)"
   local options=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache
-    "-DPython3_EXECUTABLE=$PWD/$VENV/bin/python")
+    "-DPython3_EXECUTABLE=$PWD/$VENV/bin/python" "$@")
   [ -z "${CI:-}" ] || options+=(-DFAISS_SAAP_WERROR=ON)
   if ! { cmake --preset "$preset" "${options[@]}" && cmake --build --preset "$preset"; } >"$log" 2>&1; then
     tail -n 40 "$log" >&2
@@ -114,6 +116,14 @@ demo() {
   say "mass recall against selectivity: build/demo/recall.png"
 }
 
+needle() {
+  [ $# -eq 0 ] || die "needle takes no option: $*"
+  set_up
+  build "$(main_preset)" -DFAISS_SAAP_PYTHON=ON
+  say "SmolLM2-135M reads 4,096 tokens and answers: with all keys, with the recent ones, with 5 % of the others"
+  PYTHONPATH=build/python "$VENV/bin/python" contrib/end_to_end.py stream --tokens 4096 --budget 0.05
+}
+
 run_tests() {
   local preset
   case "${1:-}" in
@@ -130,7 +140,11 @@ run_tests() {
       ;;
     *) die "unknown option of test: $1" ;;
   esac
-  build "$preset"
+  if [ "$preset" = asan ]; then
+    build asan
+  else
+    build "$preset" -DFAISS_SAAP_PYTHON=ON
+  fi
   say "running the tests ($preset)"
   ctest --preset "$preset" -j "$(nproc)"
 }
@@ -140,6 +154,7 @@ command=${1:-}
 case "$command" in
   demo) demo "$@" ;;
   test) run_tests "$@" ;;
-  -h | --help | help | '') sed -n '2,8s/^# \{0,1\}//p' "$0" ;;
-  *) die "unknown command: $command (there are demo and test)" ;;
+  needle) needle "$@" ;;
+  -h | --help | help | '') sed -n '2,9s/^# \{0,1\}//p' "$0" ;;
+  *) die "unknown command: $command (there are demo, test and needle)" ;;
 esac

@@ -23,6 +23,7 @@ struct Options {
     std::vector<int> layers, kv_heads;
     std::string out, json, device = "cpu";
     bool resume = false, separate_trunks = false, fp32 = false;
+    bool bf16_centroids = false;
     TrainingParams params;
 };
 
@@ -102,6 +103,7 @@ nlohmann::json config_of(const Options& o, const PartitionSet& set) {
             {"window", p.window},
             {"spherical", p.kmeans.spherical},
             {"niter", p.kmeans.niter},
+            {"centroid_dtype", name(p.centroid_dtype)},
             {"keys_per_cell", p.keys_per_cell},
             {"width", p.width},
             {"depth", p.depth},
@@ -292,6 +294,10 @@ int main(int argc, char** argv) {
             "--spherical",
             p.kmeans.spherical,
             "k-means by inner product with unit centroids instead of L2");
+    app.add_flag(
+            "--bf16-centroids",
+            o.bf16_centroids,
+            "centroids rounded to bfloat16: half their bytes in the file");
     app.add_option("--niter", p.kmeans.niter, "k-means iterations")
             ->check(CLI::PositiveNumber)
             ->capture_default_str();
@@ -337,6 +343,7 @@ int main(int argc, char** argv) {
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
     p.share_trunk = !o.separate_trunks;
+    p.centroid_dtype = o.bf16_centroids ? DType::bfloat16 : DType::float32;
     p.dtype = o.fp32 ? DType::float32 : DType::bfloat16;
     return run_program([&] { run(o); });
 }

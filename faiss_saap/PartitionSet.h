@@ -31,7 +31,8 @@ struct PartitionSet {
 };
 
 /// Writes a .saap file: safetensors, for each partition the tensors
-/// layer.{l}.kv.{h}.centroids (ncell, d) and, for each layer of the classifier,
+/// layer.{l}.kv.{h}.centroids (ncell, d; bfloat16 where that holds them
+/// exactly, else float32) and, for each layer of the classifier,
 /// layer.{l}.kv.{h}.{name}.weight (networks, rows, padded cols) and .bias
 /// (networks, rows), and where it has a blend layer.{l}.kv.{h}.blend (query
 /// heads, weights); what else there is stands in the metadata as text. Written

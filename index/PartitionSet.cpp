@@ -1,6 +1,8 @@
 #include <faiss_saap/PartitionSet.h>
 
+#include <algorithm>
 #include <cmath>
+#include <list>
 #include <set>
 
 #include <faiss/IndexFlat.h>
@@ -19,7 +21,8 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kFormat = "faiss_saap.partitions";
-constexpr int kVersion = 2; ///< with weights of blends; 1: without
+/// 3: centroids may be bfloat16; 2: with weights of blends; 1: without
+constexpr int kVersion = 3;
 
 std::string prefix_of(int layer, int kv_head) {
     return "layer." + std::to_string(layer) + ".kv." + std::to_string(kv_head);
@@ -40,6 +43,18 @@ TensorView view(
 
 const char* dtype_name(DType type) {
     return type == DType::float32 ? "F32" : "BF16";
+}
+
+/// The values as bfloat16 where it holds every one exactly, else empty.
+std::vector<uint16_t> exact_bfloat16(int64_t n, const float* x) {
+    std::vector<uint16_t> halves(n);
+    from_float(DType::bfloat16, x, n, halves.data());
+    std::vector<float> back(n);
+    to_float(DType::bfloat16, halves.data(), n, back.data());
+    if (!std::equal(back.begin(), back.end(), x)) {
+        halves.clear();
+    }
+    return halves;
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {
@@ -268,9 +283,13 @@ TrainedPartition read_partition(
         p.heads.push_back(head);
     }
 
-    const auto centroids =
-            reader.tensor(prefix + ".centroids", "F32", {s.ncell, s.d})
-                    .to_float();
+    const std::string stored =
+            reader.file().tensor(prefix + ".centroids").dtype;
+    const auto centroids = reader.tensor(
+                                         prefix + ".centroids",
+                                         stored == "BF16" ? "BF16" : "F32",
+                                         {s.ncell, s.d})
+                                   .to_float();
     check_finite(
             centroids.data(), s.ncell, s.d, (where + ".centroids").c_str());
     auto flat = std::make_shared<faiss::IndexFlat>(
@@ -351,6 +370,7 @@ void PartitionSet::check_rope(const RopeParams& other) const {
 
 void write_partitions(const PartitionSet& set, const std::string& path) {
     std::map<std::string, TensorView> tensors;
+    std::list<std::vector<uint16_t>> narrowed; // what views point to
     json heads = json::array();
     std::map<std::string, std::string> metadata = {
             {"format", kFormat},
@@ -391,8 +411,18 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
         const faiss::IndexFlat& flat = flat_of(p);
         heads.push_back({p.layer, p.kv_head});
         metadata[prefix] = describe(p).dump();
-        tensors[prefix + ".centroids"] =
-                view("F32", {flat.ntotal, flat.d}, flat.get_xb(), 4);
+        auto halves = exact_bfloat16(flat.ntotal * flat.d, flat.get_xb());
+        if (halves.empty()) {
+            tensors[prefix + ".centroids"] =
+                    view("F32", {flat.ntotal, flat.d}, flat.get_xb(), 4);
+        } else {
+            narrowed.push_back(std::move(halves));
+            tensors[prefix + ".centroids"] =
+                    view("BF16",
+                         {flat.ntotal, flat.d},
+                         narrowed.back().data(),
+                         2);
+        }
         if (!p.blend.empty()) {
             p.blended(); // checks the weights
             tensors[prefix + ".blend"] =
@@ -430,7 +460,8 @@ PartitionSet read_partitions(const std::string& path) {
             reader.file().meta("format").c_str());
     const std::string version = reader.required("format_version");
     FAISS_THROW_IF_NOT_FMT(
-            version == "1" || version == std::to_string(kVersion),
+            version == "1" || version == "2" ||
+                    version == std::to_string(kVersion),
             "%s: version '%s' of the format is not known to this library, "
             "which reads versions up to %d",
             file,

@@ -250,6 +250,20 @@ class Training {
         const auto& flat = static_cast<const faiss::IndexFlat&>(*quantizer);
         state_.centroids.assign(
                 flat.get_xb(), flat.get_xb() + int64_t(params_.ncell) * d);
+        if (params_.centroid_dtype != DType::float32) {
+            const auto size = static_cast<int64_t>(state_.centroids.size());
+            std::vector<uint16_t> rounded(size);
+            from_float(
+                    params_.centroid_dtype,
+                    state_.centroids.data(),
+                    size,
+                    rounded.data());
+            to_float(
+                    params_.centroid_dtype,
+                    rounded.data(),
+                    size,
+                    state_.centroids.data());
+        }
     }
 
     std::shared_ptr<const CellAssigner> centroid_assigner() const {

@@ -184,6 +184,34 @@ TEST(TrainPartition, BlendsComeAfterTheClassifier) {
     EXPECT_TRUE(file_of(stripped) == file_of(without));
 }
 
+TEST(TrainPartition, CentroidsInBfloat16TakeHalfTheFile) {
+    tests::Random random;
+    auto params = small_params();
+    params.steps = 1;
+    params.centroid_dtype = DType::bfloat16;
+    const auto texts = tests::planted_texts(random, 2);
+    PartitionSet set;
+    set.partitions = {train(texts, params)};
+    set.rope = set.partitions[0].partition.rope;
+    const tests::TemporaryFile file;
+    write_partitions(set, file.path);
+    EXPECT_EQ(
+            SafetensorsFile(file.path).tensor("layer.4.kv.6.centroids").dtype,
+            "BF16");
+    const PartitionSet read = read_partitions(file.path);
+    // What was trained and what is read put every key into the same cell.
+    const PlantedTrace keys(random, PlantedTrace::centres());
+    EXPECT_EQ(
+            cells_of(set.partitions[0], keys),
+            cells_of(read.partitions[0], keys));
+    params.centroid_dtype = DType::float32;
+    set.partitions = {train(texts, params)};
+    write_partitions(set, file.path);
+    EXPECT_EQ(
+            SafetensorsFile(file.path).tensor("layer.4.kv.6.centroids").dtype,
+            "F32");
+}
+
 TEST(TrainPartition, FarMassAndBalanceAreThoseOfTheDefinitions) {
     tests::Random random;
     const PlantedTrace a(random, PlantedTrace::centres());

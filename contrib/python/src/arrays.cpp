@@ -1,0 +1,133 @@
+#include "arrays.h"
+
+namespace faiss_saap::python {
+
+namespace {
+
+std::string text_of(const std::vector<int64_t>& shape) {
+    std::string text = "(";
+    for (size_t i = 0; i < shape.size(); i++) {
+        text += i ? ", " : "";
+        text += shape[i] < 0 ? "any" : std::to_string(shape[i]);
+    }
+    return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+bool is_contiguous(const AnyArray& x) {
+    int64_t expected = 1;
+    for (size_t i = x.ndim(); i-- > 0;) {
+        if (x.shape(i) != 1 && x.stride(i) != expected) {
+            return false;
+        }
+        expected *= static_cast<int64_t>(x.shape(i));
+    }
+    return true;
+}
+
+/// Appends the elements below dimension `axis`, whose first lies at `at`.
+void gather(
+        const AnyArray& x,
+        DType type,
+        size_t axis,
+        int64_t at,
+        float*& out) {
+    if (axis == x.ndim()) {
+        to_float(
+                type,
+                static_cast<const char*>(x.data()) +
+                        at * static_cast<int64_t>(element_size(type)),
+                1,
+                out++);
+        return;
+    }
+    for (size_t i = 0; i < x.shape(axis); i++) {
+        gather(x, type, axis + 1, at + int64_t(i) * x.stride(axis), out);
+    }
+}
+
+} // namespace
+
+std::string shape_text(const AnyArray& x) {
+    std::vector<int64_t> shape;
+    for (size_t i = 0; i < x.ndim(); i++) {
+        shape.push_back(static_cast<int64_t>(x.shape(i)));
+    }
+    return text_of(shape);
+}
+
+void check_shape(
+        const AnyArray& x,
+        const char* name,
+        const std::vector<int64_t>& shape) {
+    bool fits = x.ndim() == shape.size();
+    for (size_t i = 0; fits && i < shape.size(); i++) {
+        fits = shape[i] < 0 || static_cast<int64_t>(x.shape(i)) == shape[i];
+    }
+    FAISS_THROW_IF_NOT_FMT(
+            fits,
+            "%s has the shape %s, expected %s",
+            name,
+            shape_text(x).c_str(),
+            text_of(shape).c_str());
+}
+
+AnyArray array_of(nb::handle object, const char* name) {
+    AnyArray array;
+    if (nb::try_cast(object, array)) {
+        return array;
+    }
+    const nb::object type = nb::getattr(object, "dtype", nb::none());
+    if (std::string(nb::str(type).c_str()) == "bfloat16" &&
+        nb::hasattr(object, "view") &&
+        nb::try_cast(object.attr("view")("uint16"), array)) {
+        return array;
+    }
+    FAISS_THROW_FMT(
+            "%s is a %s, expected an array in main memory that numpy or DLPack "
+            "can pass",
+            name,
+            nb::type_name(object.type()).c_str());
+}
+
+DType dtype_of(const AnyArray& x, const char* name) {
+    const auto code = static_cast<nb::dlpack::dtype_code>(x.dtype().code);
+    const int bits = x.dtype().bits;
+    if (x.dtype().lanes == 1) {
+        if (code == nb::dlpack::dtype_code::Float && bits == 32) {
+            return DType::float32;
+        }
+        if (code == nb::dlpack::dtype_code::Float && bits == 16) {
+            return DType::float16;
+        }
+        if ((code == nb::dlpack::dtype_code::Bfloat ||
+             code == nb::dlpack::dtype_code::UInt) &&
+            bits == 16) {
+            return DType::bfloat16;
+        }
+    }
+    FAISS_THROW_FMT(
+            "%s has elements of DLPack type %d with %d bits, expected float32, "
+            "float16, bfloat16, or uint16 that holds the bits of bfloat16",
+            name,
+            int(x.dtype().code),
+            bits);
+}
+
+FloatRows::FloatRows(const AnyArray& x, const char* name) : array_(x) {
+    const DType type = dtype_of(x, name);
+    const bool contiguous = is_contiguous(x);
+    if (type == DType::float32 && contiguous) {
+        data_ = static_cast<const float*>(x.data());
+        return;
+    }
+    converted_.resize(x.size());
+    if (contiguous) {
+        to_float(type, x.data(), int64_t(x.size()), converted_.data());
+    } else {
+        float* out = converted_.data();
+        gather(x, type, 0, 0, out);
+    }
+    data_ = converted_.data();
+}
+
+} // namespace faiss_saap::python

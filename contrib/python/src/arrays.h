@@ -1,0 +1,100 @@
+/// Arrays between Python and the library: read without a copy where the memory
+/// allows it, handed out as numpy arrays that own their memory.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <faiss/impl/FaissAssert.h>
+
+#include <faiss_saap/dtype.h>
+
+namespace faiss_saap::python {
+
+namespace nb = nanobind;
+
+/// Contiguous float32 or int64 of any shape; numpy arrays of other types are
+/// converted, as Faiss's Python package does.
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Longs = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+/// Any array in memory, read-only, with its own type and strides.
+using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
+
+/// "(3, 4)".
+std::string shape_text(const AnyArray& x);
+
+/// Throws a sentence unless x has this shape; -1 stands for any extent.
+void check_shape(
+        const AnyArray& x,
+        const char* name,
+        const std::vector<int64_t>& shape);
+
+/// An array of any framework in memory, without a copy. bfloat16 of ml_dtypes,
+/// which numpy passes through no protocol, is taken through its bits.
+/// @throws faiss::FaissException naming the argument
+AnyArray array_of(nb::handle object, const char* name);
+
+/// float32, float16 and bfloat16, and uint16 as the bits of bfloat16.
+/// @throws faiss::FaissException for other types
+DType dtype_of(const AnyArray& x, const char* name);
+
+/// The elements of an array as contiguous floats: in place where they are,
+/// else converted.
+class FloatRows {
+   public:
+    FloatRows(const AnyArray& x, const char* name);
+    const float* data() const {
+        return data_;
+    }
+
+   private:
+    AnyArray array_;
+    std::vector<float> converted_;
+    const float* data_ = nullptr;
+};
+
+/// A new numpy array that owns its memory, uninitialised.
+template <class T>
+struct NewArray {
+    explicit NewArray(std::vector<size_t> extents) : shape(std::move(extents)) {
+        size_t n = 1;
+        for (size_t s : shape) {
+            n *= s;
+        }
+        memory.reset(new T[n]);
+    }
+
+    T* data() {
+        return memory.get();
+    }
+    /// Gives the memory away.
+    nb::object object() {
+        T* p = memory.release();
+        nb::capsule owner(
+                p, [](void* x) noexcept { delete[] static_cast<T*>(x); });
+        return nb::cast(nb::ndarray<nb::numpy, T>(
+                p, shape.size(), shape.data(), owner));
+    }
+
+    std::vector<size_t> shape;
+    std::unique_ptr<T[]> memory;
+};
+
+template <class T>
+nb::object copy_to_numpy(const T* x, std::vector<size_t> shape) {
+    NewArray<T> array(std::move(shape));
+    size_t n = 1;
+    for (size_t s : array.shape) {
+        n *= s;
+    }
+    std::copy(x, x + n, array.data());
+    return array.object();
+}
+
+} // namespace faiss_saap::python

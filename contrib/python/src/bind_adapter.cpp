@@ -1,0 +1,653 @@
+/// The attention adapter: sequences, batches, results.
+#include <memory>
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <faiss_saap/AttentionAdapter.h>
+
+#include "bind.h"
+#include "kv_view.h"
+
+using namespace nanobind::literals;
+
+namespace faiss_saap::python {
+
+namespace {
+
+/// One sequence of a batch with its view kept alive.
+struct Asking {
+    int64_t sequence = 0;
+    nb::object view; ///< an ArrayView
+    int64_t q_len = 1;
+    std::vector<int64_t> positions; ///< empty: the last q_len tokens
+
+    SequenceInput input() const {
+        SequenceInput s;
+        s.sequence = sequence;
+        s.kv = nb::cast<const ArrayView&>(view).kv;
+        s.q_len = q_len;
+        s.positions = positions.empty() ? nullptr : positions.data();
+        return s;
+    }
+};
+
+/// What attend returns.
+struct Attention {
+    nb::object output, lse;
+    std::vector<AttendStats> stats;
+    size_t tokens = 0, heads = 0;
+
+    template <class T, class Get>
+    nb::object each(const Get& get) const {
+        NewArray<T> x({tokens, heads});
+        for (size_t i = 0; i < stats.size(); i++) {
+            x.data()[i] = get(stats[i]);
+        }
+        return x.object();
+    }
+};
+
+/// A batch and its queries as the library takes them.
+class Batch {
+   public:
+    Batch(const AttentionAdapter& adapter,
+          const std::vector<const Asking*>& asking,
+          const nb::object& queries) {
+        for (const Asking* a : asking) {
+            FAISS_THROW_IF_NOT_MSG(a, "batch holds a None");
+            inputs.push_back(a->input());
+            tokens += a->q_len;
+            FAISS_THROW_IF_NOT_FMT(
+                    inputs.back().kv.d_v == inputs.front().kv.d_v,
+                    "the values of the batch have %d and %d components",
+                    inputs.front().kv.d_v,
+                    inputs.back().kv.d_v);
+        }
+        const AdapterParams& p = adapter.params();
+        const AnyArray q = array_of(queries, "queries");
+        if (q.ndim() == 2 && tokens == 1) {
+            check_shape(q, "queries", {p.heads_q, p.d});
+        } else {
+            check_shape(q, "queries", {tokens, p.heads_q, p.d});
+        }
+        rows = std::make_unique<FloatRows>(q, "queries");
+        heads = p.heads_q;
+        d_v = inputs.empty() ? p.d : inputs.front().kv.d_v;
+    }
+
+    std::vector<SequenceInput> inputs;
+    std::unique_ptr<FloatRows> rows;
+    int64_t tokens = 0;
+    int heads = 0, d_v = 0;
+};
+
+/// Memory that a result goes to: the caller's where given, else new.
+struct Target {
+    nb::object object;
+    float* data = nullptr;
+
+    Target(const nb::object& given,
+           const char* name,
+           const std::vector<int64_t>& shape) {
+        if (given.is_none()) {
+            NewArray<float> fresh({shape.begin(), shape.end()});
+            data = fresh.data();
+            object = fresh.object();
+            return;
+        }
+        nb::ndarray<float, nb::c_contig, nb::device::cpu> array;
+        FAISS_THROW_IF_NOT_FMT(
+                nb::try_cast(given, array, false),
+                "%s must be a writable, contiguous array of float32 in main "
+                "memory",
+                name);
+        check_shape(AnyArray(array), name, shape);
+        data = array.data();
+        object = given;
+    }
+};
+
+template <class Call>
+Attention attend(
+        const Batch& batch,
+        const nb::object& output,
+        const nb::object& lse,
+        bool merge,
+        const Call& call) {
+    FAISS_THROW_IF_NOT_MSG(
+            !merge || (!output.is_none() && !lse.is_none()),
+            "merge = True needs output and lse to merge with");
+    Target to_output(output, "output", {batch.tokens, batch.heads, batch.d_v});
+    Target to_lse(lse, "lse", {batch.tokens, batch.heads});
+    Attention result;
+    result.tokens = batch.tokens;
+    result.heads = batch.heads;
+    result.stats.resize(batch.tokens * batch.heads);
+    AttendOutput out;
+    out.output = to_output.data;
+    out.lse = to_lse.data;
+    out.stats = result.stats.data();
+    out.merge = merge;
+    {
+        nb::gil_scoped_release release;
+        call(out);
+    }
+    result.output = to_output.object;
+    result.lse = to_lse.object;
+    return result;
+}
+
+/// One list of partitions for each KV head, from that or from one partition
+/// for each.
+HeadPartitions head_partitions(const nb::object& given) {
+    HeadPartitions all;
+    if (given.is_none()) {
+        return all;
+    }
+    for (const nb::handle head : given) {
+        std::vector<Partition> of_head;
+        if (nb::isinstance<Partition>(head)) {
+            of_head.push_back(nb::cast<const Partition&>(head));
+        } else {
+            for (const nb::handle p : head) {
+                of_head.push_back(nb::cast<const Partition&>(p));
+            }
+        }
+        all.push_back(std::move(of_head));
+    }
+    return all;
+}
+
+nb::list to_python(const HeadPartitions& all) {
+    nb::list result;
+    for (const auto& of_head : all) {
+        nb::list head;
+        for (const Partition& p : of_head) {
+            head.append(nb::cast(p));
+        }
+        result.append(head);
+    }
+    return result;
+}
+
+} // namespace
+
+void bind_adapter(nb::module_& m) {
+    nb::class_<ProbePolicy>(
+            m,
+            "ProbePolicy",
+            "How many cells a query probes, and who chooses them. All limits "
+            "hold at once; the best non-empty cell is read even where it "
+            "exceeds them.")
+            .def(
+                    "__init__",
+                    [](ProbePolicy* self,
+                       int nprobe,
+                       std::optional<int64_t> max_keys,
+                       double max_selectivity,
+                       bool share_group,
+                       std::vector<double> split) {
+                        ProbePolicy p;
+                        p.nprobe = nprobe;
+                        p.max_keys = max_keys.value_or(INT64_MAX);
+                        p.max_selectivity = max_selectivity;
+                        p.share_group = share_group;
+                        p.split = std::move(split);
+                        p.check();
+                        new (self) ProbePolicy(std::move(p));
+                    },
+                    "nprobe"_a = 32,
+                    "max_keys"_a = nb::none(),
+                    "max_selectivity"_a = 1.0,
+                    "share_group"_a = true,
+                    "split"_a = std::vector<double>())
+            .def_rw("nprobe",
+                    &ProbePolicy::nprobe,
+                    "Cells at most, of each partition.")
+            .def_rw("max_keys",
+                    &ProbePolicy::max_keys,
+                    "Far keys at most, per KV head with share_group, else per "
+                    "query head.")
+            .def_rw("max_selectivity",
+                    &ProbePolicy::max_selectivity,
+                    "Far keys at most, as a fraction of the far keys there "
+                    "are.")
+            .def_rw("share_group",
+                    &ProbePolicy::share_group,
+                    "The query heads of a KV head probe the same cells.")
+            .def_rw("split",
+                    &ProbePolicy::split,
+                    "Share of the key limit for each partition of a KV head; "
+                    "empty: equal shares.");
+
+    nb::class_<Asking>(
+            m, "SequenceInput", "One sequence of a batch, and its tokens that ask.")
+            .def(
+                    "__init__",
+                    [](Asking* self,
+                       int64_t sequence,
+                       const nb::object& kv,
+                       int64_t q_len,
+                       std::vector<int64_t> positions) {
+                        FAISS_THROW_IF_NOT_FMT(
+                                nb::isinstance<ArrayView>(kv),
+                                "kv is a %s, expected a KvView",
+                                nb::type_name(kv.type()).c_str());
+                        FAISS_THROW_IF_NOT_FMT(
+                                q_len >= 1,
+                                "q_len = %lld, must be positive",
+                                static_cast<long long>(q_len));
+                        FAISS_THROW_IF_NOT_FMT(
+                                positions.empty() ||
+                                        int64_t(positions.size()) == q_len,
+                                "positions has %zd entries, q_len = %lld",
+                                positions.size(),
+                                static_cast<long long>(q_len));
+                        new (self) Asking{
+                                sequence, kv, q_len, std::move(positions)};
+                    },
+                    "sequence"_a,
+                    "kv"_a,
+                    "q_len"_a = 1,
+                    "positions"_a = std::vector<int64_t>(),
+                    nb::sig("def __init__(self, sequence: int, kv: KvView, "
+                            "q_len: int = 1, positions: "
+                            "collections.abc.Sequence[int] = ()) -> None"),
+                    "positions: of the tokens that ask, (q_len,); empty: the "
+                    "last q_len ones.")
+            .def_ro("sequence", &Asking::sequence)
+            .def_ro("q_len", &Asking::q_len)
+            .def_prop_ro(
+                    "kv",
+                    [](const Asking& a) { return a.view; },
+                    nb::sig("def kv(self) -> KvView"));
+
+    nb::class_<ProbedCells>(
+            m,
+            "ProbedCells",
+            "Cells chosen for some tokens: for row r cells[begin[r]:begin[r + "
+            "1]]. A row is a token and a KV head (share_group) or a token and a "
+            "query head, heads varying fastest. Cells of a head's second "
+            "partition are numbered on from those of its first.")
+            .def(
+                    "__init__",
+                    [](ProbedCells* self,
+                       const Longs& begin,
+                       const Ints& cells,
+                       bool share_group) {
+                        check_shape(AnyArray(begin), "begin", {-1});
+                        check_shape(AnyArray(cells), "cells", {-1});
+                        new (self) ProbedCells{
+                                share_group,
+                                {begin.data(), begin.data() + begin.size()},
+                                {cells.data(), cells.data() + cells.size()}};
+                    },
+                    "begin"_a,
+                    "cells"_a,
+                    "share_group"_a = true,
+                    nb::sig("def __init__(self, begin: numpy.typing.ArrayLike, cells: "
+                            "numpy.typing.ArrayLike, share_group: bool = True) -> None"))
+            .def_ro("share_group", &ProbedCells::share_group)
+            .def_prop_ro(
+                    "begin",
+                    [](const ProbedCells& p) {
+                        return copy_to_numpy(p.begin.data(), {p.begin.size()});
+                    },
+                    nb::sig("def begin(self) -> numpy.typing.NDArray[numpy.int64]"),
+                    "(rows + 1,)")
+            .def_prop_ro(
+                    "cells",
+                    [](const ProbedCells& p) {
+                        return copy_to_numpy(p.cells.data(), {p.cells.size()});
+                    },
+                    nb::sig("def cells(self) -> numpy.typing.NDArray[numpy.int32]"));
+
+    const auto stat = [](auto member) {
+        return [member](const Attention& a) {
+            using T = std::remove_reference_t<
+                    decltype(std::declval<AttendStats&>().*member)>;
+            return a.each<T>([&](const AttendStats& s) { return s.*member; });
+        };
+    };
+    nb::class_<Attention>(
+            m,
+            "Attention",
+            "What attend returns; rows are (tokens, heads_q), tokens in the "
+            "order of the batch.")
+            .def_ro("output",
+                    &Attention::output,
+                    "(tokens, heads_q, d_v) float32, or the array that was "
+                    "given.")
+            .def_ro("lse",
+                    &Attention::lse,
+                    "Log-sum-exp (natural), (tokens, heads_q) float32, or the "
+                    "array that was given.")
+            .def_prop_ro(
+                    "cells",
+                    stat(&AttendStats::cells),
+                    nb::sig("def cells(self) -> numpy.typing.NDArray[numpy.int64]"),
+                    "Distinct cells probed.")
+            .def_prop_ro(
+                    "keys_read",
+                    stat(&AttendStats::keys_read),
+                    nb::sig("def keys_read(self) -> numpy.typing.NDArray[numpy.int64]"),
+                    "Distinct far keys read.")
+            .def_prop_ro(
+                    "far_keys",
+                    stat(&AttendStats::far_keys),
+                    nb::sig("def far_keys(self) -> numpy.typing.NDArray[numpy.int64]"),
+                    "Far keys there are.")
+            .def_prop_ro(
+                    "dense_mass",
+                    stat(&AttendStats::dense_mass),
+                    nb::sig("def dense_mass(self) -> numpy.typing.NDArray[numpy.float32]"),
+                    "Share of sink and window in the attention mass of the "
+                    "output.")
+            .def_prop_ro(
+                    "selectivity",
+                    [](const Attention& a) {
+                        return a.each<double>([](const AttendStats& s) {
+                            return s.selectivity();
+                        });
+                    },
+                    nb::sig("def selectivity(self) -> numpy.typing.NDArray[numpy.float64]"),
+                    "keys_read / far_keys; 0 where there are no far keys.");
+
+    nb::class_<AttentionAdapter> adapter(
+            m,
+            "AttentionAdapter",
+            "Attention over sink, window and the far keys of the probed cells, "
+            "for one layer and any number of sequences (docs/adapter.md). "
+            "Keeps lists of slots, never keys or values. attend, route and "
+            "what else reads may run in several threads at once; whatever "
+            "changes the adapter needs exclusive access.");
+    adapter.def(
+            "__init__",
+            [](AttentionAdapter* self,
+               int heads_q,
+               int heads_kv,
+               int d,
+               const nb::object& partitions,
+               int64_t sink,
+               int64_t window,
+               bool attend_dense,
+               float scale,
+               int64_t position_offset,
+               int64_t dense_below,
+               const ProbePolicy& policy) {
+                AdapterParams p;
+                p.heads_q = heads_q;
+                p.heads_kv = heads_kv;
+                p.d = d;
+                p.sink = sink;
+                p.window = window;
+                p.attend_dense = attend_dense;
+                p.scale = scale;
+                p.position_offset = position_offset;
+                p.dense_below = dense_below;
+                p.policy = policy;
+                new (self) AttentionAdapter(p, head_partitions(partitions));
+            },
+            "heads_q"_a,
+            "heads_kv"_a,
+            "d"_a,
+            "partitions"_a = nb::none(),
+            nb::kw_only(),
+            "sink"_a = AdapterParams().sink,
+            "window"_a = AdapterParams().window,
+            "attend_dense"_a = true,
+            "scale"_a = 0.0f,
+            "position_offset"_a = 0,
+            "dense_below"_a = AdapterParams().dense_below,
+            "policy"_a = ProbePolicy(),
+            nb::sig("def __init__(self, heads_q: int, heads_kv: int, d: int, "
+                    "partitions: collections.abc.Sequence[Partition | "
+                    "collections.abc.Sequence[Partition]] | None = None, *, "
+                    "sink: int = 16, window: int = 1024, attend_dense: bool = "
+                    "True, scale: float = 0, position_offset: int = 0, "
+                    "dense_below: int = 64, policy: ProbePolicy = ...) -> "
+                    "None"),
+            "partitions: of every sequence, for each KV head one or a list; "
+            "None where each sequence brings its own. sink, window: first and "
+            "most recent tokens, always attended unless attend_dense is False. "
+            "scale 0: 1 / sqrt(d). With dense_below far keys or fewer, all are "
+            "read.");
+    adapter.def_prop_ro(
+                   "heads_q",
+                   [](const AttentionAdapter& a) { return a.params().heads_q; })
+            .def_prop_ro(
+                    "heads_kv",
+                    [](const AttentionAdapter& a) {
+                        return a.params().heads_kv;
+                    })
+            .def_prop_ro(
+                    "d", [](const AttentionAdapter& a) { return a.params().d; })
+            .def_prop_ro(
+                    "sink",
+                    [](const AttentionAdapter& a) { return a.params().sink; })
+            .def_prop_ro(
+                    "window",
+                    [](const AttentionAdapter& a) { return a.params().window; })
+            .def_prop_ro(
+                    "policy",
+                    [](const AttentionAdapter& a) { return a.params().policy; },
+                    "A copy of the default policy.");
+    adapter.def(
+                   "create",
+                   [](AttentionAdapter& a, const nb::object& own) {
+                       return a.create(head_partitions(own));
+                   },
+                   "own"_a = nb::none(),
+                   nb::sig("def create(self, own: "
+                           "collections.abc.Sequence[Partition | "
+                           "collections.abc.Sequence[Partition]] | None = "
+                           "None) -> int"),
+                   "An empty sequence; its number. own: partitions of this "
+                   "sequence alone, after the adapter's.")
+            .def("fork",
+                 &AttentionAdapter::fork,
+                 "sequence"_a,
+                 "A sequence that begins as a copy and shares its lists.")
+            .def("free", &AttentionAdapter::free, "sequence"_a)
+            .def("reset",
+                 &AttentionAdapter::reset,
+                 "sequence"_a,
+                 "Makes a sequence empty; it keeps its partitions.")
+            .def(
+                    "append",
+                    [](AttentionAdapter& a,
+                       int64_t sequence,
+                       const ArrayView& view) {
+                        nb::gil_scoped_release release;
+                        a.append(sequence, view.kv);
+                    },
+                    "sequence"_a,
+                    "kv"_a,
+                    "Takes note of the tokens length(sequence) .. kv.length - "
+                    "1, whose keys (post-RoPE) and values are in the view.")
+            .def(
+                    "truncate",
+                    [](AttentionAdapter& a,
+                       int64_t sequence,
+                       int64_t length,
+                       const ArrayView& view) {
+                        nb::gil_scoped_release release;
+                        a.truncate(sequence, length, view.kv);
+                    },
+                    "sequence"_a,
+                    "length"_a,
+                    "kv"_a,
+                    "Forgets the tokens from `length` on.")
+            .def("length", &AttentionAdapter::length, "sequence"_a)
+            .def("npartition",
+                 &AttentionAdapter::npartition,
+                 "sequence"_a,
+                 "kv_head"_a)
+            .def("partition",
+                 &AttentionAdapter::partition,
+                 nb::rv_policy::copy,
+                 "sequence"_a,
+                 "kv_head"_a,
+                 "partition"_a = 0)
+            .def(
+                    "cell_counts",
+                    [](const AttentionAdapter& a,
+                       int64_t sequence,
+                       int kv_head,
+                       int partition) {
+                        const CellLists& lists =
+                                a.lists(sequence, kv_head, partition);
+                        return copy_to_numpy(
+                                lists.stats().count, {size_t(lists.ncell())});
+                    },
+                    "sequence"_a,
+                    "kv_head"_a,
+                    "partition"_a = 0,
+                    nb::sig("def cell_counts(self, sequence: int, kv_head: "
+                            "int, partition: int = 0) -> numpy.typing.NDArray[numpy.int32]"),
+                    "Far keys in each cell, (ncell,).")
+            .def("bytes_used",
+                 &AttentionAdapter::bytes_used,
+                 "Bytes of all lists and their statistics; what sequences share "
+                 "counts once.")
+            .def("save",
+                 &AttentionAdapter::save,
+                 "sequence"_a,
+                 "path"_a,
+                 nb::call_guard<nb::gil_scoped_release>(),
+                 "Writes the lists of a sequence and its own partitions.")
+            .def("load",
+                 &AttentionAdapter::load,
+                 "path"_a,
+                 nb::call_guard<nb::gil_scoped_release>(),
+                 "A sequence as it was saved; its number.");
+
+    adapter.def(
+                   "attend",
+                   [](const AttentionAdapter& a,
+                      const std::vector<const Asking*>& asking,
+                      const nb::object& queries,
+                      const ProbePolicy* policy,
+                      const nb::object& output,
+                      const nb::object& lse,
+                      bool merge) {
+                       const Batch batch(a, asking, queries);
+                       return attend(
+                               batch,
+                               output,
+                               lse,
+                               merge,
+                               [&](const AttendOutput& out) {
+                                   a.attend(
+                                           batch.inputs,
+                                           batch.rows->data(),
+                                           out,
+                                           policy);
+                               });
+                   },
+                   "batch"_a,
+                   "queries"_a,
+                   "policy"_a = nb::none(),
+                   nb::kw_only(),
+                   "output"_a = nb::none(),
+                   "lse"_a = nb::none(),
+                   "merge"_a = false,
+                   nb::sig("def attend(self, batch: "
+                           "collections.abc.Sequence[SequenceInput], queries: "
+                           "object, policy: ProbePolicy | None = None, *, "
+                           "output: object = None, lse: object = None, merge: "
+                           "bool = False) -> Attention"),
+                   "Attention of a batch.\n\nqueries: post-RoPE, (tokens, "
+                   "heads_q, d), or (heads_q, d) of one token; float32 is read "
+                   "in place. policy: None for the adapter's. output (tokens, "
+                   "heads_q, d_v) and lse (tokens, heads_q): float32 arrays to "
+                   "write to, None for new ones; with merge they already hold "
+                   "results over other keys and become those of the union.")
+            .def(
+                    "route",
+                    [](const AttentionAdapter& a,
+                       const std::vector<const Asking*>& asking,
+                       const nb::object& queries,
+                       const ProbePolicy* policy) {
+                        const Batch batch(a, asking, queries);
+                        nb::gil_scoped_release release;
+                        return a.route(
+                                batch.inputs, batch.rows->data(), policy);
+                    },
+                    "batch"_a,
+                    "queries"_a,
+                    "policy"_a = nb::none(),
+                    nb::sig("def route(self, batch: "
+                            "collections.abc.Sequence[SequenceInput], queries: "
+                            "object, policy: ProbePolicy | None = None) -> "
+                            "ProbedCells"),
+                    "The first half of attend: which cells to probe.")
+            .def(
+                    "attend_preassigned",
+                    [](const AttentionAdapter& a,
+                       const std::vector<const Asking*>& asking,
+                       const nb::object& queries,
+                       const ProbedCells& probed,
+                       const nb::object& output,
+                       const nb::object& lse,
+                       bool merge) {
+                        const Batch batch(a, asking, queries);
+                        return attend(
+                                batch,
+                                output,
+                                lse,
+                                merge,
+                                [&](const AttendOutput& out) {
+                                    a.attend_preassigned(
+                                            batch.inputs,
+                                            batch.rows->data(),
+                                            probed,
+                                            out);
+                                });
+                    },
+                    "batch"_a,
+                    "queries"_a,
+                    "probed"_a,
+                    nb::kw_only(),
+                    "output"_a = nb::none(),
+                    "lse"_a = nb::none(),
+                    "merge"_a = false,
+                    nb::sig("def attend_preassigned(self, batch: "
+                            "collections.abc.Sequence[SequenceInput], queries: "
+                            "object, probed: ProbedCells, *, output: object = "
+                            "None, lse: object = None, merge: bool = False) -> "
+                            "Attention"),
+                    "The second half of attend, with cells from route or from "
+                    "elsewhere.");
+
+    m.def(
+            "sequence_partitions",
+            [](const ArrayView& view,
+               int64_t begin,
+               int64_t end,
+               int ncell,
+               const KMeansParams& params) {
+                HeadPartitions all;
+                {
+                    nb::gil_scoped_release release;
+                    all = sequence_partitions(
+                            view.kv, begin, end, ncell, params);
+                }
+                return to_python(all);
+            },
+            "kv"_a,
+            "begin"_a,
+            "end"_a,
+            "ncell"_a,
+            "params"_a = KMeansParams(),
+            nb::sig("def sequence_partitions(kv: KvView, begin: int, end: int, "
+                    "ncell: int, params: KMeansParams = ...) -> "
+                    "list[list[Partition]]"),
+            "Partitions for one sequence, one list for each KV head, learnt "
+            "from the keys of the slots begin .. end - 1 as the cache holds "
+            "them (post-RoPE).");
+}
+
+} // namespace faiss_saap::python

@@ -1,0 +1,272 @@
+"""SmolLM2 decoding through the library in all its layers: a cache of keys and values, and ways to attend to it.
+
+A way to attend (Method) answers one token of one layer. `decode` runs tokens through the model layer by layer and, in
+each layer, token by token: a token's keys enter the cache, then its queries are answered. With given tokens that is
+what decoding one after the other computes, and the products with the weights stay matrix products.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Callable, Iterable, Optional, Sequence
+
+# Decoding alternates between the threads of numpy's BLAS and the library's. Those that wait by spinning, as is OpenMP's
+# default, keep the others from the cores: ten times slower where other programs want them too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import faiss_saap as fs  # noqa: E402
+import numpy as np  # noqa: E402
+
+from smollm2 import SmolLM2, causal_attention  # noqa: E402
+
+SINK, WINDOW = 16, 512
+
+
+class KvCache:
+    """Rotated keys and values of one text, float16: k and v (layers, heads_kv, capacity, d)."""
+
+    def __init__(self, model: SmolLM2, capacity: int):
+        shape = (model.num_layers, model.num_kv_heads, capacity, model.head_dim)
+        self.k, self.v = np.zeros(shape, np.float16), np.zeros(shape, np.float16)
+        self.length = 0  #: tokens that are filled in all layers
+
+    def write(self, layer: int, first: int, k: np.ndarray, v: np.ndarray) -> None:
+        """k, v (heads_kv, n, d) of the slots first and after."""
+        self.k[layer, :, first : first + k.shape[1]] = k
+        self.v[layer, :, first : first + k.shape[1]] = v
+
+    def view(self, layer: int, length: int) -> fs.KvView:
+        return fs.KvView.head_major(self.k[layer], self.v[layer], length)
+
+    def copy_of(self, other: KvCache, length: int) -> None:
+        """Begins with the first tokens of another cache."""
+        self.k[:, :, :length], self.v[:, :, :length] = other.k[:, :, :length], other.v[:, :, :length]
+        self.length = length
+
+
+def prefill(
+    model: SmolLM2, tokens: np.ndarray, cache: KvCache, each_layer: Optional[Callable[[], object]] = None
+) -> None:
+    """Fills the cache with all of tokens (n,) by dense attention; those it holds already are not computed again."""
+    first, n = cache.length, len(tokens)
+
+    def attention(layer, q, k, v, positions):
+        cache.write(layer, first, model.rotate(k, positions), v)
+        held = (x[layer, :, :n].astype(np.float32) for x in (cache.k, cache.v))
+        out = causal_attention(model.rotate(q, positions), *held)
+        if each_layer:
+            each_layer()
+        return out
+
+    if n > first:
+        model.forward(tokens[first:], attention, first)
+    cache.length = n
+
+
+def cached_prefill(
+    model: SmolLM2, tokens: np.ndarray, capacity: int, folder: Path, each_layer: Optional[Callable[[], object]] = None
+) -> KvCache:
+    """The cache after tokens (n,), from a file in the folder where an earlier run left it."""
+    key = f"{model.name} {model.rope_scale} ".encode() + tokens.astype(np.int32).tobytes()
+    path = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.npy"
+    cache = KvCache(model, capacity)
+    n = len(tokens)
+    if path.exists():
+        cache.k[:, :, :n], cache.v[:, :, :n] = np.load(path, mmap_mode="r")
+        cache.length = n
+        return cache
+    prefill(model, tokens, cache, each_layer)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, np.stack([cache.k[:, :, :n], cache.v[:, :, :n]]))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return cache
+
+
+class Method:
+    """How queries are answered. Its cache holds a prefill of `length` tokens; more are decoded after it."""
+
+    def __init__(self, name: str, cache: KvCache):
+        self.name, self.cache = name, cache
+
+    def begin(self, budget: float) -> None:
+        """Forgets the tokens decoded so far; from here on at most this share of the far keys is read per KV head."""
+        self.budget = budget
+        self.keys_read = self.far_keys = 0  #: sums over tokens, layers and KV heads
+
+    def attend(self, layer: int, view: fs.KvView, q: np.ndarray) -> np.ndarray:
+        """Output (heads_q, d) for the newest token of the view, its queries q (heads_q, d) rotated."""
+        raise NotImplementedError
+
+    @property
+    def selectivity(self) -> float:
+        return self.keys_read / self.far_keys if self.far_keys else 0.0
+
+    def count(self, keys_read: int, far_keys: int) -> None:
+        self.keys_read += keys_read
+        self.far_keys += far_keys
+
+    def index_bytes(self) -> int:
+        """What choosing reads for one token, all layers together, beside the keys and values."""
+        return 0
+
+    @staticmethod
+    def far_end(view: fs.KvView) -> int:
+        return max(SINK, view.length - WINDOW)
+
+
+class Dense(Method):
+    def attend(self, layer: int, view: fs.KvView, q: np.ndarray) -> np.ndarray:
+        far = (self.far_end(view) - SINK) * view.heads
+        self.count(far, far)
+        return fs.attend_dense(view, q)[0]
+
+
+class WindowOnly(Method):
+    def attend(self, layer: int, view: fs.KvView, q: np.ndarray) -> np.ndarray:
+        end = self.far_end(view)
+        self.count(0, (end - SINK) * view.heads)
+        sink = fs.attend_dense(view, q, 0, min(SINK, view.length))
+        return fs.merge_states(*sink, *fs.attend_dense(view, q, end, view.length))[0]
+
+
+class OracleTopK(Method):
+    """The best far keys one by one: those with the most attention, summed over the query heads of a KV head."""
+
+    def begin(self, budget: float) -> None:
+        super().begin(budget)
+        self._layer, self._keys = -1, np.empty((0, 0, 0), np.float32)
+
+    def attend(self, layer: int, view: fs.KvView, q: np.ndarray) -> np.ndarray:
+        end = self.far_end(view)
+        if layer != self._layer or end > self._keys.shape[1]:
+            self._layer, self._keys = layer, self.cache.k[layer, :, : view.length].astype(np.float32)
+        out = np.empty_like(q)
+        group = len(q) // view.heads
+        dense = np.r_[0 : min(SINK, view.length), end : view.length]
+        for head in range(view.heads):
+            own = slice(head * group, (head + 1) * group)
+            scores = q[own] @ self._keys[head, SINK:end].T * np.float32(view.d**-0.5)
+            best = int(self.budget * scores.shape[1])
+            chosen = np.empty(0, np.int64)
+            if best:
+                mass = np.exp(scores - fs.attend_dense(view, q)[1][own, None]).sum(0)
+                chosen = SINK + np.argpartition(-mass, best - 1)[:best]
+            slots = np.sort(np.concatenate([dense, chosen])).astype(np.int32)
+            out[own] = fs.attend_slots(view, head, q[own], slots)[0]
+            self.count(best, scores.shape[1])
+        return out
+
+
+class Cells(Method):
+    """The library's adapter, one for each layer, with these partitions[layer][kv_head] (each a list)."""
+
+    def __init__(self, name: str, cache: KvCache, model: SmolLM2, partitions: Sequence[Sequence[list[fs.Partition]]]):
+        super().__init__(name, cache)
+        self.partitions = partitions
+        self.adapters, self.prefilled, self.sequences = [], [], []
+        for layer in range(model.num_layers):
+            adapter = fs.AttentionAdapter(
+                model.num_heads, model.num_kv_heads, model.head_dim, partitions[layer], sink=SINK, window=WINDOW
+            )
+            sequence = adapter.create()
+            adapter.append(sequence, cache.view(layer, cache.length))
+            self.adapters.append(adapter)
+            self.prefilled.append(sequence)
+
+    def begin(self, budget: float) -> None:
+        super().begin(budget)
+        for adapter, sequence in zip(self.adapters, self.sequences):
+            adapter.free(sequence)
+        self.sequences = [a.fork(s) for a, s in zip(self.adapters, self.prefilled)]
+        most = max(p.ncell for layer in self.partitions for head in layer for p in head)
+        self._policy = fs.ProbePolicy(nprobe=most, max_selectivity=budget)
+
+    def attend(self, layer: int, view: fs.KvView, q: np.ndarray) -> np.ndarray:
+        adapter, sequence = self.adapters[layer], self.sequences[layer]
+        adapter.append(sequence, view)
+        result = adapter.attend([fs.SequenceInput(sequence, view)], q, self._policy)
+        # the query heads of a KV head share their choice
+        first_of_group = slice(None, None, adapter.heads_q // adapter.heads_kv)
+        self.count(
+            int(result.keys_read[0, first_of_group].sum()), int(result.far_keys[0, first_of_group].sum())
+        )
+        return result.output[0]
+
+    def index_bytes(self) -> int:
+        return sum(p.query.bytes_read() for layer in self.partitions for head in layer for p in head)
+
+
+#: in the order of tables
+METHODS = ("dense", "window", "oracle_topk", "ivf_rope_ip", "saap", "saap_blend", "union")
+
+
+def make_methods(
+    names: Iterable[str], cache: KvCache, model: SmolLM2, trained: Optional[fs.PartitionSet]
+) -> Iterable[Method]:
+    """The methods of these names after the prefill in the cache, one after the other.
+
+    trained: needed by saap, saap_blend and union. Its cells are of de-rotated keys and its classifiers see queries
+    before RoPE, so they serve other RoPE scalings than that of their training too.
+    """
+    layers, heads = range(model.num_layers), range(model.num_kv_heads)
+    rope = fs.RopeParams(
+        model.head_dim,
+        model.rope_theta,
+        "interleaved",
+        "" if model.rope_scale == 1 else f"ntk:{model.rope_scale:g}",
+    )
+    own_cells: list[list[list[fs.Partition]]] = []
+
+    def own() -> list[list[list[fs.Partition]]]:
+        """k-means of the prefill's rotated keys, 32 to a cell."""
+        if not own_cells:
+            n = cache.length
+            ncell = max(1, (n - SINK) // 32)
+            own_cells.extend(fs.sequence_partitions(cache.view(l, n), SINK, n, ncell) for l in layers)
+        return own_cells
+
+    def offline(blend: bool) -> list[list[list[fs.Partition]]]:
+        if trained is None:
+            raise ValueError("the methods saap, saap_blend and union need --partitions")
+        found = [[trained.find(l, h) for h in heads] for l in layers]
+        parts = [[p.blended() if blend else p.partition for p in layer] for layer in found]
+        return [[[fs.Partition(p.key, p.query, rope)] for p in layer] for layer in parts]
+
+    def both() -> list[list[list[fs.Partition]]]:
+        return [[a + b for a, b in zip(*layer)] for layer in zip(offline(False), own())]
+
+    for name in names:
+        if name in ("dense", "window", "oracle_topk"):
+            yield {"dense": Dense, "window": WindowOnly, "oracle_topk": OracleTopK}[name](name, cache)
+        elif name == "ivf_rope_ip":
+            yield Cells(name, cache, model, own())
+        elif name in ("saap", "saap_blend"):
+            yield Cells(name, cache, model, offline(name == "saap_blend"))
+        elif name == "union":
+            yield Cells(name, cache, model, both())
+        else:
+            raise ValueError(f"method '{name}' must be one of {', '.join(METHODS)}")
+
+
+def decode(model: SmolLM2, method: Method, tokens: np.ndarray, first: int) -> np.ndarray:
+    """Final hidden states (n, width) of tokens (n,) at position first and after, attended to by the method."""
+    cache = method.cache
+
+    def attention(layer, q, k, v, positions):
+        cache.write(layer, first, model.rotate(k, positions), v)
+        queries = np.ascontiguousarray(model.rotate(q, positions).swapaxes(0, 1))
+        view = cache.view(layer, first)
+        out = np.empty_like(q)
+        for t in range(len(queries)):
+            view.length = first + t + 1
+            out[:, t] = method.attend(layer, view, queries[t])
+        return out
+
+    return model.forward(tokens, attention, first)

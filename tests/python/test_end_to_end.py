@@ -1,0 +1,147 @@
+"""A model decoding through the library in all its layers: against its own forward pass, its budgets, its programs."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "contrib"))
+
+pytest.importorskip("gguf")
+import end_to_end  # noqa: E402
+from pass_key import DIGITS, hide_pass_key  # noqa: E402
+from smollm2 import SmolLM2  # noqa: E402
+from sparse_decoding import METHODS, KvCache, cached_prefill, decode, make_methods, prefill  # noqa: E402
+
+import faiss_saap as fs  # noqa: E402
+
+TOKENS, FIRST = 900, 892  # 364 far keys or more for each of the last 8 tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return SmolLM2()
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    return end_to_end.haystack_of(model, None)[:TOKENS]
+
+
+@pytest.fixture(scope="module")
+def cache(model, tokens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prefill")
+    first = cached_prefill(model, tokens[:FIRST], TOKENS, folder)
+    second = cached_prefill(model, tokens[:FIRST], TOKENS, folder)  # from the file
+    assert np.array_equal(first.k, second.k) and np.array_equal(first.v, second.v) and second.length == FIRST
+    assert len(list(folder.iterdir())) == 1
+    return second
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return fs.read_partitions(str(ROOT / "data" / "smollm2_135m.saap"))
+
+
+@pytest.fixture(scope="module")
+def expected(model, tokens):
+    """Hidden states of the last tokens by the model's own dense attention, which knows nothing of the library."""
+    return model.forward(tokens)[FIRST:]
+
+
+def relative(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m not in ("window", "ivf_rope_ip")])
+def test_with_all_keys_read_every_method_is_the_model(model, tokens, cache, trained, expected, name):
+    (method,) = make_methods([name], cache, model, trained)
+    method.begin(1.0)
+    hidden = decode(model, method, tokens[FIRST:], FIRST)
+    assert method.selectivity == 1
+    # the cache is float16, the model's own pass float32
+    assert relative(hidden, expected) < 5e-3
+
+
+def test_budgets_are_kept_and_reading_more_errs_less(model, tokens, cache, trained, expected):
+    for method in make_methods(["window", "oracle_topk", "saap"], cache, model, trained):
+        errors = []
+        for budget in (0.1, 0.5):
+            method.begin(budget)
+            errors.append(relative(decode(model, method, tokens[FIRST:], FIRST), expected))
+            if method.name == "window":
+                assert method.selectivity == 0 and errors[0] > 0.02
+            else:
+                assert 0.5 * budget < method.selectivity <= budget * 1.05
+        assert method.name == "window" or errors[1] < errors[0]
+
+
+def test_a_prefill_goes_on_from_another(model, tokens, cache):
+    begun = KvCache(model, TOKENS)
+    begun.copy_of(cache, 300)
+    prefill(model, tokens[:400], begun)
+    assert begun.length == 400
+    for mine, theirs in ((begun.k, cache.k), (begun.v, cache.v)):
+        assert relative(mine[:, :, :400].astype(np.float32), theirs[:, :, :400].astype(np.float32)) < 2e-3
+
+
+def test_a_pass_key_is_hidden_whole(model, tokens):
+    hidden = hide_pass_key(model, tokens, 500, 0.5, seed=3)
+    text = model.decode(hidden.tokens)
+    assert len(hidden.tokens) == 500 and text.count(hidden.key) == 3
+    assert model.decode(hidden.tokens[-DIGITS:]) == hidden.key and not model.decode(hidden.prompt).endswith(hidden.key)
+    assert 200 < hidden.needle < 250
+    with pytest.raises(ValueError, match="there are 900"):
+        hide_pass_key(model, tokens, 2000, 0.5, seed=3)
+
+
+def test_programs(tmp_path, capsys):
+    common = ["--cache", str(tmp_path / "cache")]
+    measured = ["--budgets", "0.1", "--methods", "dense,window,saap", "--json", str(tmp_path / "r.json"),
+                "--plot", str(tmp_path / "r.png")]  # fmt: skip
+    assert end_to_end.main(["needle", "--lengths", "1300", "--depths", "1", *common, *measured]) == 0
+    rows = {r["method"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert rows["dense"]["digits_found"] == 1 and rows["dense"]["selectivity"] == 1
+    assert rows["window"]["digits_found"] < 1  # the key lies before it
+    assert 0.05 < rows["saap"]["selectivity"] <= 0.105 and rows["saap"]["index_bytes_fraction"] > 0
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning was the word, and the word was long. " * 100)
+    loss = ["loss", "--text", str(text), "--tokens", "700", "--sparse", "8", *common, *measured]
+    assert end_to_end.main(loss) == 0
+    rows = {r["method"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert 0 < rows["dense"]["loss"] < 0.5  # it has read that sentence before
+
+    assert end_to_end.main(["stream", "--tokens", "700", "--seed", "5", "--methods", "dense", *common]) == 0
+    out = capsys.readouterr().out
+    key = out.split("A pass key, ")[1][:DIGITS]
+    answer = out.splitlines()[-1]
+    assert "".join(part[-1] for part in answer.split("[")[:DIGITS]) == key and answer.endswith("found")
+    assert answer.count("[100.0%]") == DIGITS
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["loss", "--text", "x", "--tokens", "600"], "--tokens 600 leaves no far keys"),
+        (["needle", "--methods", "saap,magic"], "'magic' must be one of"),
+        (["needle", "--budgets", "2"], "must be from 0 to 1"),
+        (["stream", "--nonsense"], "--nonsense"),
+        ([], "required"),
+    ],
+)
+def test_wrong_options_are_refused_with_a_sentence(capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as stop:
+        end_to_end.main(arguments)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_named(capsys, tmp_path):
+    assert end_to_end.main(["loss", "--text", str(tmp_path / "none.txt")]) == 1
+    assert "none.txt" in capsys.readouterr().err
+    assert end_to_end.main(["needle", "--lengths", "20000", "--cache", str(tmp_path)]) == 1
+    assert "haystack" in capsys.readouterr().err
