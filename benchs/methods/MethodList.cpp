@@ -8,6 +8,7 @@
     file(ivf)                         \
     file(saap)                        \
     file(union)                       \
+    file(query_metric)                \
     file(segments)                    \
     file(quest)                       \
     file(magicpig)                    \
