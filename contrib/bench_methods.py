@@ -18,16 +18,16 @@ BUDGETS = "0.005,0.01,0.02,0.03,0.04,0.06,0.1,0.2"
 TEXTS = {"8k": ["kjv", "handbook", "python", "kernel"], "32k": ["kjv", "handbook", "python"]}
 WINDOW = {"8k": 256, "32k": 2048}
 CELLS = {"8k": 512, "32k": 2048}  # 16 keys a cell
-QUERIES = {"8k": 48, "32k": 32}
+QUERIES = {"8k": 48, "32k": 24}
 # Cells of 32 and 64 keys: a smaller index leaves more of the bytes for keys.
 COARSE = "ivf_rope_ip,ivf_rope_ip_group,ivf_rope_spherical_group"
-# Where keys are listed as decoding does it, the methods that stand for their families.
-DECODING = (
+# The methods that stand for their families: for long texts, and where keys are listed as decoding does it.
+FAMILIES = (
     "oracle_topk,oracle_topk_group,ivf_rope_l2_group,ivf_rope_ip,ivf_rope_ip_group,ivf_norope_mean_group,"
     "retroinfer_group,quest_64_group,pq_scan_group,pq_scan_4bit_group,pqcache_group,magicpig,hnsw,streaming_llm,"
     "metric_cells_group,metric_codes,metric_codes_group"
 )
-DECODING_TRAINED = ",saap,saap_group,saap_blend_group"
+FAMILIES_TRAINED = ",saap,saap_group"
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Run:
 
 
 def heads(traces: Path, length: str) -> list[tuple[str, Path, int, int]]:
-    """Text, trace, layer and KV head: of each layer of a trace one head, another one in the next text."""
+    """Text, trace, layer and KV head: every other layer of a trace, the others in the next text, and one head of each."""
     sampled = []
     for t, text in enumerate(TEXTS[length]):
         trace = traces / "heads" / f"{text}_{length}.safetensors"
@@ -69,25 +69,27 @@ def heads(traces: Path, length: str) -> list[tuple[str, Path, int, int]]:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
         layers = [int(x) for x in header["layers"].split(",")]
         kv_heads = [int(x) for x in header.get("kv_heads", "0,1,2").split(",")]
-        for n, layer in enumerate(layers):
+        for n, layer in list(enumerate(layers))[t % 2 :: 2]:
             sampled.append((text, trace, layer, kv_heads[(n + t) % len(kv_heads)]))
     return sampled
 
 
 def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
-    runs = []
+    """What is asked first comes first: all methods, then coarser cells, then the decode-like listing."""
+    everything, coarse, decoding = [], [], []
     for length in lengths:
         for text, trace, layer, kv_head in heads(traces, length):
             trained = data / "smollm2_135m.saap" if length == "8k" else traces / f"{layer}_{length}.saap"
-            partitions = trained if trained.exists() and (length == "8k" or kv_head == 0) else None
+            partitions = trained if trained.exists() else None
             name = f"{length}-{text}-{layer}-{kv_head}"
             common = dict(length=length, trace=trace, layer=layer, kv_head=kv_head, partitions=partitions)
-            runs.append(Run(name, **common))
+            families = FAMILIES + (FAMILIES_TRAINED if partitions else "")
+            everything.append(Run(name, **common, methods="all" if length == "8k" else families))
             for keys in (32, 64):
-                runs.append(Run(f"{name}-cells{keys}", **common, methods=COARSE, keys_per_cell=keys))
-            methods = DECODING + (DECODING_TRAINED if partitions else "")
-            runs.append(Run(f"{name}-prefix", **common, methods=methods, cluster_on="prefix"))
-    return runs
+                coarse.append(Run(f"{name}-cells{keys}", **common, methods=COARSE, keys_per_cell=keys))
+            blend = ",saap_blend_group" if partitions else ""
+            decoding.append(Run(f"{name}-prefix", **common, methods=families + blend, cluster_on="prefix"))
+    return everything + coarse + decoding
 
 
 def main() -> None:
