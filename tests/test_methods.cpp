@@ -183,7 +183,7 @@ TEST(Methods, MagicPigSamplesWithTheProbabilityItDividesBy) {
     double ratio = 0;
     const int draws = 12;
     for (int draw = 0; draw < draws; draw++) {
-        Setup setup(w.data);
+        benchs::Setup setup(w.data);
         setup.seed = 100 + draw;
         const auto method = find_method("magicpig").make(setup, false);
         method->build(w.data, w.data.tokens);
