@@ -11,12 +11,15 @@
 /// - `metric_codes`: two levels. Cells of 32 keys choose five times the keys that
 ///   may be read; these are ranked one by one by 4-bit product codes of what the
 ///   cell's mean leaves over (half a byte for every two components).
+///
+/// What comes after the clustered prefix is clustered in segments of the window,
+/// at most 1,024 tokens, with cells of its own: rotated keys move on, and old
+/// cells do not fit them. The metric and the codes stay those of the prefix.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 
 #include <faiss/VectorTransform.h>
-#include <faiss/impl/FaissAssert.h>
 #include <faiss/impl/ProductQuantizer.h>
 
 #include <faiss_saap/ProbePolicy.h>
@@ -124,45 +127,78 @@ struct QueryMetric {
     }
 };
 
-/// The clustered keys k', size clustered * r.
-std::vector<float> mapped_keys(const Setup& s, const QueryMetric& metric) {
-    std::vector<float> all;
-    all.reserve(s.clustered * metric.r);
-    for (int64_t j = 0; j < s.clustered; j++) {
-        const auto y = metric.map(
-                metric.key, s.data.keys_post.data() + j * s.data.d);
-        all.insert(all.end(), y.begin(), y.end());
-    }
-    return all;
-}
-
 struct MetricCells : CellMethod {
     QueryMetric metric;
-    Partition partition;      ///< of k'
+    KMeansParams kmeans;
+    int64_t clustered, sink, tokens, segment;
+    int keys_per_cell;
     std::vector<float> means; ///< as int8 with a scale holds them, ncell * r
+    int made = 0;             ///< cells so far
+    std::vector<int32_t> cells; ///< of the keys of slots sink .., so far
 
-    MetricCells(const Setup& s, int keys_per_cell, bool share)
+    MetricCells(const Setup& s, int per_cell, bool share)
             : CellMethod(
-                      CellLists(
-                              count(s, keys_per_cell),
-                              s.data.d,
-                              s.sink,
-                              false),
+                      CellLists(count(s, per_cell), s.data.d, s.sink, false),
                       s.sink,
                       share),
-              metric(s) {
-        const auto keys = mapped_keys(s, metric);
-        KMeansParams params;
-        params.niter = s.niter;
-        params.seed = s.seed;
-        const int ncell = lists.ncell(), r = metric.r;
-        partition = kmeans_partition(
-                s.clustered, r, keys.data(), ncell, NEEDS_POST_ROPE, params);
-        const auto cells = cells_of(keys);
-        means.assign(int64_t(ncell) * r, 0.0f);
-        cell_means(s.clustered, r, keys.data(), cells.data(), ncell, means.data());
+              metric(s),
+              clustered(std::max(s.clustered, s.sink + 1)),
+              sink(s.sink),
+              tokens(s.data.tokens),
+              segment(segment_of(s)),
+              keys_per_cell(per_cell) {
+        kmeans.niter = s.niter;
+        kmeans.seed = s.seed;
+        means.assign(int64_t(lists.ncell()) * metric.r, 0.0f);
+        cluster(s.data, clustered);
+    }
+
+    static int64_t segment_of(const Setup& s) {
+        return std::clamp<int64_t>(s.window, 64, 1024);
+    }
+    static int cells_for(int64_t keys, int per_cell) {
+        return static_cast<int>(std::max<int64_t>(1, keys / per_cell));
+    }
+    static int count(const Setup& s, int per_cell) {
+        int n = cells_for(s.clustered - s.sink, per_cell);
+        for (int64_t at = s.clustered; at < s.data.tokens; at += segment_of(s)) {
+            n += cells_for(
+                    std::min(segment_of(s), s.data.tokens - at), per_cell);
+        }
+        return n;
+    }
+
+    /// k' of slots begin .. end - 1, size (end - begin) * r.
+    std::vector<float> mapped(const HeadData& data, int64_t begin, int64_t end)
+            const {
+        std::vector<float> all;
+        all.reserve((end - begin) * metric.r);
+        for (int64_t j = begin; j < end; j++) {
+            const auto y =
+                    metric.map(metric.key, data.keys_post.data() + j * data.d);
+            all.insert(all.end(), y.begin(), y.end());
+        }
+        return all;
+    }
+
+    /// Cells of their own for the keys up to `end`.
+    void cluster(const HeadData& data, int64_t end) {
+        const int64_t begin = sink + static_cast<int64_t>(cells.size());
+        const int64_t n = end - begin;
+        const int r = metric.r, ncell = cells_for(n, keys_per_cell);
+        const auto keys = mapped(data, begin, end);
+        const Partition p = kmeans_partition(
+                n, r, keys.data(), ncell, NEEDS_POST_ROPE, kmeans);
+        RoutingInput input;
+        input.n = n;
+        input.d = r;
+        input.post_rope = keys.data();
+        std::vector<int32_t> own(n);
+        p.key->assign(input, nullptr, 1, own.data(), nullptr);
+        float* first = means.data() + int64_t(made) * r;
+        cell_means(n, r, keys.data(), own.data(), ncell, first);
         for (int c = 0; c < ncell; c++) {
-            float* m = means.data() + int64_t(c) * r;
+            float* m = first + int64_t(c) * r;
             float top = 1e-20f;
             for (int i = 0; i < r; i++) {
                 top = std::max(top, std::abs(m[i]));
@@ -171,34 +207,24 @@ struct MetricCells : CellMethod {
                 m[i] = std::round(m[i] / top * 127) * top / 127;
             }
         }
-    }
-
-    static int count(const Setup& s, int keys_per_cell) {
-        return static_cast<int>(
-                std::max<int64_t>(1, s.clustered / keys_per_cell));
-    }
-
-    std::vector<int32_t> cells_of(const std::vector<float>& keys) const {
-        RoutingInput input;
-        input.n = static_cast<int64_t>(keys.size()) / metric.r;
-        input.d = metric.r;
-        input.post_rope = keys.data();
-        std::vector<int32_t> cells(input.n);
-        partition.key->assign(input, nullptr, 1, cells.data(), nullptr);
-        return cells;
+        for (int32_t c : own) {
+            cells.push_back(made + c);
+        }
+        made += ncell;
     }
 
     void assign(const HeadData& data, int64_t begin, int64_t end, int32_t* out)
             override {
-        std::vector<float> keys;
-        for (int64_t j = begin; j < end; j++) {
-            const auto y =
-                    metric.map(metric.key, data.keys_post.data() + j * data.d);
-            keys.insert(keys.end(), y.begin(), y.end());
+        while (sink + static_cast<int64_t>(cells.size()) < end) {
+            cluster(data,
+                    std::min(
+                            sink + static_cast<int64_t>(cells.size()) + segment,
+                            tokens));
         }
-        const auto cells = cells_of(keys);
-        std::copy(cells.begin(), cells.end(), out);
-        encode(keys, cells);
+        const std::vector<int32_t> of_keys(
+                cells.begin() + (begin - sink), cells.begin() + (end - sink));
+        std::copy(of_keys.begin(), of_keys.end(), out);
+        encode(mapped(data, begin, end), of_keys);
     }
 
     /// Notes the next keys, where there are codes.
@@ -230,27 +256,27 @@ struct MetricCodes : MetricCells {
             : MetricCells(s, 32, share), pq(metric.r, metric.r / 2, 4) {
         pq.cp.seed = s.seed;
         pq.cp.min_points_per_centroid = 1;
-        const auto keys = mapped_keys(s, metric);
-        const auto left = residuals(keys, cells_of(keys));
-        pq.train(s.clustered, left.data());
+        const auto left = residuals(mapped(s.data, sink, clustered), cells);
+        pq.train(clustered - sink, left.data());
     }
 
     std::vector<float> residuals(
             std::vector<float> keys,
-            const std::vector<int32_t>& cells) const {
+            const std::vector<int32_t>& of_keys) const {
         const int r = metric.r;
         for (size_t i = 0; i < keys.size(); i++) {
-            keys[i] -= means[int64_t(cells[i / r]) * r + i % r];
+            keys[i] -= means[int64_t(of_keys[i / r]) * r + i % r];
         }
         return keys;
     }
 
-    void encode(const std::vector<float>& keys, const std::vector<int32_t>& cells)
-            override {
-        const auto left = residuals(keys, cells);
-        std::vector<uint8_t> packed(cells.size() * pq.code_size);
-        pq.compute_codes(left.data(), packed.data(), cells.size());
-        for (size_t i = 0; i < cells.size(); i++) {
+    void encode(
+            const std::vector<float>& keys,
+            const std::vector<int32_t>& of_keys) override {
+        const auto left = residuals(keys, of_keys);
+        std::vector<uint8_t> packed(of_keys.size() * pq.code_size);
+        pq.compute_codes(left.data(), packed.data(), of_keys.size());
+        for (size_t i = 0; i < of_keys.size(); i++) {
             faiss::PQDecoderGeneric decoder(&packed[i * pq.code_size], 4);
             for (size_t m = 0; m < pq.M; m++) {
                 codes.push_back(static_cast<uint8_t>(decoder.decode()));
