@@ -17,8 +17,21 @@ using namespace faiss_saap::tests;
 namespace {
 
 /// The first tokens of a real text.
+HeadData beginning(int64_t tokens) {
+    HeadData data(Trace(embedded_trace()), 21, 0);
+    data.tokens = tokens;
+    data.position.resize(tokens);
+    for (auto* x : {&data.keys_pre, &data.keys_post, &data.values}) {
+        x->resize(tokens * data.d);
+    }
+    for (auto* x : {&data.queries_pre, &data.queries_post}) {
+        x->resize(tokens * data.group * data.d);
+    }
+    return data;
+}
+
 struct World {
-    const HeadData data{Trace(embedded_trace()), 21, 0};
+    const HeadData data = beginning(2048);
     Setup setup{data};
     int64_t token = data.tokens - 7;
     FarRange far = far_range(token, 16, 256);
@@ -181,7 +194,7 @@ TEST(Methods, MagicPigSamplesWithTheProbabilityItDividesBy) {
     // add up to what attention over all far keys has: mean over many draws.
     const World& w = world();
     double ratio = 0;
-    const int draws = 12;
+    const int draws = 6;
     for (int draw = 0; draw < draws; draw++) {
         benchs::Setup setup(w.data);
         setup.seed = 100 + draw;
@@ -194,19 +207,19 @@ TEST(Methods, MagicPigSamplesWithTheProbabilityItDividesBy) {
                     (draws * w.data.group);
         }
     }
-    EXPECT_NEAR(ratio, 1, .1);
+    EXPECT_NEAR(ratio, 1, .15);
 }
 
 TEST(Methods, HnswFindsMostOfTheBest) {
     const World& w = world();
     const auto method = w.built("hnsw");
-    const Selection s = method->probe(w.step, 400);
+    const Selection s = method->probe(w.step, 200);
     for (int h = 0; h < w.data.group; h++) {
         std::vector<float> logits;
         for (int64_t j = w.far.begin; j < w.far.end; j++) {
             logits.push_back(static_cast<float>(std::log(w.truth[h].mass[j])));
         }
-        EXPECT_GT(agreement(best_keys(logits.data(), w.far, 400), s.slots[h]), .6);
+        EXPECT_GT(agreement(best_keys(logits.data(), w.far, 200), s.slots[h]), .5);
     }
 }
 
