@@ -75,7 +75,7 @@ def heads(traces: Path, length: str) -> list[tuple[str, Path, int, int]]:
 
 
 def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
-    """What is asked first comes first: the whole text clustered, then coarser cells, then the decode-like listing."""
+    """What is asked first comes first: the whole text clustered, then the decode-like listing, then coarser cells."""
     everything, coarse, decoding = [], [], []
     for length in lengths:
         for text, trace, layer, kv_head in heads(traces, length):
@@ -87,9 +87,9 @@ def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
             everything.append(Run(name, **common, methods=families))
             for keys in (32, 64):
                 coarse.append(Run(f"{name}-cells{keys}", **common, methods=COARSE, keys_per_cell=keys))
-            blend = ",saap_blend_group" if partitions else ""
+            blend = ",saap_blend_group" if partitions and length == "8k" else ""
             decoding.append(Run(f"{name}-prefix", **common, methods=families + blend, cluster_on="prefix"))
-    return everything + coarse + decoding
+    return everything + decoding + coarse
 
 
 def main() -> None:

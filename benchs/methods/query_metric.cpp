@@ -1,16 +1,16 @@
 /// Cells and codes in the metric of the queries.
 ///
-/// What matters of a key is its inner product with queries, not its length:
-/// directions in which queries never point may be forgotten. With C the second
-/// moment of the sequence's own queries so far (those of its first half) and
-/// C = L L', k' = L' k and q' = L^-1 q have the same inner products, and
-/// distances between keys k' are the root mean square of the differences of
-/// their logits. There the leading half of the principal components is kept.
+/// What matters of a key is its inner product with queries: an error in a
+/// direction in which queries never point costs nothing. With C the second
+/// moment of the sequence's own queries so far (those of its first half), half
+/// of it replaced by a multiple of the unit matrix, and C = L L', the vectors
+/// k' = L' k and q' = L^-1 q have the same inner products, and distances between
+/// keys k' are about the root mean square of the differences of their logits.
 ///
 /// - `metric_cells`: k-means of k', a cell for every 16 keys, means as int8;
 /// - `metric_codes`: two levels. Cells of 32 keys choose five times the keys that
 ///   may be read; these are ranked one by one by 4-bit product codes of what the
-///   cell's mean leaves over (half a byte for every two components).
+///   cell's mean leaves over (half a byte for every four components).
 ///
 /// What comes after the clustered prefix is clustered in segments of the window,
 /// at most 1,024 tokens, with cells of its own: rotated keys move on, and old
@@ -37,7 +37,7 @@ struct QueryMetric {
     std::vector<float> key, query; ///< size r * d
 
     explicit QueryMetric(const Setup& s)
-            : d(s.data.d), r(s.data.d / 2) {
+            : d(s.data.d), r(s.data.d) {
         const auto L = cholesky(second_moment(s.data));
         // L' k of the clustered keys, and their principal components.
         std::vector<float> moved(s.clustered * d, 0.0f);
@@ -91,7 +91,8 @@ struct QueryMetric {
     }
 
    private:
-    /// Of the queries of the first half, with a little of the unit matrix.
+    /// Of the queries of the first half, and as much of the unit matrix: rare
+    /// queries, which point elsewhere, matter most on some heads.
     static std::vector<double> second_moment(const HeadData& data) {
         const int d = data.d;
         const int64_t n = data.tokens / 2 * data.group;
@@ -107,7 +108,7 @@ struct QueryMetric {
             }
         }
         for (int a = 0; a < d; a++) {
-            c[a * d + a] += 1e-4 * trace / d + 1e-20;
+            c[a * d + a] += trace / d + 1e-20;
         }
         return c;
     }
@@ -253,7 +254,7 @@ struct MetricCodes : MetricCells {
     std::vector<uint8_t> codes; ///< one a byte here, half of one on the bus
 
     MetricCodes(const Setup& s, bool share)
-            : MetricCells(s, 32, share), pq(metric.r, metric.r / 2, 4) {
+            : MetricCells(s, 32, share), pq(metric.r, metric.r / 4, 4) {
         pq.cp.seed = s.seed;
         pq.cp.min_points_per_centroid = 1;
         const auto left = residuals(mapped(s.data, sink, clustered), cells);
