@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Callable, Iterable, Optional, Sequence
+from typing import Callable, Container, Iterable, Optional, Sequence
 
 # Decoding alternates between the threads of numpy's BLAS and the library's. Those that wait by spinning, as is OpenMP's
 # default, keep the others from the cores: ten times slower where other programs want them too.
@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import faiss_saap as fs  # noqa: E402
 import numpy as np  # noqa: E402
 
-from smollm2 import SmolLM2, causal_attention  # noqa: E402
+from smollm2 import SmolLM2, causal_attention, causal_attention_torch  # noqa: E402
 
 SINK, WINDOW = 16, 512
 
@@ -51,11 +51,12 @@ def prefill(
 ) -> None:
     """Fills the cache with all of tokens (n,) by dense attention; those it holds already are not computed again."""
     first, n = cache.length, len(tokens)
+    attend = causal_attention_torch if model.on_cuda else causal_attention
 
     def attention(layer, q, k, v, positions):
         cache.write(layer, first, model.rotate(k, positions), v)
         held = (x[layer, :, :n].astype(np.float32) for x in (cache.k, cache.v))
-        out = causal_attention(model.rotate(q, positions), *held)
+        out = attend(model.rotate(q, positions), *held)
         if each_layer:
             each_layer()
         return out
@@ -150,13 +151,14 @@ class OracleTopK(Method):
         out = np.empty_like(q)
         group = len(q) // view.heads
         dense = np.r_[0 : min(SINK, view.length), end : view.length]
+        lse = fs.attend_dense(view, q)[1]
         for head in range(view.heads):
             own = slice(head * group, (head + 1) * group)
             scores = q[own] @ self._keys[head, SINK:end].T * np.float32(view.d**-0.5)
             best = int(self.budget * scores.shape[1])
             chosen = np.empty(0, np.int64)
             if best:
-                mass = np.exp(scores - fs.attend_dense(view, q)[1][own, None]).sum(0)
+                mass = np.exp(scores - lse[own, None]).sum(0)
                 chosen = SINK + np.argpartition(-mass, best - 1)[:best]
             slots = np.sort(np.concatenate([dense, chosen])).astype(np.int32)
             out[own] = fs.attend_slots(view, head, q[own], slots)[0]
@@ -255,8 +257,13 @@ def make_methods(
             raise ValueError(f"method '{name}' must be one of {', '.join(METHODS)}")
 
 
-def decode(model: SmolLM2, method: Method, tokens: np.ndarray, first: int) -> np.ndarray:
-    """Final hidden states (n, width) of tokens (n,) at position first and after, attended to by the method."""
+def decode(
+    model: SmolLM2, method: Method, tokens: np.ndarray, first: int, layers: Optional[Container[int]] = None
+) -> np.ndarray:
+    """Final hidden states (n, width) of tokens (n,) at position first and after.
+
+    The method attends in these layers (None: in all), the others are dense and not counted.
+    """
     cache = method.cache
 
     def attention(layer, q, k, v, positions):
@@ -264,9 +271,12 @@ def decode(model: SmolLM2, method: Method, tokens: np.ndarray, first: int) -> np
         queries = np.ascontiguousarray(model.rotate(q, positions).swapaxes(0, 1))
         view = cache.view(layer, first)
         out = np.empty_like(q)
+        by_method = layers is None or layer in layers
         for t in range(len(queries)):
             view.length = first + t + 1
-            out[:, t] = method.attend(layer, view, queries[t])
+            out[:, t] = (
+                method.attend(layer, view, queries[t]) if by_method else fs.attend_dense(view, queries[t])[0]
+            )
         return out
 
     return model.forward(tokens, attention, first)
