@@ -250,6 +250,25 @@ def test_modes_of_torch_may_change_between_passes():
     assert_close(got, eager_logits("llama", ids)[:, 100:])
 
 
+def test_the_example_in_the_docs_runs(tmp_path, monkeypatch, capsys):
+    class Tokenizer:
+        def __call__(self, text, return_tensors):
+            return {"input_ids": torch.tensor([[2 + ord(c) % (VOCABULARY - 2) for c in text]])}
+
+        def decode(self, tokens):
+            return f"{len(tokens)} tokens"
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
+                        lambda name, attn_implementation: make_model(implementation=attn_implementation))  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("It was a dark and stormy night. " * 40)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "huggingface.md").read_text()
+    exec(compile(text.split("```python\n")[1].split("```")[0], "docs/huggingface.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert said.startswith("50 tokens\nread ") and 2 < float(said.split("read ")[1].split("%")[0]) < 6
+
+
 # --- what is refused
 
 
