@@ -122,7 +122,7 @@ def model_for(tokens: int, options: argparse.Namespace) -> SmolLM2:
 
 
 def trained_of(options: argparse.Namespace, methods: Sequence[str]) -> Optional[fs.PartitionSet]:
-    if {"saap", "saap_blend", "union"} & set(methods):
+    if {"saap", "saap_blend", "union", "union_blend"} & set(methods):
         return fs.read_partitions(str(options.partitions))
     return None
 

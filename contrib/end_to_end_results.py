@@ -67,9 +67,9 @@ def environment(version: str) -> dict:
 
 
 def half_width(x: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean of x, by Student's t."""
+    """Of the 95 % interval of the mean of x, by Student's t; infinite for fewer than 4 values, which say little."""
     n = len(x)
-    if n < 2:
+    if n < 4:
         return float("inf")
     # the quantile of Student's t from the normal's (Abramowitz and Stegun 26.7.5)
     z, v = 1.959964, n - 1

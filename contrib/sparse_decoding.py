@@ -206,7 +206,7 @@ class Cells(Method):
 
 
 #: in the order of tables
-METHODS = ("dense", "window", "oracle_topk", "ivf_rope_ip", "saap", "saap_blend", "union")
+METHODS = ("dense", "window", "oracle_topk", "ivf_rope_ip", "saap", "saap_blend", "union", "union_blend")
 
 
 def make_methods(
@@ -214,7 +214,7 @@ def make_methods(
 ) -> Iterable[Method]:
     """The methods of these names after the prefill in the cache, one after the other.
 
-    trained: needed by saap, saap_blend and union. Its cells are of de-rotated keys and its classifiers see queries
+    trained: needed by saap and union, plain and with blends. Its cells are of de-rotated keys and its classifiers see queries
     before RoPE, so they serve other RoPE scalings than that of their training too.
     """
     layers, heads = range(model.num_layers), range(model.num_kv_heads)
@@ -236,13 +236,13 @@ def make_methods(
 
     def offline(blend: bool) -> list[list[list[fs.Partition]]]:
         if trained is None:
-            raise ValueError("the methods saap, saap_blend and union need --partitions")
+            raise ValueError("the methods saap and union, plain and with blends, need --partitions")
         found = [[trained.find(l, h) for h in heads] for l in layers]
         parts = [[p.blended() if blend else p.partition for p in layer] for layer in found]
         return [[[fs.Partition(p.key, p.query, rope)] for p in layer] for layer in parts]
 
-    def both() -> list[list[list[fs.Partition]]]:
-        return [[a + b for a, b in zip(*layer)] for layer in zip(offline(False), own())]
+    def both(blend: bool) -> list[list[list[fs.Partition]]]:
+        return [[a + b for a, b in zip(*layer)] for layer in zip(offline(blend), own())]
 
     for name in names:
         if name in ("dense", "window", "oracle_topk"):
@@ -251,8 +251,8 @@ def make_methods(
             yield Cells(name, cache, model, own())
         elif name in ("saap", "saap_blend"):
             yield Cells(name, cache, model, offline(name == "saap_blend"))
-        elif name == "union":
-            yield Cells(name, cache, model, both())
+        elif name in ("union", "union_blend"):
+            yield Cells(name, cache, model, both(name == "union_blend"))
         else:
             raise ValueError(f"method '{name}' must be one of {', '.join(METHODS)}")
 
