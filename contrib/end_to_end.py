@@ -93,7 +93,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     stream.add_argument("--prompt", metavar="TEXT",
                         help="what follows the text (default: the question for a pass key hidden in it)")
     stream.add_argument("--seed", type=int, help="of the key (default: the time)")
-    stream.add_argument("--answer", type=int, default=24, metavar="N", help="tokens after --prompt at most (default: 24)")
+    stream.add_argument("--answer", type=int, default=24, metavar="N", help="tokens after --prompt at most (24)")
     for command, several in ((needle, "+"), (stream, None)):
         command.add_argument("--haystack", type=Path, nargs=several, metavar="FILE",
                              help="UTF-8 text (default: the 8,192 tokens of data/kjv_8k.safetensors)")

@@ -23,7 +23,7 @@ class HuggingFaceModel:
     """RoPE is in the layout half: components i and i + d/2 turn together."""
 
     def __init__(self, name: str, rope_scale: float = 1.0, device: str = "auto"):
-        """name: on the hub, a folder, or a .gguf file. rope_scale: as SmolLM2's. device: auto takes cuda if it works."""
+        """name: on the hub, a folder, or a .gguf file. rope_scale: as SmolLM2's. device: auto: cuda if it works."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("there is no torch with a CUDA device here")
         self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -214,8 +214,8 @@ def make_methods(
 ) -> Iterable[Method]:
     """The methods of these names after the prefill in the cache, one after the other.
 
-    trained: needed by saap and union, plain and with blends. Its cells are of de-rotated keys and its classifiers see queries
-    before RoPE, so they serve other RoPE scalings than that of their training too.
+    trained: needed by saap and union, plain and with blends. Its cells are of de-rotated keys and its classifiers see
+    queries before RoPE, so they serve other RoPE scalings than that of their training too.
     """
     layers, heads = range(model.num_layers), range(model.num_kv_heads)
     rope = fs.RopeParams(

@@ -148,8 +148,8 @@ def test_differences_are_paired_and_intervals_are_those_of_student():
         x = random.standard_normal(n)
         assert end_to_end_results.half_width(x) == pytest.approx(quantile * x.std(ddof=1) / n**0.5, rel=0.01)
     assert end_to_end_results.half_width([1.0, 2.0, 3.0]) == np.inf
-    row = lambda key, method, found: {"text": "t", "tokens": 9, "depth": 0.5, "key": key, "method": method, "budget": 0.1,
-                                      "digits_found": found, "selectivity": 0.1, "index_bytes_fraction": 0}  # fmt: skip
+    common = {"text": "t", "tokens": 9, "depth": 0.5, "budget": 0.1, "selectivity": 0.1, "index_bytes_fraction": 0}
+    row = lambda key, method, found: {**common, "key": key, "method": method, "digits_found": found}
     found = {"a": (1.0, 0.8), "b": (0.2, 0.2), "c": (0.6, 0.8), "d": (1.0, 0.2)}
     rows = [row(key, method, x) for key, pair in found.items() for method, x in zip(("dense", "saap"), pair)]
     dense, saap = end_to_end_results.table_of(rows)

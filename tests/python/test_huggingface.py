@@ -120,8 +120,8 @@ def train(trace, model, window=24):
     """Partitions of all layers and heads, a few steps each."""
     params = fs.TrainingParams(ncell=12, width=8, steps=3, batch=16, sink=4, window=window)
     trace = fs.Trace(str(trace))
-    heads = range(model.config.num_key_value_heads)
-    return fs.PartitionSet([fs.train_partition([trace], layer, head, params) for layer in trace.layers for head in heads])
+    pairs = [(layer, head) for layer in trace.layers for head in range(model.config.num_key_value_heads)]
+    return fs.PartitionSet([fs.train_partition([trace], *pair, params) for pair in pairs])
 
 
 # --- equal to eager attention
@@ -223,7 +223,8 @@ def test_reset_crop_and_select():
 
     def after(begin, chosen, cache):
         with torch.no_grad():
-            return torch.cat([model(ids[chosen, t : t + 1], past_key_values=cache).logits for t in range(begin, 160)], 1)
+            steps = [model(ids[chosen, t : t + 1], past_key_values=cache) for t in range(begin, 160)]
+        return torch.cat([step.logits for step in steps], 1)
 
     cache.crop(-40)
     assert cache.get_seq_length() == 120
@@ -284,7 +285,8 @@ def test_what_cannot_be_is_refused_with_a_sentence(tmp_path, monkeypatch):
     right = mask_of([0, 0], 60)
     right[1, -3:] = 0
     refused("zeros before its tokens", lambda: model(ids, attention_mask=right, past_key_values=make_cache(model)))
-    refused("nothing but padding", lambda: model(ids, attention_mask=mask_of([0, 60], 60), past_key_values=make_cache(model)))
+    empty = mask_of([0, 60], 60)
+    refused("nothing but padding", lambda: model(ids, attention_mask=empty, past_key_values=make_cache(model)))
     cache = make_cache(model)
     with torch.no_grad():
         model(ids, attention_mask=mask_of([0, 9], 60), past_key_values=cache)
@@ -343,11 +345,11 @@ def test_a_trace_holds_what_the_model_computes(name, arguments, tmp_path, monkey
         assert trace.rope_scaling == "ntk:4" and trace.rope_theta == 10000
         model = make_model(name, "eager", rope_parameters={"rope_type": "default",
                                                            "rope_theta": 10000 * 4 ** (D / (D - 2))})  # fmt: skip
-    given = {}
+    given, eager = {}, transformers.models.llama.modeling_llama.eager_attention_forward
 
     def spy(module, query, key, value, mask, **kwargs):
         given[module.layer_idx] = [x[0].numpy() for x in (query, key, value)]
-        return transformers.models.llama.modeling_llama.eager_attention_forward(module, query, key, value, mask, **kwargs)
+        return eager(module, query, key, value, mask, **kwargs)
 
     transformers.AttentionInterface.register("spy", spy)
     transformers.AttentionMaskInterface.register("spy", transformers.masking_utils.eager_mask)
@@ -376,8 +378,8 @@ def test_a_gguf_file_gives_the_trace_that_numpy_gives(tmp_path):
     traces = []
     for name in ([], ["--model", str(model_file())]):
         out = tmp_path / str(len(name))
-        assert export_trace.main(["--text", str(text), "--tokens", "400", "--layers", "0,17", "--kv-heads", "1", "--out",
-                                  str(out), "--dtype", "fp32", "--device", "cpu", *name]) == 0  # fmt: skip
+        options = "--tokens 400 --layers 0,17 --kv-heads 1 --dtype fp32 --device cpu".split()
+        assert export_trace.main(["--text", str(text), "--out", str(out), *options, *name]) == 0
         traces.append(read_trace(out))
     numpy, torch_ = traces
     np.testing.assert_array_equal(torch_.tokens, numpy.tokens)

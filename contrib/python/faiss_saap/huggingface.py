@@ -293,7 +293,7 @@ class SaapLayer(CacheLayerMixin):
 
         def grown(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode(False):  # else they could not be written to outside that mode
-                buffer = torch.empty(*new.shape[:2], capacity, new.shape[3], dtype=new.dtype)
+                buffer = torch.empty(*new.shape[:2], capacity, new.shape[3], dtype=new.dtype, device="cpu")
             if self._length:
                 buffer[:, :, : self._length] = old[:, :, : self._length]
             return buffer
