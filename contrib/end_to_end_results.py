@@ -132,40 +132,40 @@ def plot(table: Sequence[dict], path: Path) -> None:
     measured = measured_of(table)
     percent = 100 if measured == "loss" else 1
     label = "loss above dense, %" if measured == "loss" else "digits found, difference from dense"
-    lengths = sorted({r["tokens"] for r in table})
-    figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False, sharey=True)
+    compared = [r for r in table if "difference" in r]
+    groups = [g for g in dict.fromkeys(r["layers"] for r in compared) if g != "all"]
+    if groups:
+        compared = [r for r in compared if r["layers"] != "all"]
+        series_of = lambda r: f"{r['method']}, {r['budget']:.0%}"
+    else:
+        compared = [r for r in compared if r["method"] not in WITHOUT_BUDGET]
+        series_of = lambda r: r["method"]
+    series = list(dict.fromkeys(map(series_of, compared)))
+    lengths = sorted({r["tokens"] for r in compared})
+    figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False, sharex=True, sharey=True)
     for axis, length in zip(axes[0], lengths):
-        shown = [r for r in table if r["tokens"] == length and "difference" in r]
-        groups = [g for g in dict.fromkeys(r["layers"] for r in shown) if g != "all"]
-        methods = list(dict.fromkeys(r["method"] for r in shown if r["method"] != "window" or groups))
-        for i, name in enumerate(methods):
-            error = dict(capsize=2, linewidth=1)
-            if groups:
-                own = {r["layers"]: r for r in shown if r["method"] == name}
-                own = [own[g] for g in groups if g in own]
-                axis.errorbar([groups.index(r["layers"]) + 0.12 * i for r in own],
-                              [percent * r["difference"] for r in own],
-                              [percent * r["half_width"] for r in own], fmt="o", label=name, **error)  # fmt: skip
-                continue
-            own = sorted((r for r in shown if r["method"] == name), key=lambda r: r["selectivity"])
-            # the points of several methods at one budget lie side by side
-            axis.errorbar([100 * r["selectivity"] * 1.02 ** (i - len(methods) / 2) for r in own],
-                          [percent * r["difference"] for r in own],
-                          [percent * r["half_width"] for r in own], marker="o", label=name, **error)  # fmt: skip
+        for i, name in enumerate(series):
+            own = sorted((r for r in compared if r["tokens"] == length and series_of(r) == name),
+                         key=lambda r: r["selectivity"])  # fmt: skip
+            beside = i - (len(series) - 1) / 2  # points that would hide each other lie side by side
+            x = [groups.index(r["layers"]) + 0.12 * beside if groups else 100 * r["selectivity"] * 1.02**beside
+                 for r in own]  # fmt: skip
+            axis.errorbar(x, [percent * r["difference"] for r in own], [percent * r["half_width"] for r in own],
+                          color=f"C{i}", fmt="o" if groups else "o-", label=name, capsize=2, linewidth=1)  # fmt: skip
         if groups:
             axis.set_xticks(range(len(groups)), groups)
             axis.set_xlabel("layers that attend sparsely, all others densely")
         else:
             axis.set_xscale("log")
             axis.set_xlabel("far keys read per KV head, %")
-            ticks = sorted({r["budget"] * 100 for r in shown if r["method"] not in WITHOUT_BUDGET})
+            ticks = sorted({r["budget"] * 100 for r in compared})
             axis.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
             axis.minorticks_off()
         axis.axhline(0, color="black", linewidth=1)
         axis.set_title(f"{length:,} tokens")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel(label)
-    axes[0, -1].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
     figure.savefig(temporary, dpi=120)
