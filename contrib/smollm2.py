@@ -12,7 +12,7 @@ import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterable, Optional
+from typing import Callable, Container, Iterable, Optional
 
 import gguf
 import numpy as np
@@ -57,6 +57,7 @@ class SmolLM2:
         self.head_dim = int(field("llama.rope.dimension_count"))
         self.norm_epsilon = np.float32(field("llama.attention.layer_norm_rms_epsilon"))
         self.rope_theta = float(field("llama.rope.freq_base"))
+        self.rope_layout = "interleaved"
         self.rope_scale = rope_scale
 
         self._field = field
@@ -99,8 +100,16 @@ class SmolLM2:
         """Tokens (n,) int32 of the text, no token added in front."""
         return np.array(self.tokenizer.encode(text).ids, dtype=np.int32)
 
+    #: tokens before every text, (n,) int32: this model expects none
+    prefix = np.empty(0, np.int32)
+
     def decode(self, tokens: Iterable[int]) -> str:
         return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False)
+
+    @property
+    def rope_scaling(self) -> str:
+        """As a trace says it."""
+        return "" if self.rope_scale == 1 else f"ntk:{self.rope_scale:.17g}"
 
     def rotate(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """RoPE of x (heads, n, d) at positions (n,)."""
@@ -115,6 +124,26 @@ class SmolLM2:
         """The model's own attention, dense and causal among the tokens given; of type Attention."""
         attend = causal_attention_torch if self.on_cuda else causal_attention
         return attend(self.rotate(q, positions), self.rotate(k, positions), v)
+
+    def observe(
+        self,
+        tokens: np.ndarray,
+        layers: Container[int],
+        see: Callable[[int, np.ndarray, np.ndarray, np.ndarray], None],
+        each_layer: Callable[[], object],
+    ) -> np.ndarray:
+        """One dense pass over tokens (n,); returns the loss of each but the first, (n - 1,) float32.
+
+        see(layer, q, k, v) is called for each of `layers` with q (Hq, n, d), k and v (Hkv, n, d), before RoPE.
+        """
+
+        def attention(layer, q, k, v, positions):
+            if layer in layers:
+                see(layer, q, k, v)
+            each_layer()
+            return self.attention(layer, q, k, v, positions)
+
+        return self.nll(self.forward(tokens, attention), tokens)
 
     def forward(
         self, tokens: np.ndarray, attention: Optional[Attention] = None, first_position: int = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Callable, Iterable, Optional, Sequence
+from typing import Callable, Container, Iterable, Optional, Sequence
 
 # Decoding alternates between the threads of numpy's BLAS and the library's. Those that wait by spinning, as is OpenMP's
 # default, keep the others from the cores: ten times slower where other programs want them too.
@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import faiss_saap as fs  # noqa: E402
 import numpy as np  # noqa: E402
 
-from smollm2 import SmolLM2, causal_attention  # noqa: E402
+from smollm2 import SmolLM2, causal_attention, causal_attention_torch  # noqa: E402
 
 SINK, WINDOW = 16, 512
 
@@ -51,11 +51,12 @@ def prefill(
 ) -> None:
     """Fills the cache with all of tokens (n,) by dense attention; those it holds already are not computed again."""
     first, n = cache.length, len(tokens)
+    attend = causal_attention_torch if model.on_cuda else causal_attention
 
     def attention(layer, q, k, v, positions):
         cache.write(layer, first, model.rotate(k, positions), v)
         held = (x[layer, :, :n].astype(np.float32) for x in (cache.k, cache.v))
-        out = causal_attention(model.rotate(q, positions), *held)
+        out = attend(model.rotate(q, positions), *held)
         if each_layer:
             each_layer()
         return out
@@ -150,13 +151,14 @@ class OracleTopK(Method):
         out = np.empty_like(q)
         group = len(q) // view.heads
         dense = np.r_[0 : min(SINK, view.length), end : view.length]
+        lse = fs.attend_dense(view, q)[1]
         for head in range(view.heads):
             own = slice(head * group, (head + 1) * group)
             scores = q[own] @ self._keys[head, SINK:end].T * np.float32(view.d**-0.5)
             best = int(self.budget * scores.shape[1])
             chosen = np.empty(0, np.int64)
             if best:
-                mass = np.exp(scores - fs.attend_dense(view, q)[1][own, None]).sum(0)
+                mass = np.exp(scores - lse[own, None]).sum(0)
                 chosen = SINK + np.argpartition(-mass, best - 1)[:best]
             slots = np.sort(np.concatenate([dense, chosen])).astype(np.int32)
             out[own] = fs.attend_slots(view, head, q[own], slots)[0]
@@ -204,7 +206,7 @@ class Cells(Method):
 
 
 #: in the order of tables
-METHODS = ("dense", "window", "oracle_topk", "ivf_rope_ip", "saap", "saap_blend", "union")
+METHODS = ("dense", "window", "oracle_topk", "ivf_rope_ip", "saap", "saap_blend", "union", "union_blend")
 
 
 def make_methods(
@@ -212,8 +214,8 @@ def make_methods(
 ) -> Iterable[Method]:
     """The methods of these names after the prefill in the cache, one after the other.
 
-    trained: needed by saap, saap_blend and union. Its cells are of de-rotated keys and its classifiers see queries
-    before RoPE, so they serve other RoPE scalings than that of their training too.
+    trained: needed by saap and union, plain and with blends. Its cells are of de-rotated keys and its classifiers see
+    queries before RoPE, so they serve other RoPE scalings than that of their training too.
     """
     layers, heads = range(model.num_layers), range(model.num_kv_heads)
     rope = fs.RopeParams(
@@ -234,13 +236,13 @@ def make_methods(
 
     def offline(blend: bool) -> list[list[list[fs.Partition]]]:
         if trained is None:
-            raise ValueError("the methods saap, saap_blend and union need --partitions")
+            raise ValueError("the methods saap and union, plain and with blends, need --partitions")
         found = [[trained.find(l, h) for h in heads] for l in layers]
         parts = [[p.blended() if blend else p.partition for p in layer] for layer in found]
         return [[[fs.Partition(p.key, p.query, rope)] for p in layer] for layer in parts]
 
-    def both() -> list[list[list[fs.Partition]]]:
-        return [[a + b for a, b in zip(*layer)] for layer in zip(offline(False), own())]
+    def both(blend: bool) -> list[list[list[fs.Partition]]]:
+        return [[a + b for a, b in zip(*layer)] for layer in zip(offline(blend), own())]
 
     for name in names:
         if name in ("dense", "window", "oracle_topk"):
@@ -249,14 +251,19 @@ def make_methods(
             yield Cells(name, cache, model, own())
         elif name in ("saap", "saap_blend"):
             yield Cells(name, cache, model, offline(name == "saap_blend"))
-        elif name == "union":
-            yield Cells(name, cache, model, both())
+        elif name in ("union", "union_blend"):
+            yield Cells(name, cache, model, both(name == "union_blend"))
         else:
             raise ValueError(f"method '{name}' must be one of {', '.join(METHODS)}")
 
 
-def decode(model: SmolLM2, method: Method, tokens: np.ndarray, first: int) -> np.ndarray:
-    """Final hidden states (n, width) of tokens (n,) at position first and after, attended to by the method."""
+def decode(
+    model: SmolLM2, method: Method, tokens: np.ndarray, first: int, layers: Optional[Container[int]] = None
+) -> np.ndarray:
+    """Final hidden states (n, width) of tokens (n,) at position first and after.
+
+    The method attends in these layers (None: in all), the others are dense and not counted.
+    """
     cache = method.cache
 
     def attention(layer, q, k, v, positions):
@@ -264,9 +271,12 @@ def decode(model: SmolLM2, method: Method, tokens: np.ndarray, first: int) -> np
         queries = np.ascontiguousarray(model.rotate(q, positions).swapaxes(0, 1))
         view = cache.view(layer, first)
         out = np.empty_like(q)
+        by_method = layers is None or layer in layers
         for t in range(len(queries)):
             view.length = first + t + 1
-            out[:, t] = method.attend(layer, view, queries[t])
+            out[:, t] = (
+                method.attend(layer, view, queries[t]) if by_method else fs.attend_dense(view, queries[t])[0]
+            )
         return out
 
     return model.forward(tokens, attention, first)

@@ -16,6 +16,9 @@ namespace {
 /// Tokens of a sequence that may attend in one call: work space grows with
 /// them.
 constexpr int64_t kMostQueries = 64;
+/// Bytes between the first and the last row of a view: kernels number 16 of them
+/// at a time in 32 bits.
+constexpr int64_t kMaxSpan = int64_t(15) << 32;
 /// What a launch can number.
 constexpr int64_t kMostRows = 65535;
 
@@ -114,7 +117,6 @@ struct GpuBatch::State {
     int64_t stride = 1; ///< cells of a KV head's partitions
     bool any_network = false, keeps_means = false, attends = false;
     DType dtype = DType::bfloat16;
-    int splits = 1, splits_per_head = 1;
     DeviceBuffer memory;
     // in memory
     BatchItem* d_items = nullptr;
@@ -123,10 +125,7 @@ struct GpuBatch::State {
     unsigned long long* best = nullptr;
     float *hidden = nullptr, *scores = nullptr;
     GpuProbedCells probed;
-    RowCell* row_cells = nullptr;
-    int32_t *row_cell_count = nullptr, *row_keys = nullptr, *row_twice = nullptr;
-    uint32_t* probed_bits = nullptr;
-    int64_t probed_words = 0;
+    RowWork work;
     float *part = nullptr, *part_lse = nullptr, *part_dense = nullptr;
 };
 
@@ -555,6 +554,21 @@ void GpuAttentionAdapter::check_view(const KvView& kv) const {
     aligned("kv.v_head_stride", kv.v_head_stride, 8);
     aligned("kv.k_page_stride", kv.k_page_stride, 8);
     aligned("kv.v_page_stride", kv.v_page_stride, 8);
+    const auto near = [&](const char* what, int64_t token, int64_t head, int64_t page) {
+        const int64_t last = kv.page_table
+                ? kv.npages * page + kv.page_size * token
+                : kv.length * token;
+        const int64_t bytes = (last + kv.heads * head) *
+                static_cast<int64_t>(element_size(kv.dtype));
+        FAISS_THROW_IF_NOT_FMT(
+                bytes <= kMaxSpan,
+                "%s spans %" PRId64 " bytes, on the device at most %" PRId64,
+                what,
+                bytes,
+                kMaxSpan);
+    };
+    near("kv.k", kv.k_token_stride, kv.k_head_stride, kv.k_page_stride);
+    near("kv.v", kv.v_token_stride, kv.v_head_stride, kv.v_page_stride);
 }
 
 std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
@@ -605,7 +619,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             const DeviceAssigner& a = list.query;
             BatchList at;
             at.item = number;
-            at.list = static_cast<int>(l);
+            at.sequence = s.state();
+            at.list = s.device_lists() + l;
             at.hidden = hidden;
             at.scores = scores;
             if (a.input == RowInput::hidden) {
@@ -624,6 +639,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             for (int h = 0; h < params_.heads_kv; h++) {
                 BatchRow row;
                 row.item = number;
+                row.sequence = s.state();
+                row.lists = s.device_lists() + s.first_list[h];
                 row.token = static_cast<int>(t);
                 row.kv_head = h;
                 row.first_list = first + s.first_list[h];
@@ -654,14 +671,11 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             kMostRows);
 
     DeviceScope scope(device_);
-    // A choice for each query head has more rows and may need as many pieces.
-    b.splits = attend_splits(processors_, std::max<int64_t>(1, nrow));
-    b.splits_per_head =
-            attend_splits(processors_, std::max<int64_t>(1, nrow * group_));
     const int64_t heads = nrow * group_;
-    const int64_t pieces = std::max(
-            heads * b.splits, heads * int64_t(b.splits_per_head));
-    b.probed_words = (b.stride + 31) / 32;
+    // Of nq rows each: a row and its blocks, once for each choice.
+    const int64_t pieces = (nrow + processors_) * group_;
+    b.work.stride = b.stride;
+    b.work.probed_words = (b.stride + 31) / 32;
     b.probed.stride = b.stride;
     const auto lay = [&](char* base) {
         Layout layout(base);
@@ -675,11 +689,9 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             b.scores = layout.take<float>(scores);
             b.probed.cells = layout.take<int32_t>(heads * b.stride);
             b.probed.count = layout.take<int32_t>(heads);
-            b.row_cells = layout.take<RowCell>(heads * b.stride);
-            b.row_cell_count = layout.take<int32_t>(heads);
-            b.row_keys = layout.take<int32_t>(heads);
-            b.row_twice = layout.take<int32_t>(heads);
-            b.probed_bits = layout.take<uint32_t>(heads * b.probed_words);
+            b.work.plans = layout.take<RowPlan>(heads);
+            b.work.cells = layout.take<RowCell>(heads * b.stride);
+            b.work.probed = layout.take<uint32_t>(heads * b.work.probed_words);
             b.part = layout.take<float>(pieces * params_.d);
             b.part_lse = layout.take<float>(pieces);
             b.part_dense = layout.take<float>(pieces);
@@ -827,6 +839,7 @@ void GpuAttentionAdapter::start_route(
         const void* queries,
         const GpuProbedCells& probed,
         const ProbePolicy& policy,
+        bool plans,
         cudaStream_t stream) const {
     const GpuBatch::State& b = *batch.state_;
     policy.check();
@@ -863,6 +876,10 @@ void GpuAttentionAdapter::start_route(
     p.stride = probed.stride;
     p.cells = probed.cells;
     p.count = probed.count;
+    p.attend_dense = params_.attend_dense;
+    if (plans) {
+        p.work = b.work;
+    }
     p.flag = fault_->device;
     FAISS_SAAP_CUDA_CHECK(gpu::route(p, b.any_network, stream));
 }
@@ -890,7 +907,7 @@ void GpuAttentionAdapter::route(
     FAISS_THROW_IF_NOT_MSG(probed.cells, "probed.cells is null");
     FAISS_THROW_IF_NOT_MSG(probed.count, "probed.count is null");
     DeviceScope scope(device_);
-    start_route(batch, queries, probed, chosen, stream);
+    start_route(batch, queries, probed, chosen, /*plans=*/false, stream);
 }
 
 void GpuAttentionAdapter::attend_preassigned(
@@ -903,7 +920,7 @@ void GpuAttentionAdapter::attend_preassigned(
     check_batch(batch, true);
     check_output(batch, queries, out);
     DeviceScope scope(device_);
-    start_attend(batch, queries, probed, out, stream);
+    start_attend(batch, queries, probed, /*planned=*/false, out, stream);
 }
 
 void GpuAttentionAdapter::check_output(
@@ -919,6 +936,10 @@ void GpuAttentionAdapter::check_output(
             "queries = %p must be a multiple of 16",
             queries);
     FAISS_THROW_IF_NOT_MSG(out.output, "output is null");
+    FAISS_THROW_IF_NOT_FMT(
+            reinterpret_cast<intptr_t>(out.output) % 16 == 0,
+            "output = %p must be a multiple of 16",
+            static_cast<void*>(out.output));
     FAISS_THROW_IF_NOT_MSG(
             out.lse || !out.merge, "lse is null, but merging needs it");
 }
@@ -927,6 +948,7 @@ void GpuAttentionAdapter::start_attend(
         const GpuBatch& batch,
         const void* queries,
         const GpuProbedCells& probed,
+        bool planned,
         const AttendOutput& out,
         cudaStream_t stream) const {
     const GpuBatch::State& b = *batch.state_;
@@ -941,7 +963,6 @@ void GpuAttentionAdapter::start_attend(
             probed.stride);
     AttendParams p;
     p.items = b.d_items;
-    p.lists = b.d_lists;
     p.rows = b.d_rows;
     p.nrow = static_cast<int>(b.rows.size());
     p.most_cells = b.most_cells;
@@ -958,19 +979,16 @@ void GpuAttentionAdapter::start_attend(
     p.stride = probed.stride;
     p.cells = probed.cells;
     p.count = probed.count;
-    p.row_stride = b.stride;
-    p.row_cells = b.row_cells;
-    p.row_cell_count = b.row_cell_count;
-    p.row_keys = b.row_keys;
-    p.row_twice = b.row_twice;
-    p.probed = b.probed_bits;
-    p.probed_words = b.probed_words;
-    p.splits = probed.share_group ? b.splits : b.splits_per_head;
+    p.work = b.work;
+    p.blocks = processors_;
     p.part = b.part;
     p.part_lse = b.part_lse;
     p.part_dense = b.part_dense;
     p.out = out;
     p.flag = fault_->device;
+    if (!planned) {
+        FAISS_SAAP_CUDA_CHECK(gpu::plan_rows(p, stream));
+    }
     FAISS_SAAP_CUDA_CHECK(gpu::attend(p, stream));
 }
 
@@ -987,8 +1005,8 @@ void GpuAttentionAdapter::attend(
     GpuProbedCells probed = batch.state_->probed;
     probed.share_group = chosen.share_group;
     DeviceScope scope(device_);
-    start_route(batch, queries, probed, chosen, stream);
-    start_attend(batch, queries, probed, out, stream);
+    start_route(batch, queries, probed, chosen, /*plans=*/true, stream);
+    start_attend(batch, queries, probed, /*planned=*/true, out, stream);
 }
 
 GpuListsCopy GpuAttentionAdapter::lists(

@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "device_vectors.cuh"
+#include "last_block.cuh"
+#include "launch.h"
 
 namespace faiss_saap::gpu {
 
@@ -10,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTokens = 32; ///< of a tile of keys
-constexpr int kCells = 64;  ///< of a tile of centroids
+constexpr int kCells = 64;  ///< of a tile of centroids: eight for each warp
 constexpr int kStep = 32;   ///< components at a time
 
 /// Refuses what does not fit, before anything is written. `bad` is 0 before.
@@ -87,17 +89,15 @@ __device__ void find_best_cells(
                     const int64_t slot = first + t;
                     const char* row = key_row(item.kv, list.kv_head, slot);
                     if (row) {
-                        const auto read = [&](int k) {
-                            return element(row, item.kv.bf16, k);
-                        };
                         x = key.input == RowInput::pre_rope
                                 ? derotated(
                                           list.rotary,
                                           p.d,
                                           slot + p.position_offset,
                                           j,
-                                          read)
-                                : read(j);
+                                          row,
+                                          item.kv.bf16)
+                                : element(row, item.kv.bf16, j);
                     }
                 }
                 keys[t][i % kStep] = x;
@@ -142,6 +142,55 @@ __device__ void find_best_cells(
     }
 }
 
+/// The same for a block's kCells cells and few tokens: a warp has eight cells in
+/// flight at once.
+__device__ void find_best_of_few(
+        const AppendParams& p,
+        const BatchItem& item,
+        const ListState& list,
+        int64_t begin,
+        int n,
+        unsigned long long* out) {
+    extern __shared__ __align__(16) float few[]; // n * d
+    const DeviceAssigner& key = list.key;
+    const int lane = threadIdx.x % 32;
+    const int cell = int(blockIdx.x) * kCells +
+            static_cast<int>(threadIdx.x) / 4; // eight for each warp
+    const float* row = cell < key.ncell
+            ? static_cast<const float*>(key.rows) + int64_t(cell) * key.padded_cols
+            : nullptr;
+    const int half = p.d / 2;
+    for (int i = threadIdx.x; i < n * half; i += kThreads) {
+        const int64_t slot = begin + i / half;
+        load_vector(
+                list.rotary,
+                p.d,
+                slot + p.position_offset,
+                key.input == RowInput::pre_rope,
+                key_row(item.kv, list.kv_head, slot),
+                item.kv.bf16,
+                i % half,
+                half,
+                few + i / half * p.d);
+    }
+    __syncthreads();
+    const float bias = row && key.bias ? key.bias[cell] : 0.0f;
+    for (int t = 0; t < n; t++) {
+        const float score = bias +
+                warp_products<RowType::float32, 1>(row, p.d, few + t * p.d, 0);
+        unsigned long long mine = row
+                ? static_cast<unsigned long long>(ordered(score)) << 32 |
+                        ~static_cast<uint32_t>(cell)
+                : 0;
+        for (int step = 16; step >= 4; step /= 2) {
+            mine = max(mine, __shfl_xor_sync(0xffffffffu, mine, step));
+        }
+        if (lane == 0) {
+            atomicMax(&out[t], mine);
+        }
+    }
+}
+
 __global__ void __launch_bounds__(kThreads) assign_tokens(AppendParams p) {
     const BatchList& at = p.lists[blockIdx.y];
     const BatchItem& item = p.items[at.item];
@@ -152,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) assign_tokens(AppendParams p) {
     find_best_cells(
             p,
             item,
-            item.sequence->lists[at.list],
+            *at.list,
             first,
             static_cast<int>(min(int64_t(kTokens), item.end - first)),
             blockIdx.z * kCells,
@@ -217,7 +266,7 @@ __global__ void __launch_bounds__(32) list_tokens(AppendParams p) {
     const unsigned long long* best =
             p.best + int64_t(blockIdx.x) * p.most_tokens - item.begin;
     list_slots(
-            item.sequence->lists[at.list],
+            *at.list,
             p.sink,
             item.begin,
             item.end,
@@ -279,7 +328,7 @@ __device__ void update_mean(
 __global__ void __launch_bounds__(kThreads) update_means(AppendParams p) {
     const BatchList& at = p.lists[blockIdx.y];
     const BatchItem& item = p.items[at.item];
-    const ListState& list = item.sequence->lists[at.list];
+    const ListState& list = *at.list;
     if (item.bad || !list.means || item.begin == item.end) {
         return;
     }
@@ -303,17 +352,20 @@ __global__ void end_append(AppendParams p) {
 /// All of the above for items with few tokens, in one launch. Blocks share the
 /// cells of an item's lists; the last of them to be done lists the tokens.
 __global__ void __launch_bounds__(kThreads) append_few(AppendParams p) {
-    const BatchList& at = p.lists[blockIdx.y];
+    let_next_begin();
+    const BatchList at = p.lists[blockIdx.y];
     BatchItem& item = p.items[at.item];
-    const int64_t length = item.sequence->length;
+    prefetch_rows(at.list->key, 0, int(blockIdx.x) * kCells, kCells);
+    wait_for_previous();
+    const int64_t length = at.sequence->length;
     const int64_t after = length + item.q_len;
-    const Fault refused = after > item.sequence->capacity ? Fault::append_capacity
-            : after > item.kv.length                      ? Fault::append_view
-                                                          : Fault::none;
+    const Fault refused = after > at.sequence->capacity ? Fault::append_capacity
+            : after > item.kv.length                    ? Fault::append_view
+                                                        : Fault::none;
     const int64_t begin = max(p.sink, length - p.window);
     const int64_t end = max(p.sink, after - p.window);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const ListState& mine = item.sequence->lists[at.list];
+    const ListState& mine = *at.list;
     if (refused != Fault::none) {
         if (threadIdx.x == 0) {
             raise(p.flag, refused, at.item);
@@ -338,29 +390,19 @@ __global__ void __launch_bounds__(kThreads) append_few(AppendParams p) {
             }
         }
         if (begin < end) {
-            find_best_cells(
+            find_best_of_few(
                     p,
                     item,
                     mine,
                     begin,
                     static_cast<int>(end - begin),
-                    blockIdx.x * kCells,
-                    gridDim.x * kCells,
                     p.best + int64_t(blockIdx.y) * p.most_tokens);
         }
     }
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const int blocks = static_cast<int>(gridDim.x) * item.nlist;
-        last = atomicAdd(&item.done, 1) == blocks - 1;
-    }
-    __syncthreads();
-    if (!last) {
+    const int blocks = static_cast<int>(gridDim.x) * item.nlist;
+    if (arrive(&item.done, 1) != blocks - 1) {
         return;
     }
-    __threadfence();
     const bool bad = *static_cast<volatile int*>(&item.bad);
     for (int l = warp; l < item.nlist; l += kThreads / 32) {
         const ListState& list = item.sequence->lists[l];
@@ -464,8 +506,13 @@ __global__ void end_truncate(TruncateParams p) {
 cudaError_t append(const AppendParams& p, cudaStream_t stream) {
     const int cell_tiles = (p.most_cells + kCells - 1) / kCells;
     if (p.most_tokens <= kTokens) {
-        append_few<<<dim3(cell_tiles, p.nlist), kThreads, 0, stream>>>(p);
-        return cudaGetLastError();
+        return launch(
+                append_few,
+                dim3(cell_tiles, p.nlist),
+                kThreads,
+                size_t(p.most_tokens) * p.d * sizeof(float),
+                stream,
+                p);
     }
     const int key_blocks = static_cast<int>(std::min<int64_t>(
             (int64_t(p.most_tokens) * p.heads_kv + 7) / 8, 1024));

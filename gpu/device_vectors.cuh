@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "launch.h"
 #include "sequence_state.h"
 
 namespace faiss_saap::gpu {
@@ -54,66 +55,176 @@ __device__ inline float element(const char* row, int bf16, int j) {
                 : __half2float(reinterpret_cast<const __half*>(row)[j]);
 }
 
-/// Component j of a post-RoPE vector before its rotation. `x(i)` reads the
-/// vector's component i. Angles are reduced in double precision: positions
+/// Cosine and sine of a pair's angle. It is reduced in double precision: positions
 /// reach 10^12.
-template <class Read>
+__device__ inline float2 rotation(
+        const DeviceRotary& rotary,
+        int64_t position,
+        int pair) {
+    constexpr double kTurn = 6.283185307179586476925;
+    const double angle = position * rotary.inverse_frequency[pair];
+    const auto reduced =
+            static_cast<float>(angle - kTurn * rint(angle * (1 / kTurn)));
+    float s, c;
+    __sincosf(reduced, &s, &c); // within 5e-7, as |reduced| <= pi
+    return make_float2(c, s);
+}
+
+/// The components that are rotated together, of which there are d / 2 pairs.
+__device__ inline int2 rotary_pair(const DeviceRotary& rotary, int d, int pair) {
+    return rotary.interleaved ? make_int2(2 * pair, 2 * pair + 1)
+                              : make_int2(pair, pair + d / 2);
+}
+
+/// Component j of a row before its rotation.
 __device__ inline float derotated(
         const DeviceRotary& rotary,
         int d,
         int64_t position,
         int j,
-        const Read& x) {
+        const char* row,
+        int bf16) {
     if (!rotary.inverse_frequency) {
-        return x(j);
+        return element(row, bf16, j);
     }
-    const int half = d / 2;
-    const int pair = rotary.interleaved ? j / 2 : j % half;
-    const bool second = rotary.interleaved ? j % 2 : j >= half;
-    const int a = rotary.interleaved ? 2 * pair : pair;
-    const int b = rotary.interleaved ? 2 * pair + 1 : pair + half;
-    constexpr double kTurn = 6.283185307179586476925;
-    const double angle = position * rotary.inverse_frequency[pair];
-    const auto reduced = static_cast<float>(angle - kTurn * rint(angle / kTurn));
-    float s, c;
-    sincosf(reduced, &s, &c);
-    const float xa = x(a), xb = x(b);
-    return rotary.shrink * (second ? xb * c - xa * s : xa * c + xb * s);
+    const int pair = rotary.interleaved ? j / 2 : j % (d / 2);
+    const int2 at = rotary_pair(rotary, d, pair);
+    const float2 r = rotation(rotary, position, pair);
+    const float a = element(row, bf16, at.x), b = element(row, bf16, at.y);
+    return rotary.shrink * (j == at.y ? b * r.x - a * r.y : a * r.x + b * r.y);
 }
 
-/// Inner product of a row of weights with x, by a whole warp; every lane has
-/// the result. Rows are padded with zeros to a multiple of 8 elements and begin
-/// at multiples of 16 bytes; so is x, in shared memory.
-__device__ inline float warp_dot(
-        const void* row,
+/// A row as floats, before its rotation if `derotates`; by threads that take every
+/// `step`-th pair from `first` on. A null row is 0.
+__device__ inline void load_vector(
+        const DeviceRotary& rotary,
+        int d,
+        int64_t position,
+        bool derotates,
+        const char* row,
         int bf16,
-        int padded_cols,
-        const float* x) {
-    const int lane = threadIdx.x % 32;
-    float sum = 0;
-    if (bf16) {
-        const auto* w = static_cast<const uint4*>(row);
-        for (int c = lane; c < padded_cols / 8; c += 32) {
-            const uint4 bits = w[c];
-            const auto* pair = reinterpret_cast<const __nv_bfloat162*>(&bits);
+        int first,
+        int step,
+        float* to) {
+    for (int pair = first; pair < d / 2; pair += step) {
+        const int2 at = rotary_pair(rotary, d, pair);
+        const float a = row ? element(row, bf16, at.x) : 0.0f;
+        const float b = row ? element(row, bf16, at.y) : 0.0f;
+        if (derotates && rotary.inverse_frequency) {
+            const float2 r = rotation(rotary, position, pair);
+            to[at.x] = rotary.shrink * (a * r.x + b * r.y);
+            to[at.y] = rotary.shrink * (b * r.x - a * r.y);
+        } else {
+            to[at.x] = a;
+            to[at.y] = b;
+        }
+    }
+}
+
+enum class RowType { float32, bfloat16, float16 };
+
+/// 16 bytes of a row times as many components of a vector.
+template <RowType Type>
+__device__ __forceinline__ float product_of_piece(const uint4& bits, const float* x) {
+    const auto* y = reinterpret_cast<const float4*>(x);
+    if constexpr (Type == RowType::float32) {
+        const auto* w = reinterpret_cast<const float*>(&bits);
+        return w[0] * y[0].x + w[1] * y[0].y + w[2] * y[0].z + w[3] * y[0].w;
+    } else {
+        const auto* halves = reinterpret_cast<const uint32_t*>(&bits);
+        float2 w[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 f = __bfloat1622float2(pair[i]);
-                sum += f.x * x[8 * c + 2 * i] + f.y * x[8 * c + 2 * i + 1];
+        for (int j = 0; j < 4; j++) {
+            if constexpr (Type == RowType::bfloat16) {
+                w[j] = __bfloat1622float2(
+                        *reinterpret_cast<const __nv_bfloat162*>(halves + j));
+            } else {
+                w[j] = __half22float2(*reinterpret_cast<const __half2*>(halves + j));
             }
         }
-    } else {
-        const auto* w = static_cast<const float4*>(row);
-        for (int c = lane; c < padded_cols / 4; c += 32) {
-            const float4 f = w[c];
-            sum += f.x * x[4 * c] + f.y * x[4 * c + 1] + f.z * x[4 * c + 2] +
-                    f.w * x[4 * c + 3];
+        return w[0].x * y[0].x + w[0].y * y[0].y + w[1].x * y[0].z +
+                w[1].y * y[0].w + w[2].x * y[1].x + w[2].y * y[1].y +
+                w[3].x * y[1].z + w[3].y * y[1].w;
+    }
+}
+
+/// Inner products of 8 rows with N = 1 or 4 vectors in shared memory, by a warp:
+/// four lanes share a row, and lane l gets the product of row l / 4 and vector
+/// l % N. `row` is that of the lane, null for one that is not there, which gives 0.
+/// Rows begin at multiples of 16 bytes, their length `cols` is a multiple of 8;
+/// vectors are x_stride floats apart and likewise aligned.
+template <RowType Type, int N>
+__device__ inline float warp_products(
+        const void* row,
+        int cols,
+        const float* x,
+        int x_stride) {
+    static_assert(N == 1 || N == 4);
+    constexpr int kPiece = Type == RowType::float32 ? 4 : 8; // elements of 16 bytes
+    constexpr int kAtOnce = 8; // on their way: memory answers after 700 cycles
+    const int part = threadIdx.x % 4;
+    const int pieces = cols / kPiece;
+    float sum[N] = {};
+    for (int first = part; first < pieces; first += 4 * kAtOnce) {
+        uint4 bits[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const int piece = first + 4 * i;
+            bits[i] = row && piece < pieces
+                    ? static_cast<const uint4*>(row)[piece]
+                    : make_uint4(0, 0, 0, 0);
+        }
+        const float* y = x + first * kPiece;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            if (first + 4 * i < pieces) {
+#pragma unroll
+                for (int v = 0; v < N; v++) {
+                    sum[v] += product_of_piece<Type>(
+                            bits[i], y + v * x_stride + 4 * i * kPiece);
+                }
+            }
         }
     }
-    for (int step = 16; step; step /= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if constexpr (N == 1) {
+        sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 2);
+        return sum[0] + __shfl_xor_sync(0xffffffffu, sum[0], 1);
+    } else {
+        // Two rounds of exchanges leave each lane with the sum of one vector.
+        const bool upper = part & 2, odd = part & 1;
+        float a = upper ? sum[2] : sum[0], b = upper ? sum[3] : sum[1];
+        a += __shfl_xor_sync(0xffffffffu, upper ? sum[0] : sum[2], 2);
+        b += __shfl_xor_sync(0xffffffffu, upper ? sum[1] : sum[3], 2);
+        return (odd ? b : a) + __shfl_xor_sync(0xffffffffu, odd ? a : b, 1);
     }
-    return sum;
+}
+
+/// The same for weights.
+template <int N>
+__device__ inline float warp_products_of_weights(
+        const void* row,
+        int bf16,
+        int cols,
+        const float* x,
+        int x_stride) {
+    return bf16 ? warp_products<RowType::bfloat16, N>(row, cols, x, x_stride)
+                : warp_products<RowType::float32, N>(row, cols, x, x_stride);
+}
+
+/// Brings a block's rows of an assigner nearer. They never change: this may be
+/// done before the kernels before have ended.
+__device__ inline void prefetch_rows(
+        const DeviceAssigner& a,
+        int network,
+        int first,
+        int n) {
+    const int bytes = a.padded_cols * (a.bf16 ? 2 : 4);
+    const char* rows = static_cast<const char*>(a.rows) +
+            (int64_t(network) * a.ncell + first) * bytes;
+    const int all = a.rows ? min(n, a.ncell - first) * bytes : 0;
+    for (int i = 128 * threadIdx.x; i < all; i += 128 * blockDim.x) {
+        prefetch(rows + i);
+    }
 }
 
 /// Floats in the order of their values as unsigned integers.

@@ -1,6 +1,8 @@
 /// What a query attends to, and how many keys of a cell that includes.
 #pragma once
 
+#include "device_vectors.cuh"
+#include "row_work.h"
 #include "sequence_state.h"
 
 namespace faiss_saap::gpu {
@@ -15,24 +17,49 @@ struct Reach {
     }
 };
 
+/// @param token  of the last q_len ones of a sequence
 __device__ inline Reach reach_of(
-        const BatchItem& item,
+        int64_t length,
+        int q_len,
         int token,
         int64_t sink,
         int64_t window) {
     Reach r;
     // A sequence shorter than its queries has none for the first ones.
-    r.window_end = max(int64_t(0), item.sequence->length - item.q_len + token + 1);
+    r.window_end = max(int64_t(0), length - q_len + token + 1);
     r.sink_end = min(sink, r.window_end);
     r.window_begin = max(r.sink_end, r.window_end - window);
     return r;
+}
+
+/// The plan of a row before its cells: nothing, and a fault, where the caller's
+/// view lacks slots of the sequence.
+/// @param view_length  of the caller's cache
+__device__ inline RowPlan plan_dense(
+        const Reach& reach,
+        int64_t length,
+        int64_t view_length,
+        bool attend_dense,
+        int item,
+        FaultFlag* flag) {
+    RowPlan plan;
+    plan.sinks = static_cast<int>(reach.sink_end);
+    plan.window_begin = static_cast<int>(reach.window_begin);
+    plan.far = static_cast<int>(reach.far_keys());
+    if (length > view_length) {
+        raise(flag, Fault::attend_view, item);
+    } else if (attend_dense) {
+        plan.dense = static_cast<int>(
+                reach.sink_end + reach.window_end - reach.window_begin);
+    }
+    return plan;
 }
 
 /// Far keys of each cell for a query, into shared memory; by a whole block. The
 /// newest listed slots may be in a window still, of a query before the last.
 __device__ inline void far_counts(
         const ListState& list,
-        const BatchItem& item,
+        int64_t length,
         const Reach& reach,
         int64_t sink,
         int64_t window,
@@ -41,7 +68,7 @@ __device__ inline void far_counts(
         counts[c] = list.count[c];
     }
     __syncthreads();
-    const int64_t listed_end = max(sink, item.sequence->length - window);
+    const int64_t listed_end = max(sink, length - window);
     for (int64_t slot = max(sink, reach.window_begin) + threadIdx.x;
          slot < listed_end;
          slot += blockDim.x) {

@@ -4,6 +4,7 @@
 
 #include "device_vectors.cuh"
 #include "far_keys.cuh"
+#include "launch.h"
 
 namespace faiss_saap::gpu {
 
@@ -11,7 +12,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kSelectThreads = 512;
+constexpr int kCellsPerBlock = 8 * kWarps;
+constexpr int kSelectThreads = 256;
 constexpr int kSelectWarps = kSelectThreads / 32;
 
 __device__ const char* query_row(
@@ -23,33 +25,52 @@ __device__ const char* query_row(
             (int64_t(item.first_token + token) * p.heads_q + head) * p.d * 2;
 }
 
-__device__ void load_query(
+/// Whether a token reads its far keys without a choice.
+__device__ bool reads_all(
+        const RouteParams& p,
+        int64_t length,
+        const BatchItem& item,
+        int token) {
+    return reach_of(length, item.q_len, token, p.sink, p.window).far_keys() <=
+            p.dense_below;
+}
+
+/// The queries of a token for query heads first .. first + n - 1 of the list's
+/// group, `stride` floats apart and padded with zeros; by a whole block.
+__device__ void load_queries(
         const RouteParams& p,
         const BatchItem& item,
+        int64_t length,
         const ListState& list,
         RowInput input,
         int token,
-        int g,
-        int padded,
+        int first,
+        int n,
+        int stride,
         float* x) {
     const int group = p.heads_q / p.heads_kv;
-    const char* row = query_row(p, item, token, list.kv_head * group + g);
-    const int64_t position =
-            item.sequence->length - item.q_len + token + p.position_offset;
-    const auto read = [&](int k) { return element(row, item.kv.bf16, k); };
-    for (int j = threadIdx.x; j < padded; j += blockDim.x) {
-        x[j] = j >= p.d                       ? 0.0f
-                : input == RowInput::post_rope ? read(j)
-                                               : derotated(
-                                                         list.rotary,
-                                                         p.d,
-                                                         position,
-                                                         j,
-                                                         read);
+    const int64_t position = length - item.q_len + token + p.position_offset;
+    const int half = p.d / 2;
+    for (int i = threadIdx.x; i < n * half; i += blockDim.x) {
+        const int g = i / half;
+        load_vector(
+                list.rotary,
+                p.d,
+                position,
+                input == RowInput::pre_rope,
+                query_row(p, item, token, list.kv_head * group + first + g),
+                item.kv.bf16,
+                i % half,
+                half,
+                x + g * stride);
+    }
+    const int padding = stride - p.d;
+    for (int i = threadIdx.x; i < n * padding; i += blockDim.x) {
+        x[i / padding * stride + p.d + i % padding] = 0;
     }
 }
 
-/// y = W x + bias for one layer, a warp for each row.
+/// y = W x + bias for one layer, a warp for eight rows.
 __device__ void dense(
         const DeviceAssigner& a,
         int layer,
@@ -63,34 +84,72 @@ __device__ void dense(
     const char* w = static_cast<const char*>(a.layer[layer]) +
             size_t(network) * a.width * bytes;
     const float* bias = a.layer_bias[layer] + size_t(network) * a.width;
-    for (int r = threadIdx.x / 32; r < a.width; r += kWarps) {
-        const float s = warp_dot(w + r * bytes, a.bf16, padded_cols, x);
-        if (threadIdx.x % 32 == 0) {
-            const float sum = s + bias[r] + (add ? add[r] : 0.0f);
-            y[r] = relu ? fmaxf(sum, 0.0f) : sum;
+    const int lane = threadIdx.x % 32;
+    for (int r = threadIdx.x / 32 * 8; r < a.width; r += 8 * kWarps) {
+        const int mine = r + lane / 4;
+        const float s = warp_products_of_weights<1>(
+                mine < a.width ? w + mine * bytes : nullptr,
+                a.bf16,
+                padded_cols,
+                x,
+                0);
+        if (lane % 4 == 0 && mine < a.width) {
+            const float sum = s + bias[mine] + (add ? add[mine] : 0.0f);
+            y[mine] = relu ? fmaxf(sum, 0.0f) : sum;
         }
     }
     __syncthreads();
 }
 
+/// Brings the layers of a network nearer.
+__device__ void prefetch_layers(const DeviceAssigner& a, int g) {
+    if (a.input != RowInput::hidden) {
+        return;
+    }
+    for (int l = 0; l < 1 + 2 * a.depth; l++) {
+        const int network = l == 0 || a.networks > 1 ? g : 0;
+        const int bytes = a.width * (l ? a.padded_width : a.padded_d) *
+                (a.bf16 ? 2 : 4);
+        const char* layer =
+                static_cast<const char*>(a.layer[l]) + int64_t(network) * bytes;
+        for (int i = 128 * threadIdx.x; i < bytes; i += 128 * kThreads) {
+            prefetch(layer + i);
+        }
+    }
+}
+
 /// The hidden layers of one network for one query: a block each.
 __global__ void __launch_bounds__(kThreads) run_networks(RouteParams p) {
-    const BatchList& at = p.lists[blockIdx.y];
+    let_next_begin();
+    const BatchList at = p.lists[blockIdx.y];
+    prefetch_layers(at.list->query, blockIdx.x % (p.heads_q / p.heads_kv));
+    wait_for_previous();
     const BatchItem& item = p.items[at.item];
     const int group = p.heads_q / p.heads_kv;
     const int token = blockIdx.x / group, g = blockIdx.x % group;
     if (token >= item.q_len) {
         return;
     }
-    const ListState& list = item.sequence->lists[at.list];
+    const ListState& list = *at.list;
     const DeviceAssigner& a = list.query;
-    if (a.input != RowInput::hidden) {
+    const int64_t length = at.sequence->length;
+    if (a.input != RowInput::hidden || reads_all(p, length, item, token)) {
         return;
     }
     extern __shared__ __align__(16) float shared[];
     float* h = shared;
     float* other = shared + max(a.padded_width, a.padded_d);
-    load_query(p, item, list, RowInput::pre_rope, token, g, a.padded_d, other);
+    load_queries(
+            p,
+            item,
+            length,
+            list,
+            RowInput::pre_rope,
+            token,
+            g,
+            1,
+            a.padded_d,
+            other);
     for (int j = a.width + threadIdx.x; j < a.padded_width; j += kThreads) {
         h[j] = 0;
     }
@@ -123,140 +182,178 @@ __device__ float newest_feature(float scale, float n, float mean, float newest) 
     return (fmaxf(x, y) + log1pf(expf(-fabsf(x - y))) - logf(n)) / scale;
 }
 
-/// Inner product of a cache row with x in shared memory, by a warp.
-__device__ float warp_dot_key(const char* row, int bf16, int d, const float* x) {
-    float sum = 0;
-    for (int j = threadIdx.x % 32; row && j < d; j += 32) {
-        sum += element(row, bf16, j) * x[j];
+/// Scores of a tile of cells for the query heads of a group: a warp for eight
+/// cells, whose rows it reads once for four heads.
+__global__ void __launch_bounds__(kThreads) score_cells(RouteParams p) {
+    let_next_begin();
+    const BatchList at = p.lists[blockIdx.y];
+    for (int n = 0; n < at.list->query.networks; n++) {
+        prefetch_rows(
+                at.list->query, n, int(blockIdx.x) * kCellsPerBlock, kCellsPerBlock);
     }
-    for (int step = 16; step; step /= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    }
-    return sum;
-}
-
-/// Scores of a tile of cells for the query heads of a group: a warp for each
-/// cell, which reads its row once for all heads.
-__global__ void __launch_bounds__(kThreads)
-        score_cells(RouteParams p, int cells_per_block) {
-    const BatchList& at = p.lists[blockIdx.y];
+    wait_for_previous();
     const BatchItem& item = p.items[at.item];
     const int token = blockIdx.z;
-    const ListState& list = item.sequence->lists[at.list];
-    const int begin = blockIdx.x * cells_per_block;
-    if (token >= item.q_len || begin >= list.ncell) {
+    const ListState& list = *at.list;
+    if (token >= item.q_len || int(blockIdx.x) * kCellsPerBlock >= list.ncell) {
         return;
     }
-    const int end = min(begin + cells_per_block, list.ncell);
+    const int64_t length = at.sequence->length;
+    if (reads_all(p, length, item, token)) {
+        return;
+    }
     const DeviceAssigner& a = list.query;
     const int group = p.heads_q / p.heads_kv;
     extern __shared__ __align__(16) float shared[];
-    const int cols = a.padded_cols, padded_d = (p.d + 7) / 8 * 8;
-    float* linear = shared; // group * cols
-    float* post = shared + group * cols;
-    for (int g = 0; g < group; g++) {
-        if (a.input == RowInput::hidden) {
-            const float* h =
-                    p.hidden + at.hidden + (int64_t(token) * group + g) * cols;
-            for (int j = threadIdx.x; j < cols; j += kThreads) {
-                linear[g * cols + j] = h[j];
-            }
-        } else if (a.input != RowInput::none) {
-            load_query(p, item, list, a.input, token, g, cols, linear + g * cols);
+    const int cols = a.padded_cols;
+    // Vectors are multiplied four at a time, of which the last may be none.
+    const int padded_group = (group + 3) / 4 * 4;
+    float* linear = shared;                     // padded_group * cols
+    float* post = shared + padded_group * cols; // padded_group * d
+    const int lane = threadIdx.x % 32;
+    const int cell = int(blockIdx.x) * kCellsPerBlock +
+            static_cast<int>(threadIdx.x) / 4; // eight for each warp
+    const bool there = cell < list.ncell;
+    const int count = there ? list.count[cell] : 0;
+    const size_t row_bytes = size_t(cols) * (a.bf16 ? 2 : 4);
+    if (a.input == RowInput::hidden) {
+        const float* h = p.hidden + at.hidden + int64_t(token) * group * cols;
+        for (int j = threadIdx.x; j < group * cols; j += kThreads) {
+            linear[j] = h[j];
         }
-        if (a.blend) {
-            load_query(
-                    p,
-                    item,
-                    list,
-                    RowInput::post_rope,
-                    token,
-                    g,
-                    padded_d,
-                    post + g * padded_d);
-        }
+    } else if (a.input != RowInput::none) {
+        load_queries(
+                p, item, length, list, a.input, token, 0, group, cols, linear);
+    }
+    if (a.blend) {
+        load_queries(
+                p,
+                item,
+                length,
+                list,
+                RowInput::post_rope,
+                token,
+                0,
+                group,
+                p.d,
+                post);
     }
     __syncthreads();
-    const size_t row_bytes = size_t(cols) * (a.bf16 ? 2 : 4);
+    const int32_t newest_slot =
+            a.reads_newest && count ? list.newest[cell] : 0;
     float* scores = p.scores + at.scores + int64_t(token) * group * list.ncell;
-    for (int c = begin + threadIdx.x / 32; c < end; c += kWarps) {
-        const int count = list.count[c];
-        const char* newest_key = nullptr;
-        float age = 0;
-        if (a.reads_newest && count) {
-            const int64_t slot = list.newest[c];
-            newest_key = key_row(item.kv, list.kv_head, slot);
-            const int64_t query = item.sequence->length - item.q_len + token;
-            age = -log1pf(static_cast<float>(max(int64_t(0), query - slot)));
+    const bool per_head = a.networks > 1;
+    for (int g0 = 0; g0 < group; g0 += per_head ? 1 : 4) {
+        const int nx = per_head ? 1 : min(4, group - g0);
+        const int g = g0 + lane % 4;
+        float score = 0;
+        if (a.input != RowInput::none) {
+            const int network = per_head ? g0 : 0;
+            const int64_t r = int64_t(network) * list.ncell + cell;
+            const char* row = there
+                    ? static_cast<const char*>(a.rows) + r * row_bytes
+                    : nullptr;
+            const float* x = linear + g0 * cols;
+            score = nx == 1
+                    ? warp_products_of_weights<1>(row, a.bf16, cols, x, cols)
+                    : warp_products_of_weights<4>(row, a.bf16, cols, x, cols);
+            score += a.bias && there ? a.bias[r] : 0.0f;
         }
-        for (int g = 0; g < group; g++) {
-            float score = 0;
-            if (a.input != RowInput::none) {
-                const int network = a.networks > 1 ? g : 0;
-                const size_t r = size_t(network) * list.ncell + c;
-                score = warp_dot(
-                        static_cast<const char*>(a.rows) + r * row_bytes,
-                        a.bf16,
-                        cols,
-                        linear + g * cols);
-                score += a.bias ? a.bias[r] : 0.0f;
+        if (a.blend) {
+            const float* q = post + g0 * p.d;
+            const float mean = warp_products<RowType::float32, 4>(
+                    there ? list.means + int64_t(cell) * p.d : nullptr, p.d, q, p.d);
+            float newest = 0;
+            if (a.reads_newest) {
+                const char* key =
+                        count ? key_row(item.kv, list.kv_head, newest_slot) : nullptr;
+                newest = item.kv.bf16
+                        ? warp_products<RowType::bfloat16, 4>(key, p.d, q, p.d)
+                        : warp_products<RowType::float16, 4>(key, p.d, q, p.d);
             }
-            if (a.blend) {
+            if (lane % 4 < nx && there) {
                 const float* w = a.blend + 5 * g;
-                const float* q = post + g * padded_d;
-                float mean = 0;
-                for (int j = threadIdx.x % 32; j < p.d; j += 32) {
-                    mean += list.means[int64_t(c) * p.d + j] * q[j];
-                }
-                for (int step = 16; step; step /= 2) {
-                    mean += __shfl_xor_sync(0xffffffffu, mean, step);
-                }
                 score = w[0] * score + w[1] * mean;
                 if (a.reads_newest) {
                     const auto n = static_cast<float>(count);
-                    const float newest = newest_feature(
-                            a.scale,
-                            n,
-                            mean,
-                            warp_dot_key(newest_key, item.kv.bf16, p.d, q));
-                    score += w[2] * newest + w[3] * age +
-                            w[4] * (count ? logf(n) : 0.0f);
+                    const int64_t query = length - item.q_len + token;
+                    const float age = -log1pf(static_cast<float>(
+                            max(int64_t(0), query - newest_slot)));
+                    score += w[2] * newest_feature(a.scale, n, mean, newest) +
+                            w[3] * age + w[4] * (count ? logf(n) : 0.0f);
                 }
                 score = count ? score : -INFINITY;
             }
-            if (threadIdx.x % 32 == 0) {
-                if (!(score < INFINITY)) {
-                    raise(p.flag, Fault::route_query, item.first_token + token);
-                }
-                scores[int64_t(g) * list.ncell + c] = score;
+        }
+        if (lane % 4 < nx && there) {
+            if (!(score < INFINITY)) {
+                raise(p.flag, Fault::route_query, item.first_token + token);
             }
+            scores[int64_t(g) * list.ncell + cell] = score;
         }
     }
 }
 
 // --- Selection ---------------------------------------------------------------
 
-/// Maxima or sums over a block of some values of each thread, at most kMaxGroup.
-__device__ void block_reduce(float* x, int n, bool sum, float* scratch) {
+/// log of the sum over all cells of count * exp(scale * score), for each head of
+/// a group, into `norm`; -inf for none. By a block, each head by some of its
+/// warps; `scratch` has room for two values
+/// of each warp or head.
+__device__ void find_norms(
+        const float* scores,
+        const int32_t* counts,
+        int ncell,
+        int heads,
+        float scale,
+        float* scratch,
+        float* norm) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    __syncthreads(); // the scratch memory is no longer read
-    for (int i = 0; i < n; i++) {
-        for (int step = 16; step; step /= 2) {
-            const float y = __shfl_xor_sync(0xffffffffu, x[i], step);
-            x[i] = sum ? x[i] + y : fmaxf(x[i], y);
+    const int each = max(1, kSelectWarps / heads);
+    const int part = warp % each;
+    for (int g = warp / each; g < heads; g += kSelectWarps / each) {
+        const float* s = scores + int64_t(g) * ncell;
+        const int first = part * 32 + lane, step = 32 * each;
+        float largest = -INFINITY;
+#pragma unroll 4
+        for (int c = first; c < ncell; c += step) {
+            const float x = scale * s[c];
+            largest = counts[c] ? fmaxf(largest, x) : largest;
+        }
+        for (int i = 16; i; i /= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, i));
+        }
+        float sum = 0;
+        if (largest > -INFINITY) {
+#pragma unroll 4
+            for (int c = first; c < ncell; c += step) {
+                const float n = counts[c];
+                sum += n > 0 ? n * __expf(scale * s[c] - largest) : 0.0f;
+            }
+        }
+        for (int i = 16; i; i /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, i);
         }
         if (lane == 0) {
-            scratch[i * kSelectWarps + warp] = x[i];
+            scratch[2 * (g * each + part)] = largest;
+            scratch[2 * (g * each + part) + 1] = sum;
         }
     }
     __syncthreads();
-    for (int i = 0; i < n; i++) {
-        x[i] = scratch[i * kSelectWarps];
-        for (int w = 1; w < kSelectWarps; w++) {
-            const float y = scratch[i * kSelectWarps + w];
-            x[i] = sum ? x[i] + y : fmaxf(x[i], y);
+    if (threadIdx.x < heads) {
+        const float* parts = scratch + 2 * each * threadIdx.x;
+        float most = -INFINITY, all = 0;
+        for (int i = 0; i < each; i++) {
+            most = fmaxf(most, parts[2 * i]);
         }
+        for (int i = 0; i < each; i++) {
+            all += parts[2 * i] > -INFINITY
+                    ? parts[2 * i + 1] * __expf(parts[2 * i] - most)
+                    : 0.0f;
+        }
+        norm[threadIdx.x] = most + __logf(all);
     }
+    __syncthreads();
 }
 
 /// The largest value of a block's threads.
@@ -298,56 +395,98 @@ __device__ void sort_descending(unsigned long long* keys, int n) {
     __syncthreads();
 }
 
+/// Keys and cells, counted together.
+struct Tally {
+    uint64_t packed; ///< cells, of which there are at most kMaxCells, below keys
+
+    static constexpr int kCellBits = 14;
+    static_assert(kMaxCells < 1 << kCellBits);
+
+    __device__ static Tally of(int keys, int cells) {
+        return {static_cast<uint64_t>(keys) << kCellBits | cells};
+    }
+    __device__ int keys() const {
+        return static_cast<int>(packed >> kCellBits);
+    }
+    __device__ int cells() const {
+        return static_cast<int>(packed & ((1 << kCellBits) - 1));
+    }
+};
+
+/// Sums of the threads before this one in a block, and of all.
+struct BlockScan {
+    Tally before, total;
+};
+
+/// `scratch` has room for a value of each warp; free again after the next barrier.
+__device__ BlockScan block_scan(Tally x, uint64_t* scratch) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const auto scan = [&](uint64_t end, int n) {
+        for (int step = 1; step < n; step *= 2) {
+            const uint64_t y = __shfl_up_sync(0xffffffffu, end, step);
+            end += lane >= step ? y : 0;
+        }
+        return end;
+    };
+    const uint64_t end = scan(x.packed, 32);
+    if (lane == 31) {
+        scratch[warp] = end;
+    }
+    __syncthreads();
+    const uint64_t warps = scan(lane < kSelectWarps ? scratch[lane] : 0, kSelectWarps);
+    const uint64_t before = __shfl_sync(0xffffffffu, warps, max(0, warp - 1));
+    return {{end - x.packed + (warp ? before : 0)},
+            {__shfl_sync(0xffffffffu, warps, kSelectWarps - 1)}};
+}
+
 /// What take_cells keeps in shared memory.
 struct TakeCells {
-    static constexpr int kBins = 256;
+    static constexpr int kBits = 10;
+    static constexpr int kBins = 1 << kBits;
     static constexpr int kRanked = 256; ///< cells put in order without a sort
     unsigned long long scratch[kSelectWarps];
     unsigned long long ranked[kRanked];
     uint32_t taken[kMaxCells / 32]; ///< a bit per cell
     int keys_of[kBins], cells_of[kBins];
-    int ntaken, crossing, cells_above;
-    int64_t keys_above;
+    uint64_t sums[kSelectWarps];
+    int ntaken, crossing, keys_above, cells_above;
 };
 
 /// Where, from the largest down, the bins' keys exceed `limit` or their cells
-/// `nprobe`; -1: nowhere. By one warp.
-__device__ void find_crossing(TakeCells& t, int64_t limit, int nprobe) {
-    const int lane = threadIdx.x;
-    int64_t keys = 0;
-    int cells = 0;
-    t.crossing = -1;
-    for (int first = 0; first < TakeCells::kBins; first += 32) {
-        const int bin = TakeCells::kBins - 1 - first - lane;
-        int64_t k = t.keys_of[bin];
-        int c = t.cells_of[bin];
-        for (int step = 1; step < 32; step *= 2) {
-            const int64_t k_before = __shfl_up_sync(0xffffffffu, k, step);
-            const int c_before = __shfl_up_sync(0xffffffffu, c, step);
-            k += lane >= step ? k_before : 0;
-            c += lane >= step ? c_before : 0;
-        }
-        const bool crosses = keys + k > limit || cells + c > nprobe;
-        const unsigned any = __ballot_sync(0xffffffffu, crosses);
-        if (any) {
-            if (lane == __ffs(static_cast<int>(any)) - 1) {
-                t.crossing = bin;
-                t.keys_above = keys + k - t.keys_of[bin];
-                t.cells_above = cells + c - t.cells_of[bin];
-            }
-            break;
-        }
-        keys += __shfl_sync(0xffffffffu, k, 31);
-        cells += __shfl_sync(0xffffffffu, c, 31);
-        t.keys_above = keys;
-        t.cells_above = cells;
+/// `nprobe`; t.crossing stays -1 if nowhere.
+__device__ void find_crossing(TakeCells& t, int limit, int nprobe) {
+    constexpr int kEach = TakeCells::kBins / kSelectThreads;
+    const int high = TakeCells::kBins - 1 - kEach * static_cast<int>(threadIdx.x);
+    int keys = 0, cells = 0;
+    for (int i = 0; i < kEach; i++) {
+        keys += t.keys_of[high - i];
+        cells += t.cells_of[high - i];
     }
+    const Tally before = block_scan(Tally::of(keys, cells), t.sums).before;
+    int keys_above = before.keys(), cells_above = before.cells();
+    const auto crosses = [&](int keys, int cells) {
+        return keys > limit || cells > nprobe;
+    };
+    if (crosses(keys_above, cells_above) ||
+        !crosses(keys_above + keys, cells_above + cells)) {
+        return;
+    }
+    int i = 0;
+    while (!crosses(
+            keys_above + t.keys_of[high - i], cells_above + t.cells_of[high - i])) {
+        keys_above += t.keys_of[high - i];
+        cells_above += t.cells_of[high - i];
+        i++;
+    }
+    t.crossing = high - i;
+    t.keys_above = keys_above;
+    t.cells_above = cells_above;
 }
 
-/// take_cells (ProbePolicy.h), by a block. A key is a score above ~cell, 0 for a
-/// cell that is never taken; n is a power of two. Most cells are found by a radix
-/// search for the score at which a limit is crossed, the few beyond it that still
-/// fit one by one. Changes the keys.
+/// take_cells (ProbePolicy.h), by a block. keys[i] is the score of cell i above
+/// ~i, 0 for a cell that is never taken; n is a power of two. Most cells are found
+/// by a radix search for the score at which a limit is crossed, the few beyond it
+/// that still fit one by one. Changes the keys.
 /// @return how many cells were written to `out`, best first
 __device__ int take_cells(
         TakeCells& t,
@@ -355,7 +494,7 @@ __device__ int take_cells(
         int n,
         const int32_t* counts,
         int nprobe,
-        int64_t limit,
+        int limit,
         bool at_least_one,
         int32_t first_cell,
         int32_t* out) {
@@ -389,10 +528,14 @@ __device__ int take_cells(
     int low = 32 - __clz(static_cast<int>(static_cast<uint32_t>(most >> 32) ^ least));
     uint64_t prefix = most >> 32 >> low;
     bool all = false;
+    int in_class = 0;
     do {
-        const int shift = max(0, low - 8);
+        const int shift = max(0, low - TakeCells::kBits);
         for (int i = threadIdx.x; i < TakeCells::kBins; i += kSelectThreads) {
             t.keys_of[i] = t.cells_of[i] = 0;
+        }
+        if (threadIdx.x == 0) {
+            t.crossing = -1;
         }
         __syncthreads();
         for (int i = threadIdx.x; i < n; i += kSelectThreads) {
@@ -400,25 +543,25 @@ __device__ int take_cells(
             if (keys[i] && score >> low == prefix) {
                 const auto bin = static_cast<int>(
                         (score >> shift) - (prefix << (low - shift)));
-                atomicAdd(&t.keys_of[bin], counts[cell_of(keys[i])]);
+                atomicAdd(&t.keys_of[bin], counts[i]);
                 atomicAdd(&t.cells_of[bin], 1);
             }
         }
         __syncthreads();
-        if (threadIdx.x < 32) {
-            find_crossing(t, limit, nprobe);
-        }
+        find_crossing(t, limit, nprobe);
         __syncthreads();
-        limit -= t.keys_above;
-        nprobe -= t.cells_above;
-        if (t.crossing < 0) { // in the first round alone
+        const int crossing = t.crossing;
+        if (crossing < 0) { // in the first round alone
             all = true;
             break;
         }
-        prefix = (prefix << (low - shift)) + t.crossing;
+        in_class = t.cells_of[crossing];
+        limit -= t.keys_above;
+        nprobe -= t.cells_above;
+        prefix = (prefix << (low - shift)) + crossing;
         low = shift;
-    } while (low > 0 && t.cells_of[t.crossing] > 1);
-    __syncthreads();
+        __syncthreads(); // before the next round clears what was read
+    } while (low > 0 && in_class > 1);
     const auto take = [&](unsigned long long key) {
         const int32_t cell = cell_of(key);
         atomicOr(&t.taken[cell / 32], 1u << (cell % 32));
@@ -437,8 +580,7 @@ __device__ int take_cells(
         const bool must = at_least_one && t.ntaken == 0;
         unsigned long long best = 0;
         for (int i = threadIdx.x; i < n; i += kSelectThreads) {
-            const int32_t cell = cell_of(keys[i]);
-            if (keys[i] && (must || counts[cell] <= limit) && !is_taken(cell)) {
+            if (keys[i] && (must || counts[i] <= limit) && !is_taken(i)) {
                 best = max(best, keys[i]);
             }
         }
@@ -455,16 +597,20 @@ __device__ int take_cells(
     }
     const int ntaken = t.ntaken;
     if (ntaken <= TakeCells::kRanked) {
-        for (int i = threadIdx.x; i < ntaken; i += kSelectThreads) {
+        // A warp for each cell counts those before it.
+        for (int i = threadIdx.x / 32; i < ntaken; i += kSelectWarps) {
             int rank = 0;
-            for (int j = 0; j < ntaken; j++) {
+            for (int j = threadIdx.x % 32; j < ntaken; j += 32) {
                 rank += t.ranked[j] > t.ranked[i];
+            }
+            for (int step = 16; step; step /= 2) {
+                rank += __shfl_xor_sync(0xffffffffu, rank, step);
             }
             out[rank] = first_cell + cell_of(t.ranked[i]);
         }
     } else {
         for (int i = threadIdx.x; i < n; i += kSelectThreads) {
-            keys[i] = keys[i] && is_taken(cell_of(keys[i])) ? keys[i] : 0;
+            keys[i] = keys[i] && is_taken(i) ? keys[i] : 0;
         }
         sort_descending(keys, n);
         for (int i = threadIdx.x; i < ntaken; i += kSelectThreads) {
@@ -477,21 +623,38 @@ __device__ int take_cells(
 /// A block takes the cells of one row: of a token and a KV head, or of one
 /// query head of it.
 __global__ void __launch_bounds__(kSelectThreads) select_cells(RouteParams p) {
-    const BatchRow& row = p.rows[blockIdx.x];
+    let_next_begin();
+    const BatchRow row = p.rows[blockIdx.x];
     const BatchItem& item = p.items[row.item];
+    wait_for_previous();
     const int group = p.heads_q / p.heads_kv;
     const int choices = p.share_group ? 1 : group;
     const int64_t r = int64_t(blockIdx.x) * choices + blockIdx.y;
     int32_t* out = p.cells + r * p.stride;
-    const Reach reach = reach_of(item, row.token, p.sink, p.window);
+    const int64_t length = row.sequence->length;
+    const Reach reach =
+            reach_of(length, item.q_len, row.token, p.sink, p.window);
     const int64_t far = reach.far_keys();
     extern __shared__ __align__(16) unsigned long long keys[];
-    __shared__ float scratch[kMaxGroup * kSelectWarps];
+    __shared__ float scratch[2 * (kSelectWarps > kMaxGroup ? kSelectWarps : kMaxGroup)];
+    __shared__ float norm[kMaxGroup];
     __shared__ TakeCells taking;
-    int taken = 0;
+    RowPlan plan;
+    const bool plans = p.work.plans;
+    if (plans && threadIdx.x == 0) {
+        plan = plan_dense(
+                reach, length, item.kv.length, p.attend_dense, row.item, p.flag);
+    }
+    const bool shares_keys = plans && row.nlist > 1;
+    uint32_t* probed = p.work.probed + r * p.work.probed_words;
+    for (int64_t i = threadIdx.x; shares_keys && i < p.work.probed_words;
+         i += kSelectThreads) {
+        probed[i] = 0;
+    }
+    int taken = 0, taken_keys = 0;
     for (int i = 0; i < row.nlist && far > 0; i++) {
         const BatchList& at = p.lists[row.first_list + i];
-        const ListState& list = item.sequence->lists[at.list];
+        const ListState& list = row.lists[i];
         const int n = list.ncell;
         int padded = 32;
         while (padded < n) {
@@ -499,7 +662,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_cells(RouteParams p) {
         }
         auto* counts = reinterpret_cast<int32_t*>(keys + padded);
         __syncthreads(); // the partition before is done with both
-        far_counts(list, item, reach, p.sink, p.window, counts);
+        far_counts(list, length, reach, p.sink, p.window, counts);
         const bool all = far <= p.dense_below;
         const double share = p.nsplit ? p.split[i] : 1.0 / row.nlist;
         if (all ? i > 0 : share == 0) {
@@ -509,29 +672,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_cells(RouteParams p) {
                 int64_t(row.token) * group * n +
                 (p.share_group ? 0 : int64_t(blockIdx.y) * n);
         // log of the mass per key, of which the group's heads are summed.
-        float largest[kMaxGroup], log_sum[kMaxGroup];
-        const int heads = p.share_group && !all ? group : 0;
-        for (int g = 0; g < heads; g++) {
-            largest[g] = -INFINITY;
-            log_sum[g] = 0;
-        }
-        for (int c = threadIdx.x; c < n; c += kSelectThreads) {
-            for (int g = 0; g < heads && counts[c]; g++) {
-                largest[g] = fmaxf(largest[g], p.scale * scores[int64_t(g) * n + c]);
-            }
-        }
-        block_reduce(largest, heads, false, scratch);
-        for (int c = threadIdx.x; c < n; c += kSelectThreads) {
-            for (int g = 0; g < heads && counts[c]; g++) {
-                if (largest[g] > -INFINITY) {
-                    log_sum[g] += counts[c] *
-                            expf(p.scale * scores[int64_t(g) * n + c] - largest[g]);
-                }
-            }
-        }
-        block_reduce(log_sum, heads, true, scratch);
-        for (int g = 0; g < heads; g++) {
-            log_sum[g] = logf(log_sum[g]);
+        if (p.share_group && !all) {
+            find_norms(scores, counts, n, group, p.scale, scratch, norm);
         }
         for (int c = threadIdx.x; c < padded; c += kSelectThreads) {
             float score = -INFINITY;
@@ -541,15 +683,20 @@ __global__ void __launch_bounds__(kSelectThreads) select_cells(RouteParams p) {
                 } else if (!p.share_group) {
                     score = scores[c];
                 } else {
+                    const auto of_head = [&](int g) {
+                        return p.scale * scores[int64_t(g) * n + c] - norm[g];
+                    };
+#pragma unroll 4
                     for (int g = 0; g < group; g++) {
-                        const float s = p.scale * scores[int64_t(g) * n + c] -
-                                largest[g] - log_sum[g];
-                        if (s > -INFINITY) { // false for NaN too
-                            const float larger = fmaxf(score, s);
-                            score = larger +
-                                    logf(expf(score - larger) + expf(s - larger));
-                        }
+                        score = fmaxf(score, of_head(g)); // passes over NaN
                     }
+                    float sum = 0;
+#pragma unroll 4
+                    for (int g = 0; g < group; g++) {
+                        const float s = of_head(g);
+                        sum += s > -INFINITY ? __expf(s - score) : 0.0f;
+                    }
+                    score = score > -INFINITY ? score + __logf(sum) : score;
                 }
             }
             keys[c] = score > -INFINITY
@@ -563,19 +710,44 @@ __global__ void __launch_bounds__(kSelectThreads) select_cells(RouteParams p) {
                 ? far
                 : static_cast<int64_t>(share * limit_of_head + 1e-9);
         __syncthreads();
-        taken += take_cells(
+        const int here = take_cells(
                 taking,
                 keys,
                 padded,
                 counts,
                 all ? n : p.nprobe,
-                limit,
+                static_cast<int>(limit),
                 /*at_least_one=*/taken == 0,
                 list.first_cell,
                 out + taken);
+        __syncthreads();
+        for (int first = 0; plans && first < here; first += kSelectThreads) {
+            const int k = first + static_cast<int>(threadIdx.x);
+            const int cell = k < here ? out[taken + k] : -1;
+            const int c = cell - list.first_cell;
+            const int count = k < here ? counts[c] : 0;
+            const BlockScan scan = block_scan(Tally::of(count, 0), taking.sums);
+            if (k < here) {
+                const int begin = taken_keys + scan.before.keys();
+                p.work.cells[r * p.work.stride + taken + k] = {
+                        i, c, begin, begin + count};
+                if (shares_keys) {
+                    atomicOr(&probed[cell / 32], 1u << (cell % 32));
+                }
+            }
+            taken_keys += scan.total.keys();
+            __syncthreads(); // the scan's scratch memory is free
+        }
+        taken += here;
     }
     if (threadIdx.x == 0) {
         p.count[r] = taken;
+        if (plans) {
+            const bool readable = length <= item.kv.length;
+            plan.cells = readable ? taken : 0;
+            plan.keys = readable ? taken_keys : 0;
+            p.work.plans[r] = plan;
+        }
     }
 }
 
@@ -586,14 +758,19 @@ cudaError_t route(const RouteParams& p, bool any_network, cudaStream_t stream) {
     constexpr int kMaxCols = 1024; // widths and dimensions are at most this
     if (p.nlist && p.most_q_len) {
         if (any_network) {
-            run_networks<<<
-                    dim3(p.most_q_len * group, p.nlist),
-                    kThreads,
-                    2 * kMaxCols * sizeof(float),
-                    stream>>>(p);
+            const cudaError_t error =
+                    launch(run_networks,
+                           dim3(p.most_q_len * group, p.nlist),
+                           kThreads,
+                           2 * kMaxCols * sizeof(float),
+                           stream,
+                           p);
+            if (error != cudaSuccess) {
+                return error;
+            }
         }
-        constexpr int kCellsPerBlock = 64;
-        const size_t shared = size_t(group) * p.most_cols * sizeof(float);
+        const size_t shared =
+                size_t(group + 3) / 4 * 4 * p.most_cols * sizeof(float);
         cudaError_t error = cudaFuncSetAttribute(
                 score_cells,
                 cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -601,13 +778,18 @@ cudaError_t route(const RouteParams& p, bool any_network, cudaStream_t stream) {
         if (error != cudaSuccess) {
             return error;
         }
-        score_cells<<<
+        error = launch(
+                score_cells,
                 dim3((p.most_cells + kCellsPerBlock - 1) / kCellsPerBlock,
                      p.nlist,
                      p.most_q_len),
                 kThreads,
                 shared,
-                stream>>>(p, kCellsPerBlock);
+                stream,
+                p);
+        if (error != cudaSuccess) {
+            return error;
+        }
     }
     if (p.nrow) {
         int padded = 32;
@@ -620,13 +802,15 @@ cudaError_t route(const RouteParams& p, bool any_network, cudaStream_t stream) {
         if (error != cudaSuccess) {
             return error;
         }
-        select_cells<<<
+        return launch(
+                select_cells,
                 dim3(p.nrow, p.share_group ? 1 : group),
                 kSelectThreads,
                 shared,
-                stream>>>(p);
+                stream,
+                p);
     }
-    return cudaGetLastError();
+    return cudaSuccess;
 }
 
 } // namespace faiss_saap::gpu

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "row_work.h"
 #include "sequence_state.h"
 
 namespace faiss_saap::gpu {
@@ -39,6 +40,7 @@ struct RouteParams {
     int64_t stride = 0;       ///< room for the cells of a row
     int32_t* cells = nullptr; ///< rows * stride
     int32_t* count = nullptr; ///< rows
+    RowWork work;             ///< for an attend that follows
     FaultFlag* flag = nullptr;
 };
 

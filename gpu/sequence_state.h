@@ -104,10 +104,12 @@ struct BatchItem {
     int64_t begin = 0, end = 0; ///< slots that leave the window in it
 };
 
-/// One KV head and partition of one item.
+/// One KV head and partition of one item. What a kernel needs first is here, not
+/// behind the item: reads that wait for each other are what a step costs.
 struct BatchList {
+    const SequenceState* sequence = nullptr;
+    const ListState* list = nullptr;
     int item = 0;
-    int list = 0; ///< in SequenceState::lists
     /// where its scores begin: tokens of the item, then query heads of the
     /// group, then cells
     int64_t scores = 0;
@@ -116,6 +118,8 @@ struct BatchList {
 
 /// One KV head of one token.
 struct BatchRow {
+    const SequenceState* sequence = nullptr;
+    const ListState* lists = nullptr; ///< of the KV head
     int item = 0, token = 0; ///< token within the item
     int kv_head = 0;
     int first_list = 0, nlist = 0; ///< in the batch's lists

@@ -45,13 +45,15 @@ class Graph {
     cudaGraphExec_t step_ = nullptr;
 };
 
-/// A batch of sequences whose caches nothing else has read for long.
-struct Copy {
+/// A layer of a model: its weights, and a batch of sequences with its caches.
+struct Layer {
+    std::unique_ptr<gpu::GpuAttentionAdapter> adapter, classifying, all_dense;
     std::vector<DeviceMemory> k, v;
-    std::vector<int64_t> sequences;
     std::unique_ptr<gpu::GpuBatch> batch, classified, dense;
     std::vector<DeviceMemory> offsets; ///< of the rows that each sequence reads
     std::vector<int64_t> rows;
+    gpu::GpuProbedCells probed;
+    std::vector<DeviceMemory> probed_memory;
 };
 
 } // namespace
@@ -70,10 +72,12 @@ void decode_on_device(const DecodeOptions& o) {
     const int64_t room = o.tokens + 16 * (o.repeat + 8);
     const int64_t slot_bytes = int64_t(o.heads_kv) * o.d * element;
     const double cache = row * o.heads_kv * o.tokens;
-    const int copies = std::max<int>(
-            1,
-            static_cast<int>(std::ceil(
-                    o.buffer_gib * (1u << 30) / (cache * o.sequences))));
+    // What a layer reads is not in the L2 when its turn comes again: its sink,
+    // its window and its share of the far keys are all that counts.
+    const double step = row * o.heads_kv * o.sequences *
+            (o.sink + o.window + o.selectivity * static_cast<double>(o.tokens));
+    constexpr double kManyCaches = 256 << 20; // several times the L2
+    const int layers = std::max(2, static_cast<int>(std::ceil(kManyCaches / step)));
 
     const SyntheticCache host(o.shape(o.tokens), random);
     const std::vector<float> queries = decode_queries(o, random);
@@ -94,12 +98,10 @@ void decode_on_device(const DecodeOptions& o) {
     params.window = o.window;
     params.policy.nprobe = o.ncell;
     params.policy.max_selectivity = o.selectivity;
-    GpuAttentionAdapter adapter(params, centre_partitions(o, host.centres));
-    GpuAttentionAdapter classifying(
-            params, classifier_partitions(o, host.centres, random));
     AdapterParams all_dense = params;
     all_dense.window = room;
-    GpuAttentionAdapter dense(all_dense, centre_partitions(o, host.centres));
+    const auto centres = centre_partitions(o, host.centres);
+    const auto classifiers = classifier_partitions(o, host.centres, random);
 
     const auto rows_q = int64_t(o.sequences) * o.heads_q;
     const DeviceMemory output(rows_q * o.d * sizeof(float)),
@@ -111,17 +113,21 @@ void decode_on_device(const DecodeOptions& o) {
     cudaStream_t stream;
     check(cudaStreamCreate(&stream));
 
-    std::vector<Copy> all(copies);
-    std::vector<DeviceMemory> probed_memory;
-    std::vector<gpu::GpuProbedCells> probed;
-    Progress progress("making caches", copies);
-    for (Copy& copy : all) {
+    std::vector<Layer> all(layers);
+    Progress progress("making caches", layers);
+    for (Layer& layer : all) {
+        layer.adapter = std::make_unique<GpuAttentionAdapter>(params, centres);
+        layer.classifying = std::make_unique<GpuAttentionAdapter>(params, classifiers);
+        layer.all_dense = std::make_unique<GpuAttentionAdapter>(all_dense, centres);
+        GpuAttentionAdapter& adapter = *layer.adapter;
+        GpuAttentionAdapter& classifying = *layer.classifying;
+        GpuAttentionAdapter& dense = *layer.all_dense;
         std::vector<SequenceInput> batch, classified, dense_batch;
         for (int s = 0; s < o.sequences; s++) {
-            for (auto* side : {&copy.k, &copy.v}) {
+            for (auto* side : {&layer.k, &layer.v}) {
                 side->emplace_back(room * slot_bytes);
                 check(cudaMemset(side->back().as(), 0, room * slot_bytes));
-                const Buffer& from = side == &copy.k ? host.k : host.v;
+                const Buffer& from = side == &layer.k ? host.k : host.v;
                 check(cudaMemcpy(
                         side->back().as(),
                         from.data(),
@@ -130,8 +136,8 @@ void decode_on_device(const DecodeOptions& o) {
             }
             SequenceInput in;
             in.kv = KvView::token_major(
-                    copy.k[s].as(),
-                    copy.v[s].as(),
+                    layer.k[s].as(),
+                    layer.v[s].as(),
                     dtype,
                     room,
                     o.heads_kv,
@@ -148,22 +154,22 @@ void decode_on_device(const DecodeOptions& o) {
                 inputs->push_back(in);
             }
         }
-        copy.batch = adapter.plan(batch, stream);
-        copy.classified = classifying.plan(classified, stream);
-        copy.dense = dense.plan(dense_batch, stream);
+        layer.batch = adapter.plan(batch, stream);
+        layer.classified = classifying.plan(classified, stream);
+        layer.dense = dense.plan(dense_batch, stream);
         // The state that the stages after the append see.
-        adapter.append(*copy.batch, stream);
-        classifying.append(*copy.classified, stream);
-        dense.append(*copy.dense, stream);
+        adapter.append(*layer.batch, stream);
+        classifying.append(*layer.classified, stream);
+        dense.append(*layer.dense, stream);
         gpu::GpuProbedCells cells;
-        cells.stride = copy.batch->cells();
+        cells.stride = layer.batch->cells();
         const int64_t rows = int64_t(o.sequences) * o.heads_kv;
-        probed_memory.emplace_back(rows * cells.stride * sizeof(int32_t));
-        cells.cells = probed_memory.back().as<int32_t>();
-        probed_memory.emplace_back(rows * sizeof(int32_t));
-        cells.count = probed_memory.back().as<int32_t>();
-        adapter.route(*copy.batch, d_queries.as(), cells, nullptr, stream);
-        probed.push_back(cells);
+        layer.probed_memory.emplace_back(rows * cells.stride * sizeof(int32_t));
+        cells.cells = layer.probed_memory.back().as<int32_t>();
+        layer.probed_memory.emplace_back(rows * sizeof(int32_t));
+        cells.count = layer.probed_memory.back().as<int32_t>();
+        adapter.route(*layer.batch, d_queries.as(), cells, nullptr, stream);
+        layer.probed = cells;
         check(cudaStreamSynchronize(stream));
         // The rows that a step reads, in the order in which it reads them.
         std::vector<int32_t> cell(rows * cells.stride), count(rows);
@@ -192,14 +198,14 @@ void decode_on_device(const DecodeOptions& o) {
                     }
                 }
             }
-            copy.rows.push_back(static_cast<int64_t>(offsets.size()));
-            copy.offsets.emplace_back(offsets.data(), offsets.size() * 8);
+            layer.rows.push_back(static_cast<int64_t>(offsets.size()));
+            layer.offsets.emplace_back(offsets.data(), offsets.size() * 8);
         }
         progress.advance();
     }
     AttendOutput with_stats = out;
     with_stats.stats = stats.as<AttendStats>();
-    adapter.attend(*all[0].batch, d_queries.as(), with_stats, nullptr, stream);
+    all[0].adapter->attend(*all[0].batch, d_queries.as(), with_stats, nullptr, stream);
     check(cudaStreamSynchronize(stream));
     std::vector<AttendStats> got(rows_q);
     check(cudaMemcpy(
@@ -215,17 +221,17 @@ void decode_on_device(const DecodeOptions& o) {
     const double centroid_bytes =
             4.0 * o.heads_kv * o.ncell * (o.d + double(o.sequences));
     double classifier_bytes = 4.0 * o.heads_kv * o.ncell * o.sequences;
-    for (const auto& head : classifier_partitions(o, host.centres, random)) {
+    for (const auto& head : classifiers) {
         classifier_bytes += static_cast<double>(head[0].query->bytes_read());
     }
     const double dense_bytes = cache * o.sequences;
     struct Stage {
         std::string name;
         double bytes;
-        std::function<void(Copy&, int)> launch;
+        std::function<void(Layer&)> launch;
     };
-    const auto read = [&](Copy& copy) {
-        for (auto* side : {&copy.k, &copy.v}) {
+    const auto read = [&](Layer& layer) {
+        for (auto* side : {&layer.k, &layer.v}) {
             for (const DeviceMemory& m : *side) {
                 check(read_all(
                         m.as(), o.tokens * slot_bytes, sink.as<uint32_t>(), stream));
@@ -233,16 +239,16 @@ void decode_on_device(const DecodeOptions& o) {
         }
     };
     const std::vector<Stage> stages = {
-            {"bandwidth", dense_bytes, [&](Copy& copy, int) { read(copy); }},
+            {"bandwidth", dense_bytes, [&](Layer& layer) { read(layer); }},
             {"gather",
              attend_bytes,
-             [&](Copy& copy, int) {
+             [&](Layer& layer) {
                  for (int s = 0; s < o.sequences; s++) {
                      ReadRowsParams p;
-                     p.k = copy.k[s].as();
-                     p.v = copy.v[s].as();
-                     p.offsets = copy.offsets[s].as<int64_t>();
-                     p.n = copy.rows[s];
+                     p.k = layer.k[s].as();
+                     p.v = layer.v[s].as();
+                     p.offsets = layer.offsets[s].as<int64_t>();
+                     p.n = layer.rows[s];
                      p.bytes = static_cast<int>(o.d * element);
                      p.sink = sink.as<uint32_t>();
                      check(read_rows(p, stream));
@@ -250,63 +256,58 @@ void decode_on_device(const DecodeOptions& o) {
              }},
             {"dense",
              dense_bytes,
-             [&](Copy& copy, int) {
-                 dense.attend(*copy.dense, d_queries.as(), out, nullptr, stream);
+             [&](Layer& layer) {
+                 layer.all_dense->attend(*layer.dense, d_queries.as(), out, nullptr, stream);
              }},
             {"sparse",
              attend_bytes + centroid_bytes,
-             [&](Copy& copy, int) {
-                 adapter.append(*copy.batch, stream);
-                 adapter.attend(*copy.batch, d_queries.as(), out, nullptr, stream);
+             [&](Layer& layer) {
+                 layer.adapter->append(*layer.batch, stream);
+                 layer.adapter->attend(*layer.batch, d_queries.as(), out, nullptr, stream);
              }},
             {"sparse_classifier",
              attend_bytes + classifier_bytes,
-             [&](Copy& copy, int) {
-                 classifying.append(*copy.classified, stream);
-                 classifying.attend(
-                         *copy.classified, d_queries.as(), out, nullptr, stream);
+             [&](Layer& layer) {
+                 layer.classifying->append(*layer.classified, stream);
+                 layer.classifying->attend(
+                         *layer.classified, d_queries.as(), out, nullptr, stream);
              }},
             {"route",
              centroid_bytes,
-             [&](Copy& copy, int i) {
-                 adapter.route(
-                         *copy.batch, d_queries.as(), probed[i], nullptr, stream);
+             [&](Layer& layer) {
+                 layer.adapter->route(
+                         *layer.batch, d_queries.as(), layer.probed, nullptr, stream);
              }},
             {"route_classifier",
              classifier_bytes,
-             [&](Copy& copy, int i) {
-                 classifying.route(
-                         *copy.classified, d_queries.as(), probed[i], nullptr, stream);
+             [&](Layer& layer) {
+                 layer.classifying->route(
+                         *layer.classified, d_queries.as(), layer.probed, nullptr, stream);
              }},
             {"attend",
              attend_bytes,
-             [&](Copy& copy, int i) {
-                 adapter.attend_preassigned(
-                         *copy.batch, d_queries.as(), probed[i], out, stream);
+             [&](Layer& layer) {
+                 layer.adapter->attend_preassigned(
+                         *layer.batch, d_queries.as(), layer.probed, out, stream);
              }},
-            {"append", slot_bytes * double(o.sequences), [&](Copy& copy, int) {
-                 adapter.append(*copy.batch, stream);
+            {"append", slot_bytes * double(o.sequences), [&](Layer& layer) {
+                 layer.adapter->append(*layer.batch, stream);
              }}};
 
-    constexpr size_t kOtherBytes = size_t(256) << 20;
-    const DeviceMemory other(kOtherBytes);
     cudaEvent_t begin, end;
     check(cudaEventCreate(&begin));
     check(cudaEventCreate(&end));
     std::vector<DecodeStage> results;
     Progress measuring("measuring", static_cast<int64_t>(stages.size()));
     for (const Stage& stage : stages) {
-        std::vector<Graph> graphs;
-        for (int i = 0; i < copies; i++) {
-            graphs.emplace_back(stream, [&] { stage.launch(all[i], i); });
-        }
+        // All layers one after the other, as in a model.
+        const Graph graph(stream, [&] {
+            for (Layer& layer : all) {
+                stage.launch(layer);
+            }
+        });
         std::vector<double> seconds;
         for (int r = -3; r < o.repeat; r++) {
-            const Graph& graph = graphs[(r + 3) % copies];
-            // Nothing is left in the L2, and launching costs the host no time
-            // that is measured.
-            check(read_all(
-                    other.as(), kOtherBytes, sink.as<uint32_t>(), stream));
             check(cudaEventRecord(begin, stream));
             graph.launch(stream);
             check(cudaEventRecord(end, stream));
@@ -314,11 +315,13 @@ void decode_on_device(const DecodeOptions& o) {
             float ms = 0;
             check(cudaEventElapsedTime(&ms, begin, end));
             if (r >= 0) {
-                seconds.push_back(1e-3 * ms);
+                seconds.push_back(1e-3 * ms / layers);
             }
         }
-        adapter.check();
-        classifying.check();
+        for (const Layer& layer : all) {
+            layer.adapter->check();
+            layer.classifying->check();
+        }
         results.push_back(
                 {stage.name,
                  stage.bytes,

@@ -64,8 +64,9 @@ struct GpuListsCopy {
 /// reserved for them.
 ///
 /// Here are built: head dimensions 64, 96, 128 and 256 (values likewise),
-/// float16 and bfloat16 caches whose rows begin at multiples of 16 bytes, groups
-/// up to 16 query heads, up to 8,192 cells, and partitions whose key assigner is
+/// float16 and bfloat16 caches whose rows begin at multiples of 16 bytes and whose
+/// keys and values each span at most 60 GiB, outputs that begin at such a multiple
+/// too, groups up to 16 query heads, up to 8,192 cells, and partitions whose key assigner is
 /// a QuantizerAssigner over faiss::IndexFlat and whose query assigner is one of
 /// these, a CellMeanAssigner, a QueryClassifier or a BlendAssigner. All else is
 /// refused.
@@ -213,6 +214,7 @@ class GpuAttentionAdapter {
             const void* queries,
             const GpuProbedCells& probed,
             const ProbePolicy& policy,
+            bool plans, ///< for start_attend
             cudaStream_t stream) const;
     void check_output(
             const GpuBatch& batch,
@@ -222,6 +224,7 @@ class GpuAttentionAdapter {
             const GpuBatch& batch,
             const void* queries,
             const GpuProbedCells& probed,
+            bool planned, ///< by start_route
             const AttendOutput& out,
             cudaStream_t stream) const;
 

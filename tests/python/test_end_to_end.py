@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "contrib"))
 
 pytest.importorskip("gguf")
 import end_to_end  # noqa: E402
+import end_to_end_results  # noqa: E402
 from pass_key import DIGITS, hide_pass_key  # noqa: E402
 from smollm2 import SmolLM2  # noqa: E402
 from sparse_decoding import METHODS, KvCache, cached_prefill, decode, make_methods, prefill  # noqa: E402
@@ -116,6 +117,23 @@ def test_programs(tmp_path, capsys):
     rows = {r["method"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert 0 < rows["dense"]["loss"] < 0.5  # it has read that sentence before
 
+    # goes on where it stopped, and attends sparsely in some layers alone
+    before = json.loads((tmp_path / "r.json").read_text())["rows"]
+    parts = ["--layer-groups", "2", "--resume", "--plot", str(tmp_path / "layers.png")]
+    assert end_to_end.main([*loss, *parts]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert rows[: len(before)] == before
+    assert [(r["method"], r["layers"]) for r in rows[len(before) :]] == [
+        ("window", "0-14"), ("window", "15-29"), ("saap", "0-14"), ("saap", "15-29")]  # fmt: skip
+    dense, *window = (r["loss"] for r in rows if r["method"] in ("dense", "window"))
+    assert len({dense, *window}) == 4 and all(abs(w - dense) < 1 for w in window)
+    assert (tmp_path / "layers.png").stat().st_size > 1000
+    capsys.readouterr()
+    assert end_to_end.main([*loss, "--resume", "--partitions", str(tmp_path / "other.saap")]) == 1
+    assert "made with partitions = smollm2_135m.saap" in capsys.readouterr().err
+    assert end_to_end_results.main([str(tmp_path / "r.json")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+
     assert end_to_end.main(["stream", "--tokens", "700", "--seed", "5", "--methods", "dense", *common]) == 0
     out = capsys.readouterr().out
     key = out.split("A pass key, ")[1][:DIGITS]
@@ -124,12 +142,30 @@ def test_programs(tmp_path, capsys):
     assert answer.count("[100.0%]") == DIGITS
 
 
+def test_differences_are_paired_and_intervals_are_those_of_student():
+    random = np.random.default_rng(2)
+    for n, quantile in ((4, 3.182), (8, 2.365), (31, 2.042), (101, 1.984)):
+        x = random.standard_normal(n)
+        assert end_to_end_results.half_width(x) == pytest.approx(quantile * x.std(ddof=1) / n**0.5, rel=0.01)
+    assert end_to_end_results.half_width([1.0, 2.0, 3.0]) == np.inf
+    common = {"text": "t", "tokens": 9, "depth": 0.5, "budget": 0.1, "selectivity": 0.1, "index_bytes_fraction": 0}
+    row = lambda key, method, found: {**common, "key": key, "method": method, "digits_found": found}
+    found = {"a": (1.0, 0.8), "b": (0.2, 0.2), "c": (0.6, 0.8), "d": (1.0, 0.2)}
+    rows = [row(key, method, x) for key, pair in found.items() for method, x in zip(("dense", "saap"), pair)]
+    dense, saap = end_to_end_results.table_of(rows)
+    differences = [-0.2, 0.0, 0.2, -0.8]
+    assert "difference" not in dense and saap["cases"] == 4 and saap["digits_found"] == pytest.approx(0.5)
+    assert saap["difference"] == pytest.approx(-0.2)
+    assert saap["half_width"] == pytest.approx(3.182 * np.std(differences, ddof=1) / 2, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         (["loss", "--text", "x", "--tokens", "600"], "--tokens 600 leaves no far keys"),
         (["needle", "--methods", "saap,magic"], "'magic' must be one of"),
         (["needle", "--budgets", "2"], "must be from 0 to 1"),
+        (["needle", "--rounds", "0"], "--rounds 0 must be positive"),
         (["stream", "--nonsense"], "--nonsense"),
         ([], "required"),
     ],

@@ -93,6 +93,23 @@ def test_chosen_heads_offset_and_scale(tmp_path, model, loaded_once):
 
 
 @needs_model
+def test_several_texts_into_a_folder(tmp_path, capsys, loaded_once):
+    texts = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for text in texts:
+        text.write_text(f"Text {text.name} is a text as others are, and it is not long.")
+    common = f"--text {texts[0]} {texts[1]} --tokens 12 --layers 0 --kv-heads 0".split()
+    assert export_trace.main([*common, "--out", str(tmp_path)]) == 0
+    traces = [read_trace(tmp_path / f"{text.stem}.safetensors") for text in texts]
+    assert [t.text for t in traces] == ["a.txt", "b.txt"] and (traces[0].tokens != traces[1].tokens).any()
+    assert capsys.readouterr().out.count("12 tokens, mean loss") == 2
+    for out, sentence in ((tmp_path / "a.safetensors", "must be a folder"), (tmp_path / "no", "must be a folder")):
+        assert export_trace.main([*common, "--out", str(out)]) == 2
+        assert sentence in capsys.readouterr().err
+    assert export_trace.main([*common, "--text", str(texts[0]), str(texts[0]), "--out", str(tmp_path)]) == 2
+    assert "two texts would become one" in capsys.readouterr().err
+
+
+@needs_model
 def test_decoding_with_a_cache_equals_one_pass(model):
     tokens = model.encode("A needle is hidden in this haystack; whoever finds it may keep it, and the hay too.")
     cache = {}

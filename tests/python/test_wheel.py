@@ -49,7 +49,7 @@ def test_installed_from_the_checkout_in_a_clean_environment(tmp_path):
     package = Path(ran.stdout.strip()).parent
     assert package.is_relative_to(tmp_path / "venv")
     assert {p.suffix for p in package.iterdir() if p.is_file()} >= {".py", ".so", ".pyi"}
-    assert (package / "py.typed").exists()
+    assert (package / "py.typed").exists() and (package / "huggingface.py").exists()
     # the archive, headers and CMake files of the C++ package stay out of the environment
     assert not list((tmp_path / "venv" / "lib").rglob("libfaiss_saap.a"))
     assert not list((tmp_path / "venv" / "include").rglob("AttentionAdapter.h"))
