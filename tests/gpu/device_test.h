@@ -22,37 +22,47 @@ class DeviceTest : public ::testing::Test {
 
 /// A copy on the device, and back.
 template <class T>
-struct OnDevice {
-    T* data = nullptr;
-    size_t size = 0;
-
-    explicit OnDevice(size_t n) : size(n) {
+class OnDevice {
+   public:
+    explicit OnDevice(size_t n) : size_(n) {
         EXPECT_EQ(
                 cudaMalloc(
-                        reinterpret_cast<void**>(&data),
+                        reinterpret_cast<void**>(&data_),
                         std::max<size_t>(1, n) * sizeof(T)),
                 cudaSuccess);
-        EXPECT_EQ(cudaMemset(data, 0xee, n * sizeof(T)), cudaSuccess);
+        EXPECT_EQ(cudaMemset(data_, 0xee, n * sizeof(T)), cudaSuccess);
     }
     explicit OnDevice(const std::vector<T>& x) : OnDevice(x.size()) {
         EXPECT_EQ(
-                cudaMemcpy(data, x.data(), size * sizeof(T), cudaMemcpyHostToDevice),
+                cudaMemcpy(data_, x.data(), size_ * sizeof(T), cudaMemcpyHostToDevice),
                 cudaSuccess);
     }
     OnDevice(OnDevice&& other) noexcept {
-        std::swap(data, other.data);
-        std::swap(size, other.size);
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
     }
     ~OnDevice() {
-        cudaFree(data);
+        cudaFree(data_);
     }
+    T* data() const {
+        return data_;
+    }
+    size_t size() const {
+        return size_;
+    }
+    /// After all work on the device.
     std::vector<T> host() const {
-        std::vector<T> x(size);
+        std::vector<T> x(size_);
+        EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
         EXPECT_EQ(
-                cudaMemcpy(x.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost),
+                cudaMemcpy(x.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost),
                 cudaSuccess);
         return x;
     }
+
+   private:
+    T* data_ = nullptr;
+    size_t size_ = 0;
 };
 
 } // namespace faiss_saap::tests

@@ -21,7 +21,7 @@ struct DeviceCache {
     explicit DeviceCache(CaseWorld::Cache from)
             : host(std::move(from)), k(host.k), v(host.v), pages(host.page_table) {}
     KvView view(int64_t length) const {
-        return host.view(k.data, v.data, pages.data, length);
+        return host.view(k.data(), v.data(), pages.data(), length);
     }
 };
 
@@ -83,7 +83,7 @@ CaseResult run_on_device(const CaseWorld& world, Random& random) {
         }
     }
     const OnDevice<char> queries(as_type(c.dtype, world.queries()));
-    const size_t rows = queries.size / 2 / c.d;
+    const size_t rows = queries.size() / 2 / c.d;
     OnDevice<float> output(rows * c.d), lse(rows);
     OnDevice<AttendStats> stats(rows);
     const auto plan = adapter.plan(batch);
@@ -93,14 +93,14 @@ CaseResult run_on_device(const CaseWorld& world, Random& random) {
     probed.share_group = c.share_group;
     probed.stride = plan->cells() + 3;
     OnDevice<int32_t> cells(choice_rows * probed.stride), count(choice_rows);
-    probed.cells = cells.data;
-    probed.count = count.data;
-    adapter.route(*plan, queries.data, probed);
+    probed.cells = cells.data();
+    probed.count = count.data();
+    adapter.route(*plan, queries.data(), probed);
     AttendOutput out;
-    out.output = output.data;
-    out.lse = lse.data;
-    out.stats = stats.data;
-    adapter.attend_preassigned(*plan, queries.data, probed, out);
+    out.output = output.data();
+    out.lse = lse.data();
+    out.stats = stats.data();
+    adapter.attend_preassigned(*plan, queries.data(), probed, out);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     adapter.check();
     result.probed = to_host(probed, choice_rows);
@@ -110,10 +110,10 @@ CaseResult run_on_device(const CaseWorld& world, Random& random) {
 
     // Both halves in one call are the same.
     OnDevice<float> again(rows * c.d);
-    out.output = again.data;
+    out.output = again.data();
     out.lse = nullptr;
     out.stats = nullptr;
-    adapter.attend(*plan, queries.data, out);
+    adapter.attend(*plan, queries.data(), out);
     EXPECT_EQ(again.host(), result.output);
     return result;
 }
@@ -336,12 +336,12 @@ TEST_F(GpuAdapter, MergesIntoTheCallersResult) {
     const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
     OnDevice<float> output(c.heads_q * c.d), lse(c.heads_q);
     AttendOutput out;
-    out.output = output.data;
-    out.lse = lse.data;
-    p.device.attend(*plan, queries.data, out);
+    out.output = output.data();
+    out.lse = lse.data();
+    p.device.attend(*plan, queries.data(), out);
     const auto once = output.host(), once_lse = lse.host();
     out.merge = true; // with itself: the same output, twice the sum
-    p.device.attend(*plan, queries.data, out);
+    p.device.attend(*plan, queries.data(), out);
     const auto twice = output.host(), twice_lse = lse.host();
     for (size_t i = 0; i < once.size(); i++) {
         EXPECT_NEAR(once[i], twice[i], 1e-5);
@@ -372,9 +372,9 @@ TEST_F(GpuAdapter, ReplaysAGraphWhileItGrows) {
         OnDevice<float> output(rows * c.d), lse(rows);
         OnDevice<AttendStats> stats(rows);
         AttendOutput out;
-        out.output = output.data;
-        out.lse = lse.data;
-        out.stats = stats.data;
+        out.output = output.data();
+        out.lse = lse.data();
+        out.stats = stats.data();
         ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
         cudaGraph_t graph;
         cudaGraphExec_t step;
@@ -382,7 +382,7 @@ TEST_F(GpuAdapter, ReplaysAGraphWhileItGrows) {
                 cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal),
                 cudaSuccess);
         p.device.append(*plan, stream);
-        p.device.attend(*plan, queries.data, out, nullptr, stream);
+        p.device.attend(*plan, queries.data(), out, nullptr, stream);
         ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
         ASSERT_EQ(cudaGraphInstantiate(&step, graph, 0), cudaSuccess);
         for (int i = 0; i < 1000; i++) {
@@ -453,19 +453,19 @@ TEST_F(GpuAdapter, FaultsThatKernelsSeeChangeNothing) {
     const std::vector<char> nan = as_type(c.dtype, {NAN, NAN});
     ASSERT_EQ(
             cudaMemcpy(
-                    p.cache.k.data + offset, nan.data(), 2, cudaMemcpyHostToDevice),
+                    p.cache.k.data() + offset, nan.data(), 2, cudaMemcpyHostToDevice),
             cudaSuccess);
     refused(101, "append: a new key is not finite");
     ASSERT_EQ(
             cudaMemcpy(
-                    p.cache.k.data + offset,
+                    p.cache.k.data() + offset,
                     p.host.k.data() + offset,
                     2,
                     cudaMemcpyHostToDevice),
             cudaSuccess);
     // Holes in the page table.
     for (int32_t hole : {-1, static_cast<int32_t>(p.host.npages)}) {
-        int32_t* entry = p.cache.pages.data + 650 / CaseWorld::kPage;
+        int32_t* entry = p.cache.pages.data() + 650 / CaseWorld::kPage;
         ASSERT_EQ(
                 cudaMemcpy(entry, &hole, 4, cudaMemcpyHostToDevice), cudaSuccess);
         refused(101, "append: the page table names a page that is not there");
@@ -484,12 +484,12 @@ TEST_F(GpuAdapter, FaultsThatKernelsSeeChangeNothing) {
     const size_t rows = c.heads_q;
     OnDevice<float> output(rows * c.d), lse(rows);
     AttendOutput out;
-    out.output = output.data;
-    out.lse = lse.data;
+    out.output = output.data();
+    out.lse = lse.data();
     const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
     const OnDevice<char> bad(
             as_type(c.dtype, std::vector<float>(rows * c.d, NAN)));
-    p.device.attend(*plan, bad.data, out);
+    p.device.attend(*plan, bad.data(), out);
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     EXPECT_SENTENCE(p.device.check(), "route: the query assigner gives a score");
 
@@ -498,22 +498,22 @@ TEST_F(GpuAdapter, FaultsThatKernelsSeeChangeNothing) {
     probed.stride = 4;
     std::vector<int32_t> cells = {0, 3, c.ncell, -1, 5, 5, 5, 5};
     OnDevice<int32_t> d_cells(cells), count(std::vector<int32_t>{4, 4});
-    probed.cells = d_cells.data;
-    probed.count = count.data;
+    probed.cells = d_cells.data();
+    probed.count = count.data();
     OnDevice<AttendStats> stats(rows);
-    out.stats = stats.data;
-    p.device.attend_preassigned(*plan, queries.data, probed, out);
+    out.stats = stats.data();
+    p.device.attend_preassigned(*plan, queries.data(), probed, out);
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     EXPECT_SENTENCE(p.device.check(), "attend_preassigned: a probed cell");
     EXPECT_EQ(stats.host()[0].cells, 2);
     EXPECT_EQ(stats.host()[rows - 1].cells, 1); // named four times
     OnDevice<int32_t> too_many(std::vector<int32_t>{5, -1});
-    probed.count = too_many.data;
-    p.device.attend_preassigned(*plan, queries.data, probed, out);
+    probed.count = too_many.data();
+    p.device.attend_preassigned(*plan, queries.data(), probed, out);
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     EXPECT_SENTENCE(p.device.check(), "attend_preassigned: a probed cell");
     // All is well afterwards.
-    p.device.attend(*plan, queries.data, out);
+    p.device.attend(*plan, queries.data(), out);
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     p.device.check();
     for (float x : output.host()) {

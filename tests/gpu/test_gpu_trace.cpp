@@ -82,7 +82,7 @@ TEST_F(GpuTrace, RecallIsThatOfTheCpu) {
             const OnDevice<char> d_keys(keys), d_values(values), d_queries(half_queries);
             on_device.sequence = device.create();
             on_device.kv = KvView::token_major(
-                    d_keys.data, d_values.data, DType::float16, trace.tokens, 1, d, d);
+                    d_keys.data(), d_values.data(), DType::float16, trace.tokens, 1, d, d);
             on_device.q_len = trace.tokens;
             device.append(*device.plan({on_device}));
             on_device.q_len = kAsk;
@@ -112,8 +112,8 @@ TEST_F(GpuTrace, RecallIsThatOfTheCpu) {
                         &policy);
                 device.attend(
                         *plan,
-                        d_queries.data,
-                        {d_output.data, d_lse.data, d_stats.data},
+                        d_queries.data(),
+                        {d_output.data(), d_lse.data(), d_stats.data()},
                         &policy);
                 ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
                 device.check();

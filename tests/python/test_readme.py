@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("docs/classifier.md", "classifier_example.cpp"),
         ("docs/add-a-method.md", "example_method.h"),
         ("docs/gpu.md", "gpu/gpu_example.cpp"),
+        ("docs/gpu.md", "gpu/gpu_index_example.cpp"),
     ],
 )
 def test_the_example_is_the_tested_one(page, example):

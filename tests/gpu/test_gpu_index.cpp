@@ -1,0 +1,419 @@
+// GpuIndexAsymmetricIVF; the CPU index is the oracle.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <set>
+#include <thread>
+
+#include <faiss/IndexFlat.h>
+#include <faiss/IndexIVFFlat.h>
+#include <faiss/IndexScalarQuantizer.h>
+#include <faiss/impl/IDSelector.h>
+#include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/gpu/GpuIndexAsymmetricIVF.h>
+
+#include "device_test.h"
+
+using namespace faiss_saap;
+using namespace faiss_saap::tests;
+using gpu::GpuIndexAsymmetricIVF;
+using gpu::GpuIndexParams;
+using idx_t = IndexAsymmetricIVF::idx_t;
+
+namespace {
+
+struct IndexCase {
+    std::string name;
+    int d = 64, ncell = 32;
+    int64_t n = 3000;
+    int nprobe = 8, k = 10;
+    faiss::MetricType metric = faiss::METRIC_INNER_PRODUCT;
+    bool float16 = false;
+    int queries = 40;
+};
+
+std::ostream& operator<<(std::ostream& os, const IndexCase& c) {
+    return os << c.name;
+}
+
+std::vector<IndexCase> index_cases() {
+    std::vector<IndexCase> cases;
+    const auto add = [&](const char* name, const auto& change) {
+        IndexCase c;
+        c.name = name;
+        change(c);
+        cases.push_back(c);
+    };
+    add("default", [](IndexCase&) {});
+    add("L2", [](IndexCase& c) { c.metric = faiss::METRIC_L2; });
+    add("float16", [](IndexCase& c) { c.float16 = true; });
+    add("float16, L2, odd d", [](IndexCase& c) {
+        c.float16 = true, c.metric = faiss::METRIC_L2, c.d = 37;
+    });
+    add("d 1", [](IndexCase& c) { c.d = 1, c.metric = faiss::METRIC_L2; });
+    add("d 256", [](IndexCase& c) { c.d = 256; });
+    add("all cells", [](IndexCase& c) { c.nprobe = 32; });
+    add("one cell", [](IndexCase& c) { c.ncell = 1, c.nprobe = 1; });
+    add("more cells than pages", [](IndexCase& c) { c.ncell = 700, c.n = 900; });
+    add("k 2048", [](IndexCase& c) { c.k = 2048, c.queries = 5; });
+    add("k larger than what is read", [](IndexCase& c) {
+        c.k = 500, c.nprobe = 1;
+    });
+    add("one query", [](IndexCase& c) { c.queries = 1, c.n = 20000; });
+    add("many queries", [](IndexCase& c) { c.queries = 3000; });
+    add("no vectors", [](IndexCase& c) { c.n = 0; });
+    return cases;
+}
+
+std::unique_ptr<faiss::IndexIVF> storage(const IndexCase& c) {
+    auto* quantizer = new faiss::IndexFlat(c.d, c.metric);
+    std::unique_ptr<faiss::IndexIVF> lists;
+    if (c.float16) {
+        lists = std::make_unique<faiss::IndexIVFScalarQuantizer>(
+                quantizer,
+                c.d,
+                c.ncell,
+                faiss::ScalarQuantizer::QT_fp16,
+                c.metric,
+                false);
+    } else {
+        lists = std::make_unique<faiss::IndexIVFFlat>(
+                quantizer, c.d, c.ncell, c.metric);
+    }
+    lists->own_fields = true;
+    return lists;
+}
+
+/// The same vectors in an index on either side.
+struct Pair {
+    IndexCase c;
+    Partition partition;
+    std::vector<float> x, queries;
+    std::unique_ptr<IndexAsymmetricIVF> cpu;
+    std::unique_ptr<GpuIndexAsymmetricIVF> device;
+
+    Pair(const IndexCase& c_in, Random& random, GpuIndexParams params = {}) : c(c_in) {
+        params.float16 = c.float16;
+        const auto centres = random.normal(size_t(2 * c.ncell + 100) * c.d);
+        partition = kmeans_partition(
+                2 * c.ncell + 100, c.d, centres.data(), c.ncell, NEEDS_POST_ROPE);
+        x = random.normal(c.n * c.d);
+        queries = random.normal(size_t(c.queries) * c.d);
+        cpu = std::make_unique<IndexAsymmetricIVF>(storage(c), partition);
+        device = std::make_unique<GpuIndexAsymmetricIVF>(partition, c.metric, params);
+        cpu->nprobe = device->nprobe = c.nprobe;
+    }
+    void add(int64_t begin, int64_t end) {
+        cpu->add(end - begin, x.data() + begin * c.d);
+        device->add(end - begin, x.data() + begin * c.d);
+    }
+
+    /// Queries whose choice of cells does not hang on rounding.
+    std::vector<bool> clear_choices() const {
+        const int k = std::min(c.nprobe + 1, c.ncell);
+        std::vector<int32_t> cells(size_t(c.queries) * k);
+        std::vector<float> scores(cells.size());
+        RoutingInput in;
+        in.n = c.queries;
+        in.d = c.d;
+        in.post_rope = queries.data();
+        partition.query->assign(in, nullptr, k, cells.data(), scores.data());
+        std::vector<bool> clear(c.queries, true);
+        for (int q = 0; q < c.queries && k > c.nprobe; q++) {
+            const float* s = &scores[size_t(q) * k + k - 2];
+            clear[q] = s[0] - s[1] > 1e-4f * (1 + std::abs(s[0]));
+        }
+        return clear;
+    }
+
+    void expect_equal_search() const {
+        const size_t size = size_t(c.queries) * c.k;
+        std::vector<float> expected(size), got(size);
+        std::vector<idx_t> expected_ids(size), ids(size);
+        cpu->search(
+                c.queries, queries.data(), c.k, expected.data(), expected_ids.data());
+        SearchParametersAsymmetricIVF params;
+        SearchStats stats;
+        params.nprobe = c.nprobe;
+        params.stats = &stats;
+        device->search(
+                c.queries, queries.data(), c.k, got.data(), ids.data(), &params);
+        EXPECT_EQ(stats.queries, c.queries);
+        const auto clear = clear_choices();
+        int compared = 0;
+        for (int q = 0; q < c.queries; q++) {
+            if (!clear[q]) {
+                continue;
+            }
+            compared++;
+            const size_t at = size_t(q) * c.k;
+            std::set<idx_t> a, b;
+            for (int i = 0; i < c.k; i++) {
+                const float e = expected[at + i];
+                const float tolerance = 2e-4f * (1 + std::abs(e));
+                if (std::abs(e) < 1e30f) {
+                    ASSERT_NEAR(got[at + i], e, tolerance) << "query " << q << " rank " << i;
+                } else {
+                    ASSERT_EQ(got[at + i], e) << "query " << q << " rank " << i;
+                }
+                // The last ones may change places with others as near.
+                const float last = expected[at + c.k - 1];
+                if (std::abs(e - last) > 2 * tolerance || expected_ids[at + i] < 0) {
+                    a.insert(expected_ids[at + i]);
+                }
+                b.insert(ids[at + i]);
+            }
+            EXPECT_TRUE(std::includes(b.begin(), b.end(), a.begin(), a.end()))
+                    << "query " << q;
+        }
+        EXPECT_GE(compared, (c.queries + 1) / 2);
+    }
+};
+
+class GpuIndexCases : public DeviceTest,
+                      public ::testing::WithParamInterface<IndexCase> {};
+
+class GpuIndex : public DeviceTest {};
+
+} // namespace
+
+INSTANTIATE_TEST_SUITE_P(Table, GpuIndexCases, ::testing::ValuesIn(index_cases()));
+
+TEST_P(GpuIndexCases, SearchesAsTheCpu) {
+    Random random;
+    Pair p(GetParam(), random);
+    // In parts, so that lists grow.
+    p.add(0, p.c.n / 3);
+    p.add(p.c.n / 3, p.c.n);
+    EXPECT_EQ(p.device->ntotal, p.c.n);
+    const auto sizes = p.device->list_sizes();
+    EXPECT_EQ(std::accumulate(sizes.begin(), sizes.end(), int64_t(0)), p.c.n);
+    p.expect_equal_search();
+}
+
+TEST_F(GpuIndex, TakesMemoryOfHostAndDevice) {
+    Random random;
+    Pair p(index_cases()[0], random);
+    p.cpu->add(p.c.n, p.x.data());
+    const OnDevice<float> x(p.x), queries(p.queries);
+    std::vector<idx_t> ids(p.c.n);
+    std::iota(ids.begin(), ids.end(), 0);
+    const OnDevice<idx_t> d_ids(ids);
+    p.device->add_with_ids(p.c.n, x.data(), d_ids.data());
+    p.expect_equal_search();
+    const size_t size = size_t(p.c.queries) * p.c.k;
+    std::vector<float> expected(size);
+    std::vector<idx_t> expected_ids(size);
+    p.device->search(
+            p.c.queries, p.queries.data(), p.c.k, expected.data(), expected_ids.data());
+    const OnDevice<float> distances(size);
+    const OnDevice<idx_t> labels(size);
+    p.device->search(
+            p.c.queries, queries.data(), p.c.k, distances.data(), labels.data());
+    EXPECT_EQ(distances.host(), expected);
+    EXPECT_EQ(labels.host(), expected_ids);
+}
+
+TEST_F(GpuIndex, RemovesAndReusesPages) {
+    Random random;
+    IndexCase c = index_cases()[0];
+    c.n = 8000;
+    GpuIndexParams params;
+    params.slab_bytes = 1 << 16; // several slabs
+    Pair p(c, random, params);
+    p.add(0, 5000);
+    for (int round = 0; round < 3; round++) {
+        std::vector<idx_t> gone;
+        for (idx_t i = 0; i < 8000; i++) {
+            if (random.below(3) == 0) {
+                gone.push_back(i);
+            }
+        }
+        const faiss::IDSelectorBatch selector(gone.size(), gone.data());
+        EXPECT_EQ(p.device->remove_ids(selector), p.cpu->remove_ids(selector));
+        EXPECT_EQ(p.device->ntotal, p.cpu->ntotal);
+        p.expect_equal_search();
+        std::vector<idx_t> ids(1000);
+        std::iota(ids.begin(), ids.end(), 5000 + 1000 * round);
+        const float* x = p.x.data() + (5000 + 1000 * round) * c.d;
+        p.cpu->add_with_ids(1000, x, ids.data());
+        p.device->add_with_ids(1000, x, ids.data());
+        p.expect_equal_search();
+    }
+    faiss::IDSelectorRange all(0, 1 << 20);
+    p.device->remove_ids(all);
+    EXPECT_EQ(p.device->ntotal, 0);
+    const size_t held = p.device->memory();
+    EXPECT_GE(p.device->reclaimMemory(), held - params.slab_bytes);
+    p.cpu->reset();
+    p.add(0, 2000);
+    p.expect_equal_search();
+    p.cpu->reset();
+    p.device->reset();
+    p.expect_equal_search();
+}
+
+TEST_F(GpuIndex, ReservedMemoryIsEnough) {
+    Random random;
+    IndexCase c = index_cases()[0];
+    c.n = 20000;
+    GpuIndexParams params;
+    params.slab_bytes = 1 << 18;
+    Pair p(c, random, params);
+    p.device->reserveMemory(c.n);
+    const size_t held = p.device->memory();
+    for (int64_t i = 0; i < c.n; i += 777) {
+        p.add(i, std::min(i + 777, c.n));
+    }
+    EXPECT_EQ(p.device->memory(), held);
+    p.expect_equal_search();
+}
+
+TEST_F(GpuIndex, CopiesFromAndToTheCpu) {
+    Random random;
+    for (const IndexCase& c : index_cases()) {
+        if (c.queries > 100) {
+            continue;
+        }
+        SCOPED_TRACE(c.name);
+        Pair p(c, random);
+        p.cpu->add(c.n, p.x.data());
+        p.device->copyFrom(*p.cpu);
+        EXPECT_EQ(p.device->ntotal, c.n);
+        p.expect_equal_search();
+        IndexAsymmetricIVF back(storage(c), p.partition);
+        p.device->copyTo(&back);
+        EXPECT_EQ(back.ntotal, c.n);
+        for (int cell = 0; cell < c.ncell; cell++) {
+            const auto& a = *p.cpu->lists->invlists;
+            const auto& b = *back.lists->invlists;
+            ASSERT_EQ(a.list_size(cell), b.list_size(cell));
+            faiss::InvertedLists::ScopedIds ia(&a, cell), ib(&b, cell);
+            faiss::InvertedLists::ScopedCodes ca(&a, cell), cb(&b, cell);
+            const size_t size = a.list_size(cell);
+            EXPECT_TRUE(std::equal(ia.get(), ia.get() + size, ib.get()));
+            EXPECT_TRUE(
+                    std::equal(ca.get(), ca.get() + size * a.code_size, cb.get()));
+        }
+    }
+}
+
+TEST_F(GpuIndex, LearnsCells) {
+    Random random;
+    const int d = 32, ncell = 50, n = 5000, queries = 200;
+    GpuIndexAsymmetricIVF index(d, ncell, faiss::METRIC_INNER_PRODUCT);
+    EXPECT_FALSE(index.is_trained);
+    const auto x = random.normal(n * d), q = random.normal(queries * d);
+    index.train(n, x.data());
+    ASSERT_TRUE(index.is_trained);
+    index.add(n, x.data());
+    EXPECT_LT(index.imbalance_factor(), 2);
+    index.nprobe = ncell;
+    std::vector<float> distances(queries * 10), expected(queries * 10);
+    std::vector<idx_t> ids(queries * 10), expected_ids(queries * 10);
+    index.search(queries, q.data(), 10, distances.data(), ids.data());
+    faiss::IndexFlatIP flat(d);
+    flat.add(n, x.data());
+    flat.search(queries, q.data(), 10, expected.data(), expected_ids.data());
+    for (int i = 0; i < queries * 10; i++) {
+        EXPECT_NEAR(distances[i], expected[i], 1e-3);
+    }
+    // A fifth of the cells holds more than a fifth of the neighbours.
+    index.nprobe = ncell / 5;
+    index.search(queries, q.data(), 10, distances.data(), ids.data());
+    int found = 0;
+    for (int i = 0; i < queries * 10; i++) {
+        const auto* row = &expected_ids[i / 10 * 10];
+        found += std::count(row, row + 10, ids[i]);
+    }
+    EXPECT_GT(found, queries * 10 / 2);
+}
+
+TEST_F(GpuIndex, SearchesFromManyThreads) {
+    Random random;
+    Pair p(index_cases()[0], random);
+    p.add(0, p.c.n);
+    const size_t size = size_t(p.c.queries) * p.c.k;
+    std::vector<float> expected(size);
+    std::vector<idx_t> expected_ids(size);
+    p.device->search(
+            p.c.queries, p.queries.data(), p.c.k, expected.data(), expected_ids.data());
+    std::vector<std::thread> threads;
+    std::vector<int> wrong(4);
+    for (int t = 0; t < 4; t++) {
+        threads.emplace_back([&, t] {
+            for (int round = 0; round < 20; round++) {
+                std::vector<float> distances(size);
+                std::vector<idx_t> ids(size);
+                p.device->search(
+                        p.c.queries,
+                        p.queries.data(),
+                        p.c.k,
+                        distances.data(),
+                        ids.data());
+                wrong[t] += ids != expected_ids || distances != expected;
+            }
+        });
+    }
+    for (auto& t : threads) {
+        t.join();
+    }
+    EXPECT_EQ(wrong, std::vector<int>(4));
+}
+
+TEST_F(GpuIndex, RefusesWithASentenceAndIsAsBefore) {
+    Random random;
+    Pair p(index_cases()[0], random);
+    p.add(0, p.c.n);
+    GpuIndexAsymmetricIVF& index = *p.device;
+    const int d = p.c.d;
+    std::vector<float> distances(4096), bad(p.x.begin(), p.x.begin() + 10 * d);
+    std::vector<idx_t> ids(4096);
+    const auto search = [&](idx_t n, const float* x, idx_t k) {
+        index.search(n, x, k, distances.data(), ids.data());
+    };
+    bad[3 * d + 5] = std::numeric_limits<float>::quiet_NaN();
+    EXPECT_SENTENCE(index.add(10, bad.data()), "vector 3, component 5");
+    EXPECT_SENTENCE(search(10, bad.data(), 1), "vector 3, component 5");
+    EXPECT_SENTENCE(index.add(-1, bad.data()), "n = -1");
+    EXPECT_SENTENCE(index.add(1, nullptr), "x is null");
+    const idx_t negative[] = {4, -2};
+    EXPECT_SENTENCE(
+            index.add_with_ids(2, p.x.data(), negative), "xids[1] = -2");
+    EXPECT_SENTENCE(search(1, p.x.data(), 0), "k = 0");
+    EXPECT_SENTENCE(search(1, p.x.data(), 2049), "k = 2049");
+    EXPECT_SENTENCE(search(1, nullptr, 1), "x is null");
+    EXPECT_SENTENCE(
+            index.search(1, p.x.data(), 1, nullptr, ids.data()), "distances is null");
+    index.nprobe = 0;
+    EXPECT_SENTENCE(search(1, p.x.data(), 1), "nprobe = 0");
+    index.nprobe = p.c.nprobe;
+    EXPECT_SENTENCE(index.reserveMemory(size_t(1) << 40), "2^31");
+    // 2^31 - 4096 vectors of d 64 are 512 GiB: more than any device has, and more
+    // slabs than an index has.
+    constexpr size_t kMany = (size_t(1) << 31) - 8192;
+    EXPECT_SENTENCE(index.reserveMemory(kMany), "choose larger slab_bytes");
+    GpuIndexParams large;
+    large.slab_bytes = size_t(1) << 30;
+    Pair full(index_cases()[0], random, large);
+    full.add(0, 1000);
+    const size_t held = full.device->memory();
+    EXPECT_SENTENCE(full.device->reserveMemory(kMany), "not enough device memory");
+    EXPECT_EQ(full.device->memory(), held);
+    full.add(1000, full.c.n);
+    full.expect_equal_search();
+    EXPECT_SENTENCE(
+            GpuIndexAsymmetricIVF(d, 0, faiss::METRIC_L2), "ncell = 0");
+    EXPECT_SENTENCE(GpuIndexAsymmetricIVF(d, 4, faiss::METRIC_L1), "metric");
+    GpuIndexParams elsewhere;
+    elsewhere.device = 99;
+    EXPECT_SENTENCE(
+            GpuIndexAsymmetricIVF(d, 4, faiss::METRIC_L2, elsewhere), "99");
+    GpuIndexAsymmetricIVF untrained(d, 64, faiss::METRIC_L2);
+    EXPECT_SENTENCE(untrained.add(1, p.x.data()), "not trained");
+    EXPECT_SENTENCE(untrained.train(10, p.x.data()), "n = 10");
+    EXPECT_SENTENCE(index.copyTo(nullptr), "index is null");
+    EXPECT_EQ(index.ntotal, p.c.n);
+    p.expect_equal_search();
+}
