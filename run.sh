@@ -5,6 +5,8 @@
 #   ./run.sh test              every test
 #   ./run.sh test --sanitize   C++ tests under ASan and UBSan (CPU only)
 #   ./run.sh needle            a model finds a pass key through the index
+#   ./run.sh bench             methods side by side on traces of 8,192 tokens
+#   ./run.sh bench --full      32,768 tokens too
 #
 # Works on Debian 12 and Ubuntu 24.04, as root or with sudo. Safe to repeat.
 set -euo pipefail
@@ -126,6 +128,29 @@ needle() {
   PYTHONPATH=build/python "$VENV/bin/python" contrib/end_to_end.py stream --tokens 4096 --budget 0.05
 }
 
+bench() {
+  local lengths=(8k)
+  case "${1:-}" in
+    '') [ $# -eq 0 ] || die "unknown option of bench: ''" ;;
+    --full)
+      [ $# -eq 1 ] || die "unknown option of bench: $2"
+      lengths=(8k 32k)
+      ;;
+    *) die "unknown option of bench: $1" ;;
+  esac
+  set_up
+  build "$(main_preset)"
+  local traces=${FAISS_SAAP_TRACES:-build/traces} length
+  for length in "${lengths[@]}"; do
+    say "traces of $length tokens in $traces: those that are missing are made"
+    contrib/make_traces.sh --bench "$length" "$traces"
+  done
+  say "measuring; what build/bench holds already is not measured again"
+  "$VENV/bin/python" contrib/bench_methods.py --traces "$traces" "$@"
+  "$VENV/bin/python" contrib/bench_report.py build/bench build/bench/report
+  say "the page: build/bench/report/index.html"
+}
+
 run_tests() {
   local preset
   case "${1:-}" in
@@ -157,6 +182,7 @@ case "$command" in
   demo) demo "$@" ;;
   test) run_tests "$@" ;;
   needle) needle "$@" ;;
-  -h | --help | help | '') sed -n '2,9s/^# \{0,1\}//p' "$0" ;;
-  *) die "unknown command: $command (there are demo, test and needle)" ;;
+  bench) bench "$@" ;;
+  -h | --help | help | '') sed -n '2,11s/^# \{0,1\}//p' "$0" ;;
+  *) die "unknown command: $command (there are demo, test, needle and bench)" ;;
 esac

@@ -4,12 +4,18 @@
 # 32,768, and in FOLDER/train other passages to train on, at both lengths.
 #
 #   contrib/make_traces.sh FOLDER
+#   contrib/make_traces.sh --bench 8k|32k FOLDER   only those of ./run.sh bench
 #
 # Needs root for apt-get, the environment that ./run.sh sets up, and about 3
 # hours on 2 cores, two of them for the long traces to train on, which come
 # last: with torch and CUDA, 30 s each. What is there is not made again.
 set -euo pipefail
-[ $# -eq 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+bench=
+if [ "${1:-}" = --bench ] && [ $# -eq 3 ]; then
+  bench=$2
+  shift 2
+fi
+[ $# -eq 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
 cd "$1"
@@ -35,6 +41,36 @@ if [ ! -e kernel.txt ] || [ ! -e train/kernel_locking.txt ]; then
   zcat -f linux-doc/usr/share/doc/linux-doc-6.1/Documentation/admin-guide/mm/[a-n]*.rst* >kernel.txt
 fi
 
+# Every fourth layer, all KV heads, for the benchmark of methods at 8,192 tokens.
+bench_traces() {
+  mkdir -p heads
+  for text in kjv handbook python kernel; do
+    [ -e "heads/${text}_8k.safetensors" ] || "$root/build/venv/bin/python" "$root/contrib/export_trace.py" \
+      --text $text.txt --tokens 8192 --layers 1,5,9,13,17,21,25,29 --kv-heads 0,1,2 --out heads/${text}_8k.safetensors
+  done
+}
+export_trace() { # text tokens scale name
+  [ -e "$4.safetensors" ] || "$root/build/venv/bin/python" "$root/contrib/export_trace.py" \
+    --text "$1.txt" --tokens "$2" --rope-scale "$3" --layers 9,15,21 --kv-heads 0 --out "$4.safetensors"
+}
+case "$bench" in
+  '') ;;
+  8k)
+    bench_traces
+    exit
+    ;;
+  32k)
+    for text in kjv handbook python; do
+      export_trace $text 32768 4 ${text}_32k
+    done
+    exit
+    ;;
+  *)
+    echo "error: --bench $bench: there are 8k and 32k" >&2
+    exit 2
+    ;;
+esac
+
 mkdir -p train
 verses() { bible -f "$1" | sed 's/^[^ ]* //'; }
 [ -e train/kjv_gen.txt ] || verses 'gen1:1-exo40:38' >train/kjv_gen.txt
@@ -55,10 +91,7 @@ if [ ! -e train/kernel_locking.txt ]; then
   zcat -f $kernel/{RCU,locking}/*.rst* >train/kernel_locking.txt
 fi
 
-export_trace() { # text tokens scale name
-  [ -e "$4.safetensors" ] || "$root/build/venv/bin/python" "$root/contrib/export_trace.py" \
-    --text "$1.txt" --tokens "$2" --rope-scale "$3" --layers 9,15,21 --kv-heads 0 --out "$4.safetensors"
-}
+bench_traces
 for text in kjv handbook python kernel; do
   export_trace $text 8192 1 ${text}_8k
 done

@@ -47,11 +47,13 @@ nlohmann::json environment() {
 void write_json(
         const std::string& path,
         const nlohmann::json& config,
-        const nlohmann::json& rows) {
-    const nlohmann::json report = {
+        const nlohmann::json& rows,
+        const nlohmann::json& more) {
+    nlohmann::json report = {
             {"config", config},
             {"environment", environment()},
             {"rows", rows}};
+    report.update(more);
     const std::string temporary = path + ".tmp";
     std::ofstream file(temporary);
     file << report.dump(1) << "\n";

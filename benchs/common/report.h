@@ -13,10 +13,12 @@ namespace faiss_saap::benchs {
 nlohmann::json environment();
 
 /// Writes one object {config, environment, rows}; whole or not at all.
+/// @param more  an object, its members beside these
 void write_json(
         const std::string& path,
         const nlohmann::json& config,
-        const nlohmann::json& rows);
+        const nlohmann::json& rows,
+        const nlohmann::json& more = nlohmann::json::object());
 
 /// A table with aligned columns, the first one to the left.
 void print_table(

@@ -112,3 +112,26 @@ def test_demo_on_wrong_input(tmp_path):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     result = run(Path(BIN) / "demo", "--trace", TRACE, "--json", tmp_path / "no" / "folder.json", "--ncell", 8192)
     assert result.returncode == 1 and "ncell = 8192" in result.stderr
+
+
+def test_bench_ann_reads_what_it_wrote(tmp_path):
+    options = ["--ncell", 64, "-k", 5]
+    done = run(
+        Path(BIN) / "bench_ann", "--trace", TRACE, "--layer", 21, "--queries", 50, "--export", f"{tmp_path}/",
+        "--json", tmp_path / "trace.json", *options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    recalls = {}
+    for kind in ("fvecs", "fbin"):
+        done = run(
+            Path(BIN) / "bench_ann", "--base", tmp_path / f"base.{kind}", "--query", tmp_path / f"query.{kind}",
+            "--json", tmp_path / "files.json", *options,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        for name in ("trace", "files"):
+            report = json.loads((tmp_path / f"{name}.json").read_text())
+            rows = [r for r in report["rows"] if r["method"] != "HNSW"]  # its graph depends on the threads
+            recalls[kind, name] = [(r["method"], r["parameters"], r["recall"], r["selectivity"]) for r in rows]
+            assert rows[0]["recall"] < 1 and recalls[kind, name][-1][2:] == (1.0, 1.0)
+            assert report["pareto"]
+        assert recalls[kind, "trace"] == recalls[kind, "files"]

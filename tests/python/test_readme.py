@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("README.md", "readme_example.cpp"),
         ("docs/adapter.md", "adapter_example.cpp"),
         ("docs/classifier.md", "classifier_example.cpp"),
+        ("docs/add-a-method.md", "example_method.h"),
         ("docs/gpu.md", "gpu/gpu_example.cpp"),
         ("docs/gpu.md", "gpu/gpu_index_example.cpp"),
     ],

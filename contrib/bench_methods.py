@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""The benchmark of methods: runs bench_recall over sampled layers and heads of several texts, and keeps what it says.
+
+Each run is a file in the cache folder and is not made again, so an interrupted benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+BUDGETS = "0.005,0.01,0.02,0.03,0.04,0.06,0.1,0.2"
+TEXTS = {"8k": ["kjv", "handbook", "python", "kernel"], "32k": ["kjv", "handbook", "python"]}
+WINDOW = {"8k": 256, "32k": 2048}
+CELLS = {"8k": 512, "32k": 2048}  # 16 keys a cell
+QUERIES = {"8k": 24, "32k": 16}
+# Cells of 32 and 64 keys: a smaller index leaves more of the bytes for keys.
+COARSE = "ivf_rope_ip,ivf_rope_ip_group,ivf_rope_spherical_group"
+# The best of each family, so that all of it takes minutes; `bench_recall --methods all` knows more.
+FAMILIES = (
+    "oracle_topk,oracle_topk_group,ivf_rope_l2_group,ivf_rope_ip,ivf_rope_ip_group,ivf_norope_mean_group,"
+    "retroinfer_group,quest_64_group,pq_scan_group,pq_scan_4bit_group,pqcache_group,magicpig,streaming_llm,"
+    "metric_cells_group,metric_codes,metric_codes_group"
+)
+FAMILIES_TRAINED = ",saap,saap_group"
+
+
+@dataclass
+class Run:
+    """One call of bench_recall."""
+
+    name: str
+    length: str
+    trace: Path
+    layer: int
+    kv_head: int
+    partitions: Path | None
+    methods: str
+    keys_per_cell: int = 16
+    cluster_on: str = "all"
+
+    def command(self, program: Path, out: Path) -> list[str]:
+        command = [
+            program, "--trace", self.trace, "--layer", self.layer, "--kv-head", self.kv_head, "--methods", self.methods,
+            "--ncell", CELLS[self.length] * 16 // self.keys_per_cell, "--budget", BUDGETS,
+            "--queries", QUERIES[self.length], "--window", WINDOW[self.length], "--cluster-on", self.cluster_on,
+            "--json", out,
+        ]  # fmt: skip
+        if self.partitions:
+            command += ["--partitions", self.partitions]
+        return [str(x) for x in command]
+
+
+def heads(traces: Path, length: str) -> list[tuple[str, Path, int, int]]:
+    """Text, trace, layer and KV head: every other layer of a trace, the others in the next text, and one head of each."""
+    sampled = []
+    for t, text in enumerate(TEXTS[length]):
+        trace = traces / "heads" / f"{text}_{length}.safetensors"
+        if not trace.exists():
+            trace = traces / f"{text}_{length}.safetensors"
+        if not trace.exists():
+            raise SystemExit(f"error: {trace} is not there: make it with contrib/make_traces.sh {traces}")
+        with trace.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+        layers = [int(x) for x in header["layers"].split(",")]
+        kv_heads = [int(x) for x in header.get("kv_heads", "0,1,2").split(",")]
+        for n, layer in list(enumerate(layers))[t % 2 :: 2]:
+            sampled.append((text, trace, layer, kv_heads[(n + t) % len(kv_heads)]))
+    return sampled
+
+
+def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
+    """What is asked first comes first: the whole text clustered, then the decode-like listing, then coarser cells."""
+    everything, coarse, decoding = [], [], []
+    for length in lengths:
+        for text, trace, layer, kv_head in heads(traces, length):
+            trained = data / "smollm2_135m.saap" if length == "8k" else traces / f"{layer}_{length}.saap"
+            partitions = trained if trained.exists() else None
+            name = f"{length}-{text}-{layer}-{kv_head}"
+            common = dict(length=length, trace=trace, layer=layer, kv_head=kv_head, partitions=partitions)
+            families = FAMILIES + (FAMILIES_TRAINED if partitions else "")
+            everything.append(Run(name, **common, methods=families))
+            for keys in (32, 64):
+                coarse.append(Run(f"{name}-cells{keys}", **common, methods=COARSE, keys_per_cell=keys))
+            blend = ",saap_blend_group" if partitions and length == "8k" else ""
+            decoding.append(Run(f"{name}-prefix", **common, methods=families + blend, cluster_on="prefix"))
+    return everything + decoding + coarse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--traces", type=Path, required=True, help="folder of contrib/make_traces.sh")
+    parser.add_argument("--bin", type=Path, default=Path("build/bin"), help="folder of bench_recall")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the trained partitions")
+    parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="folder for the results of single runs")
+    parser.add_argument("--full", action="store_true", help="32,768 tokens too")
+    options = parser.parse_args()
+    runs = plan(options.traces, options.data, ["8k", "32k"] if options.full else ["8k"])
+    options.cache.mkdir(parents=True, exist_ok=True)
+    start, made = time.monotonic(), 0
+    todo = [run for run in runs if not (options.cache / f"{run.name}.json").exists()]
+    for run in todo:
+        done = subprocess.run(
+            run.command(options.bin / "bench_recall", options.cache / f"{run.name}.json"),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise SystemExit(f"{run.name}: {done.stderr.strip()}")
+        made += 1
+        spent = time.monotonic() - start
+        left = spent / made * (len(todo) - made)
+        end = "\r" if sys.stderr.isatty() else "\n"
+        print(f"{made} of {len(todo)} runs, {spent:.0f} s, about {left:.0f} s left   ", file=sys.stderr, end=end)
+
+
+if __name__ == "__main__":
+    main()
