@@ -16,11 +16,12 @@
 #include <faiss_saap/gpu/kmeans.h>
 #include <faiss_saap/gpu/select_k.h>
 
+#include "CellScorer.h"
 #include "DeviceBuffer.h"
-#include "LoweredAssigner.h"
 #include "PagedLists.h"
 #include "StreamBuffer.h"
 #include "check_vectors.h"
+#include "lower.h"
 #include "scan_cells.h"
 
 namespace faiss_saap::gpu {
@@ -30,6 +31,7 @@ namespace {
 /// Blocks per multiprocessor that keep a device busy.
 constexpr int kBlocksPerMultiprocessor = 4;
 constexpr int kMaxSplits = 64;
+constexpr int kMaxIndexCells = 65536;
 
 /// Temporary memory stays with the index from call to call, instead of going
 /// back to the driver at every synchronisation.
@@ -171,7 +173,7 @@ struct GpuIndexAsymmetricIVF::Impl {
     MemoryPool pool;
     StreamMemory memory;
     std::unique_ptr<PagedLists> lists;
-    std::shared_ptr<const LoweredAssigner> key, query;
+    std::unique_ptr<CellScorer> key, query;
 
     Impl(int d_in, int ncell_in, const GpuIndexParams& p)
             : d(d_in), ncell(ncell_in), params(p), pool(p.device) {
@@ -196,17 +198,14 @@ struct GpuIndexAsymmetricIVF::Impl {
 
     void lower(const Partition& p) {
         check_partition(p, d, ncell);
-        auto lowered_key = std::make_shared<LoweredAssigner>(*p.key, memory);
-        FAISS_THROW_IF_NOT_MSG(
-                lowered_key->is_quantizer(),
-                "partition.key is a QueryClassifier: on the GPU keys are "
-                "assigned by a QuantizerAssigner");
-        auto lowered_query = p.query == p.key
-                ? lowered_key
-                : std::make_shared<LoweredAssigner>(*p.query, memory);
+        const LoweredPartition lowered =
+                gpu::lower(p, /*kv_head=*/0, /*group=*/1, memory.stream, kMaxIndexCells);
+        auto new_key = std::make_unique<CellScorer>(lowered.key, memory);
+        auto new_query = std::make_unique<CellScorer>(lowered.query, memory);
+        FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(memory.stream));
         partition = p;
-        key = std::move(lowered_key);
-        query = std::move(lowered_query);
+        key = std::move(new_key);
+        query = std::move(new_query);
     }
 
     /// Vectors at a time, of so many floats each.
@@ -272,9 +271,10 @@ GpuIndexAsymmetricIVF::GpuIndexAsymmetricIVF(
             d_in,
             kMaxScanD);
     FAISS_THROW_IF_NOT_FMT(
-            ncell >= 1 && ncell <= 65536,
-            "ncell = %d must be between 1 and 65536",
-            ncell);
+            ncell >= 1 && ncell <= kMaxIndexCells,
+            "ncell = %d must be between 1 and %d",
+            ncell,
+            kMaxIndexCells);
     FAISS_THROW_IF_NOT_FMT(
             metric == faiss::METRIC_L2 || metric == faiss::METRIC_INNER_PRODUCT,
             "metric = %d must be METRIC_L2 or METRIC_INNER_PRODUCT",

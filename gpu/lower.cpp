@@ -7,8 +7,6 @@
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
 
-#include "route.h"
-
 namespace faiss_saap::gpu {
 
 namespace {
@@ -126,17 +124,18 @@ LoweredPartition lower(
         const Partition& partition,
         int kv_head,
         int group,
-        cudaStream_t stream) {
+        cudaStream_t stream,
+        int most_cells) {
     LoweredPartition to;
     to.kv_head = kv_head;
     to.ncell = partition.ncell();
     FAISS_THROW_IF_NOT_FMT(
-            to.ncell <= kMaxCells,
+            to.ncell <= most_cells,
             "a partition of KV head %d has %d cells, on the device there are at "
             "most %d",
             kv_head,
             to.ncell,
-            kMaxCells);
+            most_cells);
     Lowering lowering{to, group, stream};
     to.key.d = to.query.d = partition.d();
     to.key.ncell = to.query.ncell = to.ncell;

@@ -6,6 +6,7 @@
 #include <faiss_saap/Partition.h>
 
 #include "DeviceBuffer.h"
+#include "route.h"
 #include "sequence_state.h"
 
 namespace faiss_saap::gpu {
@@ -19,13 +20,15 @@ struct LoweredPartition {
     std::vector<DeviceBuffer> memory;
 };
 
-/// @param group  query heads of a KV head
+/// @param group       query heads of a KV head
+/// @param most_cells  more are refused
 /// @throws faiss::FaissException for an assigner that has no kernel, or when
 ///         the device has no room
 LoweredPartition lower(
         const Partition& partition,
         int kv_head,
         int group,
-        cudaStream_t stream);
+        cudaStream_t stream,
+        int most_cells = kMaxCells);
 
 } // namespace faiss_saap::gpu

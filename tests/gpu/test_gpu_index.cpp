@@ -11,6 +11,7 @@
 #include <faiss/IndexScalarQuantizer.h>
 #include <faiss/impl/IDSelector.h>
 #include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/gpu/GpuIndexAsymmetricIVF.h>
 
 #include "device_test.h"
@@ -31,6 +32,7 @@ struct IndexCase {
     faiss::MetricType metric = faiss::METRIC_INNER_PRODUCT;
     bool float16 = false;
     int queries = 40;
+    bool classifier = false; ///< assigns the queries
 };
 
 std::ostream& operator<<(std::ostream& os, const IndexCase& c) {
@@ -62,6 +64,10 @@ std::vector<IndexCase> index_cases() {
     });
     add("one query", [](IndexCase& c) { c.queries = 1, c.n = 20000; });
     add("many queries", [](IndexCase& c) { c.queries = 3000; });
+    add("classifier", [](IndexCase& c) { c.classifier = true; });
+    add("classifier, d 38, many queries", [](IndexCase& c) {
+        c.classifier = true, c.d = 38, c.ncell = 100, c.queries = 1000;
+    });
     add("no vectors", [](IndexCase& c) { c.n = 0; });
     return cases;
 }
@@ -96,8 +102,22 @@ struct Pair {
     Pair(const IndexCase& c_in, Random& random, GpuIndexParams params = {}) : c(c_in) {
         params.float16 = c.float16;
         const auto centres = random.normal(size_t(2 * c.ncell + 100) * c.d);
+        RopeParams rope; // nobody rotates here, but a classifier wants to know
+        rope.d = c.d;
         partition = kmeans_partition(
-                2 * c.ncell + 100, c.d, centres.data(), c.ncell, NEEDS_POST_ROPE);
+                2 * c.ncell + 100,
+                c.d,
+                centres.data(),
+                c.ncell,
+                c.classifier ? NEEDS_PRE_ROPE : NEEDS_POST_ROPE,
+                {},
+                c.classifier ? rope : RopeParams());
+        if (c.classifier) {
+            ClassifierShape shape;
+            shape.d = c.d, shape.ncell = c.ncell, shape.width = 48, shape.depth = 2;
+            partition.query = std::make_shared<QueryClassifier>(
+                    shape, random.normal(parameter_count(shape), 0.2f).data());
+        }
         x = random.normal(c.n * c.d);
         queries = random.normal(size_t(c.queries) * c.d);
         cpu = std::make_unique<IndexAsymmetricIVF>(storage(c), partition);
@@ -117,7 +137,7 @@ struct Pair {
         RoutingInput in;
         in.n = c.queries;
         in.d = c.d;
-        in.post_rope = queries.data();
+        in.pre_rope = in.post_rope = queries.data();
         partition.query->assign(in, nullptr, k, cells.data(), scores.data());
         std::vector<bool> clear(c.queries, true);
         for (int q = 0; q < c.queries && k > c.nprobe; q++) {
