@@ -13,94 +13,25 @@ import sys
 
 import torch
 
-
-class Params(ctypes.Structure):
-    _fields_ = [
-        ("heads_q", ctypes.c_int32),
-        ("heads_kv", ctypes.c_int32),
-        ("d", ctypes.c_int32),
-        ("ncell", ctypes.c_int32),
-        ("device", ctypes.c_int32),
-        ("share_group", ctypes.c_int32),
-        ("sink", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("nprobe", ctypes.c_int32),
-        ("max_selectivity", ctypes.c_double),
-        ("rope_theta", ctypes.c_double),
-    ]
-
-
-class Input(ctypes.Structure):
-    _fields_ = [
-        ("sequence", ctypes.c_int64),
-        ("q_len", ctypes.c_int64),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("is_bfloat16", ctypes.c_int32),
-        ("length", ctypes.c_int64),
-        ("k_token_stride", ctypes.c_int64),
-        ("k_head_stride", ctypes.c_int64),
-        ("v_token_stride", ctypes.c_int64),
-        ("v_head_stride", ctypes.c_int64),
-        ("page_table", ctypes.c_void_p),
-        ("page_size", ctypes.c_int32),
-        ("npages", ctypes.c_int64),
-        ("k_page_stride", ctypes.c_int64),
-        ("v_page_stride", ctypes.c_int64),
-    ]
-
-
-def load(path):
-    library = ctypes.CDLL(path)
-    library.saap_last_error.restype = ctypes.c_char_p
-    library.saap_adapter_new.restype = ctypes.c_void_p
-    library.saap_create.restype = ctypes.c_int64
-    library.saap_plan.restype = ctypes.c_void_p
-    return library
+from c_api import Adapter, Params, load
 
 
 def relative_error(library, dtype, heads_q, heads_kv, d, tokens, q_len, theta):
     """Largest relative error of a row against SDPA in float32."""
-
-    def good(result, failed):
-        if result == failed or result is None:
-            raise RuntimeError(library.saap_last_error().decode())
-        return result
-
     torch.manual_seed(tokens + d)
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     k, v = (torch.randn(tokens, heads_kv, d, device="cuda", dtype=dtype) for _ in range(2))
     q = torch.randn(q_len, heads_q, d, device="cuda", dtype=dtype)
     ncell = 64
     params = Params(heads_q, heads_kv, d, ncell, 0, 1, 16, 128, 0, ncell, 1.0, theta)
-    centroids = torch.randn(heads_kv, ncell, d)
-    adapter = ctypes.c_void_p(
-        good(library.saap_adapter_new(ctypes.byref(params), ctypes.c_void_p(centroids.data_ptr())), None)
-    )
-    sequence = good(library.saap_create(adapter, ctypes.c_int64(tokens), stream), -1)
-
-    def plan(n):
-        entry = Input(
-            sequence, n, k.data_ptr(), v.data_ptr(), dtype == torch.bfloat16, tokens,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), None, 0, 0, 0, 0,
-        )
-        return ctypes.c_void_p(good(library.saap_plan(adapter, 1, ctypes.byref(entry), stream), None))
-
-    prefill, step = plan(tokens), plan(q_len)
+    adapter = Adapter(library, params, torch.randn(heads_kv, ncell, d))
+    sequence = adapter.create(tokens, stream)
     output = torch.empty(q_len, heads_q, d, device="cuda")
-    good(library.saap_append(adapter, prefill, stream), 1)
-    good(
-        library.saap_attend(
-            adapter, step, ctypes.c_void_p(q.data_ptr()), ctypes.c_void_p(output.data_ptr()), None, stream
-        ),
-        1,
-    )
+    adapter.append(adapter.plan([sequence], tokens, [k], [v], stream), stream)
+    adapter.attend(adapter.plan([sequence], q_len, [k], [v], stream), q, output, stream)
     torch.cuda.synchronize()
-    good(library.saap_check(adapter), 1)
-    for batch in (prefill, step):
-        library.saap_batch_free(batch)
-    library.saap_adapter_free(adapter)
+    adapter.check()
+    adapter.close()
 
     mask = torch.ones(q_len, tokens, dtype=torch.bool, device="cuda").tril(tokens - q_len)
     heads = lambda x: x.float().transpose(0, 1).repeat_interleave(heads_q // x.shape[1], 0)[None]
