@@ -116,13 +116,16 @@ struct GpuBatch::State {
     int most_cells = 0, most_cols = 0;
     int64_t stride = 1; ///< cells of a KV head's partitions
     bool any_network = false, keeps_means = false, attends = false;
+    bool keys_are_bf16 = true; ///< none is rotated back
     DType dtype = DType::bfloat16;
     DeviceBuffer memory;
     // in memory
     BatchItem* d_items = nullptr;
     BatchList* d_lists = nullptr;
     BatchRow* d_rows = nullptr;
-    unsigned long long* best = nullptr;
+    unsigned long long* best = nullptr; ///< of few tokens
+    __nv_bfloat16* centroids = nullptr;  ///< of many
+    int32_t* counts = nullptr;
     float *hidden = nullptr, *scores = nullptr;
     GpuProbedCells probed;
     RowWork work;
@@ -629,6 +632,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             }
             scores += in.q_len * group_ * list.ncell;
             b.keeps_means = b.keeps_means || a.reads_means;
+            b.keys_are_bf16 = b.keys_are_bf16 && in.kv.dtype == DType::bfloat16 &&
+                    list.key.input == RowInput::post_rope;
             b.most_cells = std::max(b.most_cells, list.ncell);
             b.most_cols = std::max(
                     b.most_cols,
@@ -682,8 +687,15 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
         b.d_items = layout.take<BatchItem>(items.size());
         b.d_lists = layout.take<BatchList>(b.lists.size());
         b.d_rows = layout.take<BatchRow>(nrow);
-        b.best = layout.take<unsigned long long>(
-                static_cast<int64_t>(b.lists.size()) * b.most_q_len);
+        const auto nlist = static_cast<int>(b.lists.size());
+        if (b.most_q_len <= kFewTokens) {
+            b.best = layout.take<unsigned long long>(nlist * b.most_q_len);
+        } else {
+            b.centroids = layout.take<__nv_bfloat16>(
+                    append_centroids(nlist, b.most_cells, params_.d));
+            b.counts = layout.take<int32_t>(
+                    append_counts(nlist, b.most_q_len, b.most_cells));
+        }
         if (b.attends) {
             b.hidden = layout.take<float>(hidden);
             b.scores = layout.take<float>(scores);
@@ -787,6 +799,9 @@ void GpuAttentionAdapter::append(const GpuBatch& batch, cudaStream_t stream) {
     p.lists = b.d_lists;
     p.nlist = static_cast<int>(b.lists.size());
     p.best = b.best;
+    p.centroids = b.centroids;
+    p.counts = b.counts;
+    p.keys_are_bf16 = b.keys_are_bf16;
     p.most_tokens = static_cast<int>(b.most_q_len);
     p.most_cells = b.most_cells;
     p.heads_kv = params_.heads_kv;

@@ -1,149 +1,19 @@
 #include "append.h"
 
-#include <algorithm>
-
 #include "device_vectors.cuh"
 #include "last_block.cuh"
 #include "launch.h"
+#include "listed_slots.cuh"
 
 namespace faiss_saap::gpu {
 
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTokens = 32; ///< of a tile of keys
-constexpr int kCells = 64;  ///< of a tile of centroids: eight for each warp
-constexpr int kStep = 32;   ///< components at a time
+constexpr int kCells = 64; ///< of a block: eight for each warp
 
-/// Refuses what does not fit, before anything is written. `bad` is 0 before.
-__global__ void check_append(AppendParams p) {
-    const int i = blockIdx.x;
-    BatchItem& item = p.items[i];
-    const int64_t length = item.sequence->length;
-    const int64_t after = length + item.q_len;
-    const Fault refused = after > item.sequence->capacity ? Fault::append_capacity
-            : after > item.kv.length                      ? Fault::append_view
-                                                          : Fault::none;
-    if (threadIdx.x == 0 && blockIdx.y == 0) {
-        item.begin = max(p.sink, length - p.window);
-        item.end = max(p.sink, after - p.window);
-    }
-    if (refused != Fault::none) {
-        if (threadIdx.x == 0) {
-            raise(p.flag, refused, i);
-            item.bad = 1;
-        }
-        return;
-    }
-    // A warp for each key.
-    const int lane = threadIdx.x % 32;
-    const int64_t n = int64_t(item.q_len) * p.heads_kv;
-    for (int64_t r = blockIdx.y * (kThreads / 32) + threadIdx.x / 32; r < n;
-         r += gridDim.y * (kThreads / 32)) {
-        const char* row = key_row(
-                item.kv, static_cast<int>(r % p.heads_kv), length + r / p.heads_kv);
-        float norm = 0;
-        for (int j = lane; row && j < p.d; j += 32) {
-            const float x = element(row, item.kv.bf16, j);
-            norm += x * x;
-        }
-        for (int step = 16; step; step /= 2) {
-            norm += __shfl_xor_sync(0xffffffffu, norm, step);
-        }
-        if (lane == 0 && (!row || !isfinite(norm))) {
-            raise(p.flag, row ? Fault::append_key : Fault::append_page, i);
-            item.bad = 1;
-        }
-    }
-}
-
-/// Best cells of the leaving tokens first .. first + n - 1, at most kTokens,
-/// among every `step` cells from `cell` on, into p.best; by a block.
-__device__ void find_best_cells(
-        const AppendParams& p,
-        const BatchItem& item,
-        const ListState& list,
-        int64_t first,
-        int n,
-        int cell,
-        int step,
-        unsigned long long* out) {
-    __shared__ float keys[kTokens][kStep + 1];
-    __shared__ float centroids[kCells][kStep + 1];
-    __shared__ unsigned long long best[kTokens];
-    if (threadIdx.x < kTokens) {
-        best[threadIdx.x] = 0;
-    }
-    const DeviceAssigner& key = list.key;
-    const auto* rows = static_cast<const float*>(key.rows);
-    // A thread has 2 tokens and 4 cells.
-    const int t0 = threadIdx.x / 16 * 2, c0 = threadIdx.x % 16;
-    for (; cell < key.ncell; cell += step) {
-        float sum[2][4] = {};
-        for (int j0 = 0; j0 < p.d; j0 += kStep) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < kTokens * kStep; i += kThreads) {
-                const int t = i / kStep, j = j0 + i % kStep;
-                float x = 0;
-                if (t < n && j < p.d) {
-                    const int64_t slot = first + t;
-                    const char* row = key_row(item.kv, list.kv_head, slot);
-                    if (row) {
-                        x = key.input == RowInput::pre_rope
-                                ? derotated(
-                                          list.rotary,
-                                          p.d,
-                                          slot + p.position_offset,
-                                          j,
-                                          row,
-                                          item.kv.bf16)
-                                : element(row, item.kv.bf16, j);
-                    }
-                }
-                keys[t][i % kStep] = x;
-            }
-            for (int i = threadIdx.x; i < kCells * kStep; i += kThreads) {
-                const int c = cell + i / kStep, j = j0 + i % kStep;
-                centroids[i / kStep][i % kStep] = c < key.ncell && j < p.d
-                        ? rows[int64_t(c) * key.padded_cols + j]
-                        : 0.0f;
-            }
-            __syncthreads();
-#pragma unroll 8
-            for (int j = 0; j < kStep; j++) {
-                const float a = keys[t0][j], b = keys[t0 + 1][j];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float c = centroids[c0 + 16 * i][j];
-                    sum[0][i] += a * c;
-                    sum[1][i] += b * c;
-                }
-            }
-        }
-        for (int t = 0; t < 2; t++) {
-            unsigned long long mine = 0;
-            for (int i = 0; i < 4; i++) {
-                const int c = cell + c0 + 16 * i;
-                if (c < key.ncell) {
-                    const float score = sum[t][i] + (key.bias ? key.bias[c] : 0);
-                    // Of equal scores the lower cell's is larger.
-                    const auto packed =
-                            static_cast<unsigned long long>(ordered(score)) << 32 |
-                            ~static_cast<uint32_t>(c);
-                    mine = max(mine, packed);
-                }
-            }
-            atomicMax(&best[t0 + t], mine);
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x < n) {
-        atomicMax(&out[threadIdx.x], best[threadIdx.x]);
-    }
-}
-
-/// The same for a block's kCells cells and few tokens: a warp has eight cells in
-/// flight at once.
+/// Best cells of the leaving tokens begin .. begin + n - 1 among a block's kCells
+/// cells, into `out`: a warp has eight cells in flight at once.
 __device__ void find_best_of_few(
         const AppendParams& p,
         const BatchItem& item,
@@ -189,25 +59,6 @@ __device__ void find_best_of_few(
             atomicMax(&out[t], mine);
         }
     }
-}
-
-__global__ void __launch_bounds__(kThreads) assign_tokens(AppendParams p) {
-    const BatchList& at = p.lists[blockIdx.y];
-    const BatchItem& item = p.items[at.item];
-    const int64_t first = item.begin + int64_t(blockIdx.x) * kTokens;
-    if (item.bad || first >= item.end) {
-        return;
-    }
-    find_best_cells(
-            p,
-            item,
-            *at.list,
-            first,
-            static_cast<int>(min(int64_t(kTokens), item.end - first)),
-            blockIdx.z * kCells,
-            gridDim.z * kCells,
-            p.best + int64_t(blockIdx.y) * p.most_tokens +
-                    int64_t(blockIdx.x) * kTokens);
 }
 
 /// Lists the slots begin .. end - 1 of the cells that `cell_of` says, in their
@@ -256,100 +107,7 @@ __device__ void list_slots(
     }
 }
 
-/// A warp for each list.
-__global__ void __launch_bounds__(32) list_tokens(AppendParams p) {
-    const BatchList& at = p.lists[blockIdx.x];
-    const BatchItem& item = p.items[at.item];
-    if (item.bad) {
-        return;
-    }
-    const unsigned long long* best =
-            p.best + int64_t(blockIdx.x) * p.most_tokens - item.begin;
-    list_slots(
-            *at.list,
-            p.sink,
-            item.begin,
-            item.end,
-            [&](int64_t slot) {
-                return static_cast<int>(~static_cast<uint32_t>(best[slot]));
-            });
-}
-
-__device__ int32_t listed_slot(const ListState& list, int cell, uint32_t i) {
-    const int e = extent_of(i);
-    return list.slots
-            [list.extents[int64_t(cell) * kExtents + e] + (i - extent_begin(e))];
-}
-
-/// Takes the entries begin .. end - 1 of a cell's list into its mean, one after
-/// the other, as CellLists does; by a warp.
-__device__ void add_to_mean(
-        const ListState& list,
-        const DeviceView& kv,
-        int d,
-        int cell,
-        uint32_t begin,
-        uint32_t end) {
-    float* mean = list.means + int64_t(cell) * d;
-    for (int j = threadIdx.x % 32; j < d; j += 32) {
-        float m = begin ? mean[j] : 0.0f;
-        for (uint32_t i = begin; i < end; i++) {
-            const char* row = key_row(kv, list.kv_head, listed_slot(list, cell, i));
-            const float x = row ? element(row, kv.bf16, j) : m;
-            m += (x - m) / static_cast<float>(i + 1);
-        }
-        mean[j] = m;
-    }
-}
-
-/// Takes the slots from `begin` on into the mean of a cell that has some; by a
-/// warp.
-__device__ void update_mean(
-        const ListState& list,
-        const DeviceView& kv,
-        int d,
-        int cell,
-        int64_t begin) {
-    // The lists are sorted.
-    const auto count = static_cast<uint32_t>(list.count[cell]);
-    uint32_t low = 0, high = count;
-    while (low < high) {
-        const uint32_t middle = (low + high) / 2;
-        if (listed_slot(list, cell, middle) < begin) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    add_to_mean(list, kv, d, cell, low, count);
-}
-
-/// A warp for each cell.
-__global__ void __launch_bounds__(kThreads) update_means(AppendParams p) {
-    const BatchList& at = p.lists[blockIdx.y];
-    const BatchItem& item = p.items[at.item];
-    const ListState& list = *at.list;
-    if (item.bad || !list.means || item.begin == item.end) {
-        return;
-    }
-    for (int c = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; c < list.ncell;
-         c += gridDim.x * (kThreads / 32)) {
-        if (list.count[c] && list.newest[c] >= item.begin) {
-            update_mean(list, item.kv, p.d, c, item.begin);
-        }
-    }
-}
-
-__global__ void end_append(AppendParams p) {
-    for (int i = threadIdx.x; i < p.nitem; i += blockDim.x) {
-        if (!p.items[i].bad) {
-            p.items[i].sequence->length += p.items[i].q_len;
-        }
-        p.items[i].bad = 0;
-    }
-}
-
-/// All of the above for items with few tokens, in one launch. Blocks share the
+/// Check, assign, list and means for items with few tokens, in one launch. Blocks share the
 /// cells of an item's lists; the last of them to be done lists the tokens.
 __global__ void __launch_bounds__(kThreads) append_few(AppendParams p) {
     let_next_begin();
@@ -505,7 +263,7 @@ __global__ void end_truncate(TruncateParams p) {
 
 cudaError_t append(const AppendParams& p, cudaStream_t stream) {
     const int cell_tiles = (p.most_cells + kCells - 1) / kCells;
-    if (p.most_tokens <= kTokens) {
+    if (p.most_tokens <= kFewTokens) {
         return launch(
                 append_few,
                 dim3(cell_tiles, p.nlist),
@@ -514,22 +272,7 @@ cudaError_t append(const AppendParams& p, cudaStream_t stream) {
                 stream,
                 p);
     }
-    const int key_blocks = static_cast<int>(std::min<int64_t>(
-            (int64_t(p.most_tokens) * p.heads_kv + 7) / 8, 1024));
-    check_append<<<dim3(p.nitem, key_blocks), kThreads, 0, stream>>>(p);
-    cudaMemsetAsync(
-            p.best, 0, sizeof(*p.best) * int64_t(p.nlist) * p.most_tokens, stream);
-    const int tiles = (p.most_tokens + kTokens - 1) / kTokens;
-    // Few tokens: the cells are split, so that many processors take part.
-    const int splits = tiles <= 4 ? cell_tiles : 1;
-    assign_tokens<<<dim3(tiles, p.nlist, splits), kThreads, 0, stream>>>(p);
-    list_tokens<<<p.nlist, 32, 0, stream>>>(p);
-    if (p.keeps_means) {
-        const int blocks = (p.most_cells + kThreads / 32 - 1) / (kThreads / 32);
-        update_means<<<dim3(blocks, p.nlist), kThreads, 0, stream>>>(p);
-    }
-    end_append<<<1, 128, 0, stream>>>(p);
-    return cudaGetLastError();
+    return append_many(p, stream);
 }
 
 cudaError_t truncate(const TruncateParams& p, cudaStream_t stream) {

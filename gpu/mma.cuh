@@ -1,0 +1,89 @@
+/// Tensor-core products of 16-bit matrices, a warp at a time, and the copies
+/// that feed them.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace faiss_saap::gpu {
+
+/// From global to shared memory, without waiting; zeros where nothing is there.
+__device__ __forceinline__ void copy_16_bytes(
+        void* to,
+        const void* from,
+        bool there) {
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(at),
+                 "l"(from),
+                 "r"(there ? 16 : 0));
+}
+
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+/// Waits until at most kLeft groups of copies are on their way.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft) : "memory");
+}
+
+/// Four matrices of 8 * 8, each lane naming one of their 32 rows.
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* row) {
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile(
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+            : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+            : "r"(at)
+            : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(
+        uint32_t (&m)[4],
+        const void* row) {
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile(
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, "
+            "[%4];\n"
+            : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+            : "r"(at)
+            : "memory");
+}
+
+/// c <- c + a b of 16 * 16 and 16 * 8.
+template <class T>
+__device__ __forceinline__ void multiply_add(
+        float (&c)[4],
+        const uint32_t (&a)[4],
+        uint32_t b0,
+        uint32_t b1) {
+    if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
+        asm volatile(
+                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm volatile(
+                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    if constexpr (std::is_same_v<T, __half>) {
+        const __half2 h = __floats2half2_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&h);
+    } else {
+        const __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&h);
+    }
+}
+
+} // namespace faiss_saap::gpu
