@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the traces behind the figures in docs/recall.md and docs/classifier.md:
 # four genres of Debian's own texts, 8,192 tokens each, three of them also at
-# 32,768, and in FOLDER/train other passages to train on, at both lengths.
+# 32,768, and in FOLDER/train other passages to train on, at both lengths; in
+# FOLDER/heads those of the benchmark of methods, with two genres more.
 #
 #   contrib/make_traces.sh FOLDER
 #   contrib/make_traces.sh --bench 8k|32k FOLDER   only those of ./run.sh bench
@@ -15,14 +16,15 @@ if [ "${1:-}" = --bench ] && [ $# -eq 3 ]; then
   bench=$2
   shift 2
 fi
-[ $# -eq 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -eq 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
 cd "$1"
 
 # Text versions that the documented figures were made with:
 # bible-kjv 4.38, debian-handbook 11.20220922, html2text 1.3.2a-28,
-# libpython3.11-stdlib 3.11.2-6+deb12u6, linux-doc-6.1 6.1.192-2.
+# jargon-text 4.4.7-4.1, libpython3.11-stdlib 3.11.2-6+deb12u6,
+# libstdc++-12-dev 12.2.0-14+deb12u1, linux-doc-6.1 6.1.192-2.
 [ -e kjv.txt ] && [ -e handbook.txt ] ||
   apt-get install -y bible-kjv bible-kjv-text debian-handbook html2text
 [ -e kjv.txt ] || bible -f '1sam1:1-2sam24:25' | sed 's/^[^ ]* //' >kjv.txt
@@ -40,15 +42,24 @@ if [ ! -e kernel.txt ] || [ ! -e train/kernel_locking.txt ]; then
   dpkg-deb -x linux-doc-6.1_*.deb linux-doc
   zcat -f linux-doc/usr/share/doc/linux-doc-6.1/Documentation/admin-guide/mm/[a-n]*.rst* >kernel.txt
 fi
+# A glossary, from its first entry on, and C++ headers.
+[ -e jargon.txt ] || { apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb jargon; }
+[ -e jargon.txt ] || zcat jargon/usr/share/doc/jargon-text/jargon.txt.gz | sed -n '/^   :/,$p' >jargon.txt
+[ -e headers.txt ] || cat /usr/include/c++/12/bits/stl_[a-m]*.h >headers.txt
 
-# Every fourth layer, all KV heads, for the benchmark of methods at 8,192 tokens.
-bench_traces() {
+# Every fourth layer, all KV heads, for the benchmark of methods.
+bench_traces() { # tokens scale name texts...
+  local tokens=$1 scale=$2 name=$3 text
+  shift 3
   mkdir -p heads
-  for text in kjv handbook python kernel; do
-    [ -e "heads/${text}_8k.safetensors" ] || "$root/build/venv/bin/python" "$root/contrib/export_trace.py" \
-      --text $text.txt --tokens 8192 --layers 1,5,9,13,17,21,25,29 --kv-heads 0,1,2 --out heads/${text}_8k.safetensors
+  for text in "$@"; do
+    [ -e "heads/${text}_$name.safetensors" ] || "$root/build/venv/bin/python" "$root/contrib/export_trace.py" \
+      --text $text.txt --tokens "$tokens" --rope-scale "$scale" --layers 1,5,9,13,17,21,25,29 --kv-heads 0,1,2 \
+      --out "heads/${text}_$name.safetensors"
   done
 }
+bench_8k() { bench_traces 8192 1 8k kjv handbook python kernel jargon headers; }
+bench_32k() { bench_traces 32768 4 32k handbook jargon kjv; }
 export_trace() { # text tokens scale name
   [ -e "$4.safetensors" ] || "$root/build/venv/bin/python" "$root/contrib/export_trace.py" \
     --text "$1.txt" --tokens "$2" --rope-scale "$3" --layers 9,15,21 --kv-heads 0 --out "$4.safetensors"
@@ -56,13 +67,11 @@ export_trace() { # text tokens scale name
 case "$bench" in
   '') ;;
   8k)
-    bench_traces
+    bench_8k
     exit
     ;;
   32k)
-    for text in kjv handbook python; do
-      export_trace $text 32768 4 ${text}_32k
-    done
+    bench_32k
     exit
     ;;
   *)
@@ -91,13 +100,14 @@ if [ ! -e train/kernel_locking.txt ]; then
   zcat -f $kernel/{RCU,locking}/*.rst* >train/kernel_locking.txt
 fi
 
-bench_traces
+bench_8k
 for text in kjv handbook python kernel; do
   export_trace $text 8192 1 ${text}_8k
 done
 for text in kjv handbook python; do
   export_trace $text 32768 4 ${text}_32k
 done
+bench_32k
 for text in train/*.txt; do
   export_trace "${text%.txt}" 8192 1 "${text%.txt}_8k"
 done
