@@ -12,7 +12,7 @@ TRACE = os.environ.get("FAISS_SAAP_TRACE")
 if not BIN or not TRACE:
     pytest.skip("FAISS_SAAP_BIN and FAISS_SAAP_TRACE are not set", allow_module_level=True)
 
-PROGRAMS = sorted(p for p in Path(BIN).iterdir() if p.name == "demo" or p.name.startswith(("bench_", "train_")))
+PROGRAMS = sorted(p for p in Path(BIN).iterdir() if p.name == "demo" or p.name.startswith(("bench_", "generate_", "train_")))
 
 
 def run(*command):
@@ -22,7 +22,7 @@ def run(*command):
 def test_there_are_programs():
     expected = {
         "demo", "bench_adapter", "bench_build", "bench_classifier", "bench_decode", "bench_recall", "bench_search",
-        "train_partitions",
+        "generate_trace", "train_partitions",
     }
     assert expected <= {p.name for p in PROGRAMS}
 
@@ -112,6 +112,28 @@ def test_demo_on_wrong_input(tmp_path):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     result = run(Path(BIN) / "demo", "--trace", TRACE, "--json", tmp_path / "no" / "folder.json", "--ncell", 8192)
     assert result.returncode == 1 and "ncell = 8192" in result.stderr
+
+
+def test_generated_trace_is_a_trace(tmp_path):
+    made = tmp_path / "longer.safetensors"
+    done = run(
+        Path(BIN) / "generate_trace", "--trace", TRACE, "--layer", "9,21", "--tokens", 12000, "--out", made,
+        "--json", tmp_path / "made.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "made.json").read_text())["rows"]
+    assert [r["layer"] for r in rows] == [9, 21] and all(0 < r["new"] <= 0.5 for r in rows)
+    done = run(
+        Path(BIN) / "bench_recall", "--trace", made, "--layer", "9,21", "--ncell", 128, "--queries", 8,
+        "--methods", "oracle_topk,ivf_rope_ip,ivf_rope_l2", "--budget", 0.05, "--json", tmp_path / "recall.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "recall.json").read_text())
+    assert report["config"]["tokens"] == 12000 and report["config"]["rope_scaling"].startswith("ntk:1.46")
+    recall = {}
+    for row in report["rows"]:
+        recall.setdefault(row["method"], []).append(row["mass_recall"])
+    assert sum(recall["oracle_topk"]) > sum(recall["ivf_rope_ip"]) > sum(recall["ivf_rope_l2"])
 
 
 def test_bench_ann_reads_what_it_wrote(tmp_path):
