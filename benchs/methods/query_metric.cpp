@@ -8,21 +8,26 @@
 /// keys k' are about the root mean square of the differences of their logits.
 ///
 /// - `metric_cells`: k-means of k', a cell for every 16 keys, means as int8;
-/// - `metric_codes`: two levels. Cells of 32 keys choose five times the keys that
+/// - `metric_codes`: two levels. Cells of 64 keys choose six times the keys that
 ///   may be read; these are ranked one by one by 4-bit product codes of what the
 ///   cell's mean leaves over (half a byte for every four components).
 ///
+/// The map of queries is stored as int8 too.
+///
 /// What comes after the clustered prefix is clustered in segments of the window,
-/// at most 1,024 tokens, with cells of its own: rotated keys move on, and old
-/// cells do not fit them. The metric and the codes stay those of the prefix.
+/// at most 1,024 tokens: where rotated keys move on, old cells do not fit them.
+/// Where they do not, old cells are the better ones: each key goes to the nearest
+/// of all. The metric and the codes stay those of the prefix.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 
+#include <faiss/IndexFlat.h>
 #include <faiss/VectorTransform.h>
 #include <faiss/impl/ProductQuantizer.h>
 
 #include <faiss_saap/ProbePolicy.h>
+#include <faiss_saap/faiss_compat.h>
 
 #include "CellMethod.h"
 #include "MethodList.h"
@@ -30,6 +35,22 @@
 namespace faiss_saap::benchs {
 
 namespace {
+
+/// Rounds a row to what int8 with a scale of its own holds.
+void round_to_int8(int n, float* x) {
+    float top = 1e-20f;
+    for (int i = 0; i < n; i++) {
+        top = std::max(top, std::abs(x[i]));
+    }
+    for (int i = 0; i < n; i++) {
+        x[i] = std::round(x[i] / top * 127) * top / 127;
+    }
+}
+
+/// Bytes of such a row.
+double int8_bytes(int n) {
+    return n + kNumberBytes;
+}
 
 /// The two linear maps, k -> k' and q -> q', to r components each.
 struct QueryMetric {
@@ -73,6 +94,7 @@ struct QueryMetric {
                 }
                 query[i * d + a] = static_cast<float>(x[a]);
             }
+            round_to_int8(d, query.data() + i * d);
         }
     }
 
@@ -87,7 +109,7 @@ struct QueryMetric {
     }
 
     double bytes() const {
-        return kNumberBytes * r * d;
+        return r * int8_bytes(d);
     }
 
    private:
@@ -199,19 +221,34 @@ struct MetricCells : CellMethod {
         float* first = means.data() + int64_t(made) * r;
         cell_means(n, r, keys.data(), own.data(), ncell, first);
         for (int c = 0; c < ncell; c++) {
-            float* m = first + int64_t(c) * r;
-            float top = 1e-20f;
-            for (int i = 0; i < r; i++) {
-                top = std::max(top, std::abs(m[i]));
-            }
-            for (int i = 0; i < r; i++) {
-                m[i] = std::round(m[i] / top * 127) * top / 127;
-            }
+            round_to_int8(r, first + int64_t(c) * r);
         }
-        for (int32_t c : own) {
-            cells.push_back(made + c);
+        for (int32_t& c : own) {
+            c += made;
         }
         made += ncell;
+        if (begin > sink) {
+            own = nearest_cells(keys);
+        }
+        cells.insert(cells.end(), own.begin(), own.end());
+    }
+
+    /// Of all cells so far, old ones too.
+    std::vector<int32_t> nearest_cells(const std::vector<float>& keys) const {
+        const int r = metric.r;
+        std::vector<int32_t> nearest(keys.size() / r);
+        faiss::IndexFlatL2 all(r);
+        all.add(made, means.data());
+        std::vector<float> distances(nearest.size());
+        std::vector<idx_t> found(nearest.size());
+        all.search(
+                static_cast<idx_t>(nearest.size()),
+                keys.data(),
+                1,
+                distances.data(),
+                found.data());
+        std::copy(found.begin(), found.end(), nearest.begin());
+        return nearest;
     }
 
     void assign(const HeadData& data, int64_t begin, int64_t end, int32_t* out)
@@ -243,18 +280,17 @@ struct MetricCells : CellMethod {
     }
 
     double scoring_bytes(const HeadData&) const override {
-        // int8 with a scale of two bytes, and the map of queries.
-        return lists.ncell() * (metric.r + 2.0) + metric.bytes();
+        return lists.ncell() * int8_bytes(metric.r) + metric.bytes();
     }
 };
 
 struct MetricCodes : MetricCells {
-    static constexpr int kCandidates = 5; ///< for each key that may be read
+    static constexpr int kCandidates = 6; ///< for each key that may be read
     faiss::ProductQuantizer pq;
     std::vector<uint8_t> codes; ///< one a byte here, half of one on the bus
 
     MetricCodes(const Setup& s, bool share)
-            : MetricCells(s, 32, share), pq(metric.r, metric.r / 4, 4) {
+            : MetricCells(s, 64, share), pq(metric.r, metric.r / 4, 4) {
         pq.cp.seed = s.seed;
         pq.cp.min_points_per_centroid = 1;
         const auto left = residuals(mapped(s.data, sink, clustered), cells);
