@@ -6,7 +6,7 @@
 #   ./run.sh test --sanitize   C++ tests under ASan and UBSan (CPU only)
 #   ./run.sh needle            a model finds a pass key through the index
 #   ./run.sh bench             methods side by side on traces of 8,192 tokens
-#   ./run.sh bench --full      32,768 tokens too
+#   ./run.sh bench --full      32,768 tokens too, and generated texts of 131,072
 #
 # Works on Debian 12 and Ubuntu 24.04, as root or with sudo. Safe to repeat.
 set -euo pipefail

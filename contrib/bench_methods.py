@@ -11,14 +11,17 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 BUDGETS = "0.005,0.01,0.02,0.03,0.04,0.06,0.1,0.2"
-TEXTS = {"8k": ["kjv", "handbook", "python", "kernel"], "32k": ["kjv", "handbook", "python"]}
-WINDOW = {"8k": 256, "32k": 2048}
-CELLS = {"8k": 512, "32k": 2048}  # 16 keys a cell
-QUERIES = {"8k": 24, "32k": 16}
+# Texts that no method was chosen or tuned on; kjv and python were what methods were developed on.
+TEXTS = {"8k": ["handbook", "kernel", "jargon", "headers"], "32k": ["handbook", "jargon"]}
+# Longer texts are generated: of this length, by its name, from these traces.
+GENERATED = {"32k": (32768, ["kjv_8k", "python_8k"]), "128k": (131072, ["handbook_32k", "jargon_32k", "kjv_32k"])}
+WINDOW = {"8k": 256, "32k": 2048, "128k": 2048}
+CELLS = {"8k": 512, "32k": 2048, "128k": 8192}  # 16 keys a cell
+QUERIES = {"8k": 24, "32k": 16, "128k": 8}
 # Cells of 32 and 64 keys: a smaller index leaves more of the bytes for keys.
 COARSE = "ivf_rope_ip,ivf_rope_ip_group,ivf_rope_spherical_group"
 # The best of each family, so that all of it takes minutes; `bench_recall --methods all` knows more.
@@ -43,6 +46,14 @@ class Run:
     methods: str
     keys_per_cell: int = 16
     cluster_on: str = "all"
+    sources: list[Path] = field(default_factory=list)
+
+    def generate(self, program: Path) -> list[str]:
+        """What makes the trace out of others."""
+        return [str(x) for x in (
+            program, "--trace", *self.sources, "--layer", self.layer, "--kv-head", self.kv_head,
+            "--tokens", GENERATED[self.length][0], "--out", self.trace,
+        )]  # fmt: skip
 
     def command(self, program: Path, out: Path) -> list[str]:
         command = [
@@ -56,15 +67,18 @@ class Run:
         return [str(x) for x in command]
 
 
+def recorded(traces: Path, name: str) -> Path:
+    trace = traces / "heads" / f"{name}.safetensors"
+    if not trace.exists():
+        raise SystemExit(f"error: {trace} is not there: make it with contrib/make_traces.sh {traces}")
+    return trace
+
+
 def heads(traces: Path, length: str) -> list[tuple[str, Path, int, int]]:
     """Text, trace, layer and KV head: every other layer of a trace, the others in the next text, and one head of each."""
     sampled = []
     for t, text in enumerate(TEXTS[length]):
-        trace = traces / "heads" / f"{text}_{length}.safetensors"
-        if not trace.exists():
-            trace = traces / f"{text}_{length}.safetensors"
-        if not trace.exists():
-            raise SystemExit(f"error: {trace} is not there: make it with contrib/make_traces.sh {traces}")
+        trace = recorded(traces, f"{text}_{length}")
         with trace.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
         layers = [int(x) for x in header["layers"].split(",")]
@@ -89,7 +103,18 @@ def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
                 coarse.append(Run(f"{name}-cells{keys}", **common, methods=COARSE, keys_per_cell=keys))
             blend = ",saap_blend_group" if partitions and length == "8k" else ""
             decoding.append(Run(f"{name}-prefix", **common, methods=families + blend, cluster_on="prefix"))
-    return everything + decoding + coarse
+    generated = []
+    if "32k" in lengths:
+        # of the heads that are measured on recorded texts, so that both can be compared
+        sampled = sorted({(layer, kv_head) for *_, layer, kv_head in heads(traces, "32k")})
+        for length, (_, sources) in GENERATED.items():
+            for layer, kv_head in sampled:
+                generated.append(Run(
+                    f"{length}-generated-{layer}-{kv_head}", length,
+                    traces / "generated" / f"{layer}.{kv_head}_{length}.safetensors", layer, kv_head, None, FAMILIES,
+                    sources=[recorded(traces, name) for name in sources],
+                ))  # fmt: skip
+    return everything + decoding + generated + coarse
 
 
 def main() -> None:
@@ -98,19 +123,21 @@ def main() -> None:
     parser.add_argument("--bin", type=Path, default=Path("build/bin"), help="folder of bench_recall")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the trained partitions")
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="folder for the results of single runs")
-    parser.add_argument("--full", action="store_true", help="32,768 tokens too")
+    parser.add_argument("--full", action="store_true", help="32,768 tokens too, and 131,072 generated ones")
     options = parser.parse_args()
     runs = plan(options.traces, options.data, ["8k", "32k"] if options.full else ["8k"])
     options.cache.mkdir(parents=True, exist_ok=True)
     start, made = time.monotonic(), 0
     todo = [run for run in runs if not (options.cache / f"{run.name}.json").exists()]
     for run in todo:
-        done = subprocess.run(
-            run.command(options.bin / "bench_recall", options.cache / f"{run.name}.json"),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise SystemExit(f"{run.name}: {done.stderr.strip()}")
+        commands = [run.command(options.bin / "bench_recall", options.cache / f"{run.name}.json")]
+        if run.sources and not run.trace.exists():
+            run.trace.parent.mkdir(exist_ok=True)
+            commands.insert(0, run.generate(options.bin / "generate_trace"))
+        for command in commands:
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode != 0:
+                raise SystemExit(f"{run.name}: {done.stderr.strip()}")
         made += 1
         spent = time.monotonic() - start
         left = spent / made * (len(todo) - made)

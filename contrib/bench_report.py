@@ -49,7 +49,8 @@ def read(cache: Path) -> tuple[dict, dict, dict]:
         length, text, layer, kv_head, variant = match.groups()
         report = json.loads(path.read_text())
         environment = report["environment"]
-        setting = f"{length} {'prefix' if variant == 'prefix' else 'all'}"
+        clustering = "prefix" if variant == "prefix" else "all"
+        setting = f"{length} generated {clustering}" if text == "generated" else f"{length} {clustering}"
         by_budget = defaultdict(lambda: defaultdict(list))
         for row in report["rows"]:
             row = dict(row)
@@ -69,7 +70,7 @@ def read(cache: Path) -> tuple[dict, dict, dict]:
 def summarise(curves: dict, heads: dict) -> dict:
     """For each setting: mean curves over the KV heads that a method was asked about, and figures of single heads."""
     settings = {}
-    for setting, methods in sorted(curves.items()):
+    for setting, methods in sorted(curves.items(), key=lambda item: (int(item[0].split("k")[0]), item[0])):
         names = sorted({head for by_head in methods.values() for head in by_head})
         everywhere = {m: by_head for m, by_head in methods.items() if set(by_head) == set(names)}
         entry = {"heads": names, "methods": {}, "partial": sorted(set(methods) - set(everywhere))}
@@ -92,10 +93,61 @@ def summarise(curves: dict, heads: dict) -> dict:
     return settings
 
 
+def ranks(values: list[float]) -> np.ndarray:
+    """From 0, ties at their mean rank."""
+    x = np.array(values)
+    return np.array([(x < v).sum() + ((x == v).sum() - 1) / 2 for v in x])
+
+
+def agreement(settings: dict) -> dict | None:
+    """Whether methods rank on generated texts of 32,768 tokens as on recorded ones: Spearman's rank correlation of
+    their mass recall at 5 % of the bytes, that of a method with an index larger than this being 0."""
+    real, generated = settings.get("32k all"), settings.get("32k generated all")
+    if not real or not generated:
+        return None
+    methods = sorted(
+        m for m, e in generated["methods"].items() if m in real["methods"] and e["kind"] != "oracle"
+    )
+
+    def of_head(entry: dict, head: str) -> list[float]:
+        i = entry["heads"].index(head)
+        return [entry["methods"][m]["at5"][i][0] or 0.0 for m in methods]
+
+    def correlation(a: list[float], b: list[float]) -> float:
+        return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+    same, other = {}, []
+    for head in real["heads"]:
+        for twin in generated["heads"]:
+            found = correlation(of_head(real, head), of_head(generated, twin))
+            if head.split()[1] == twin.split()[1]:
+                same[head] = round(found, 3)
+        other += [correlation(of_head(real, head), of_head(real, h)) for h in real["heads"] if h < head]
+    mean_recall = {
+        m: [round(at_share(e["methods"][m]["curve"], 0.05, 1) or 0.0, 4) for e in (real, generated)] for m in methods
+    }
+    return {
+        "of_means": round(correlation(*zip(*mean_recall.values())), 3),
+        "of_heads": same,
+        "of_different_recorded_heads": round(mean(other), 3),
+        "recall": mean_recall,
+    }
+
+
+def agreement_sentence(found: dict) -> str:
+    of_heads = sorted(found["of_heads"].values())
+    return (
+        f"Generated and recorded texts of 32,768 tokens, {len(found['recall'])} methods, mass recall at 5 % of the bytes: "
+        f"Spearman's rank correlation of the means is {found['of_means']:.3f}, of single heads {mean(of_heads):.3f} on "
+        f"average ({of_heads[0]:.3f} to {of_heads[-1]:.3f}, {len(of_heads)} heads); of different heads of recorded texts "
+        f"{found['of_different_recorded_heads']:.3f}."
+    )
+
+
 def table(settings: dict) -> str:
     lines = []
     for setting, entry in settings.items():
-        length, clustering = setting.split()
+        length, clustering = setting.rsplit(" ", 1)
         lines += [f"## {length}, `--cluster-on {clustering}`, {len(entry['heads'])} KV heads", ""]
         lines += ["Mass recall (output error) by share of dense bytes, index included; – where the index alone is more.", ""]
         lines += ["| method | " + " | ".join(f"{100 * s:g} %" for s in SHARES) + " | µs per query at the last |"]
@@ -114,6 +166,14 @@ def table(settings: dict) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {m['curve'][-1][3]:.0f} |")
         lines += ["", verdict(entry), ""]
     return "\n".join(lines)
+
+
+def agreement_table(found: dict) -> str:
+    lines = ["## Does the generator agree with recorded texts?", "", agreement_sentence(found), ""]
+    lines += ["| method | recorded | generated |", "|---|---|---|"]
+    for method, (real, generated) in sorted(found["recall"].items(), key=lambda item: -item[1][0]):
+        lines.append(f"| {method} | {real:.3f} | {generated:.3f} |")
+    return "\n".join(lines) + "\n"
 
 
 def verdict(entry: dict) -> str:
@@ -227,13 +287,16 @@ def main() -> None:
     settings = summarise(curves, heads)
     options.out.mkdir(parents=True, exist_ok=True)
     results = {"environment": environment, "figures": FIGURES, "settings": settings}
+    agreed = agreement(settings)
+    if agreed:
+        results["agreement"] = {"sentence": agreement_sentence(agreed), **agreed}
     text = json.dumps(results, separators=(",", ":"))
     (options.out / "results.json").write_text(text + "\n")
     (options.out / "README.md").write_text(
         "# Results\n\nMade by `./run.sh bench` (see `benchs/README.md`). Machine: "
         f"{environment['cores']} cores of a shared virtual machine ({environment['processor'].strip()}). Times are those "
         "of a busy machine; recall and error do not depend on it. Methods of this library are bold; oracles know the true "
-        "weights and are shown without an index.\n\n" + table(settings)
+        "weights and are shown without an index.\n\n" + table(settings) + (agreement_table(agreed) if agreed else "")
     )
     for setting, entry in settings.items():
         name = setting.replace(" ", "-")
@@ -248,6 +311,8 @@ def main() -> None:
     (options.out / "index.html").write_text(page.replace("/*DATA*/null", data))
     for setting, sentence in verdicts.items():
         print(f"{setting}: {sentence}")
+    if agreed:
+        print(agreement_sentence(agreed))
 
 
 if __name__ == "__main__":
