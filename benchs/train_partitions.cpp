@@ -1,13 +1,17 @@
 /// Learns partitions with query classifiers from recorded attention.
+#include <algorithm>
 #include <cstdio>
-#include <filesystem>
+#include <functional>
 
 #include <CLI/CLI.hpp>
 #include <fmt/core.h>
 #include <unistd.h>
 
+#include <faiss/impl/FaissAssert.h>
+
 #include <faiss_saap/PartitionSet.h>
 #include <faiss_saap/Trace.h>
+#include <faiss_saap/gpu/train_partitions.h>
 #include <faiss_saap/train_partition.h>
 
 #include "common/TrainingCheckpoint.h"
@@ -30,47 +34,57 @@ struct Options {
 /// Seconds between checkpoints: what an interruption loses at most.
 constexpr double kCheckpointSeconds = 20;
 
+using States = std::vector<TrainingState>;
+
 /// The line that shows how far the training is, only on a terminal.
 class TrainingLine {
    public:
-    TrainingLine(const Options& options, size_t heads)
-            : options_(options), heads_(heads) {}
+    /// @param trainings  that follow each other
+    TrainingLine(const Options& options, size_t trainings)
+            : options_(options), trainings_(trainings) {}
     ~TrainingLine() {
         clear();
     }
 
-    void begin_head(int layer, int kv_head, size_t done) {
-        layer_ = layer;
-        kv_head_ = kv_head;
+    void begin(std::string what, size_t done) {
+        what_ = std::move(what);
         done_ = done;
         first_step_ = -1;
         start_ = seconds_now();
     }
 
-    void show(const TrainingState& s) {
+    void show(const States& states) {
         const double now = seconds_now();
+        int64_t step = 0;
+        double loss = 0, recall = 0;
+        const auto n = static_cast<double>(states.size());
+        for (const TrainingState& s : states) {
+            step = std::max(step, s.step);
+            loss += s.loss / n;
+            recall += s.best_recall / n;
+        }
         if (first_step_ < 0) { // a resumed head begins in the middle
-            first_step_ = s.step - 1;
+            first_step_ = step - 1;
         }
         if (!isatty(STDERR_FILENO) || now - shown_ < .2) {
             return;
         }
         shown_ = now;
-        const double each = (now - start_) / (s.step - first_step_);
+        const double each =
+                (now - start_) / static_cast<double>(step - first_step_);
         const double steps = options_.params.steps;
         const double left = each *
-                (steps - s.step + steps * static_cast<double>(heads_ - done_ - 1));
+                (steps - static_cast<double>(step) +
+                 steps * static_cast<double>(trainings_ - done_ - 1));
         std::fprintf(
                 stderr,
-                "\r\033[Klayer %d, KV head %d: step %lld of %d, loss %.3f, "
-                "held-out recall %s, %.0f s left",
-                layer_,
-                kv_head_,
-                static_cast<long long>(s.step),
+                "\r\033[K%s: step %lld of %d, loss %.3f, held-out recall %s, "
+                "%.0f s left",
+                what_.c_str(),
+                static_cast<long long>(step),
                 options_.params.steps,
-                s.loss,
-                s.best_recall < 0 ? "-"
-                                  : fmt::format("{:.3f}", s.best_recall).c_str(),
+                loss,
+                recall < 0 ? "-" : fmt::format("{:.3f}", recall).c_str(),
                 left);
     }
 
@@ -83,8 +97,8 @@ class TrainingLine {
 
    private:
     const Options& options_;
-    size_t heads_, done_ = 0;
-    int layer_ = 0, kv_head_ = 0;
+    size_t trainings_, done_ = 0;
+    std::string what_;
     int64_t first_step_ = -1;
     double start_ = 0, shown_ = 0;
 };
@@ -114,6 +128,7 @@ nlohmann::json config_of(const Options& o, const PartitionSet& set) {
             {"learning_rate", p.learning_rate},
             {"mass_power", p.mass_power},
             {"blend", p.blend},
+            {"device", o.device},
             {"seed", p.seed}};
 }
 
@@ -171,6 +186,32 @@ void report_head(
     }
 }
 
+/// Trains KV heads of a layer together.
+std::vector<TrainedPartition> train(
+        const Options& options,
+        const std::vector<Trace>& texts,
+        int layer,
+        const std::vector<int>& kv_heads,
+        States& states,
+        const std::function<void(const States&)>& callback) {
+    if (options.device == "cpu") {
+        states.resize(1);
+        return {train_partition(
+                texts,
+                layer,
+                kv_heads.front(),
+                options.params,
+                states.data(),
+                [&](const TrainingState&) { callback(states); })};
+    }
+#ifdef FAISS_SAAP_WITH_CUDA
+    return gpu::train_partitions(
+            texts, layer, kv_heads, options.params, &states, callback);
+#else
+    FAISS_THROW_MSG("device = cuda: this is a build without CUDA");
+#endif
+}
+
 void run(Options options) {
     std::vector<Trace> texts;
     for (const std::string& path : options.traces) {
@@ -192,49 +233,63 @@ void run(Options options) {
     }
     TrainingCheckpoint checkpoint(
             options.out, config_of(options, set).dump());
-    TrainingState state;
+    States states;
     if (options.resume) {
-        checkpoint.read(set, state);
+        checkpoint.read(set, states);
     }
     const size_t resumed = set.partitions.size();
-    const size_t heads = options.layers.size() * options.kv_heads.size();
+    // KV heads that are trained together: one, or those of a layer.
+    const size_t together =
+            options.device == "cpu" ? 1 : options.kv_heads.size();
+    const size_t trainings =
+            options.layers.size() * options.kv_heads.size() / together;
     nlohmann::json rows = nlohmann::json::array();
     std::vector<std::vector<std::string>> table;
     {
-        TrainingLine line(options, heads);
+        TrainingLine line(options, trainings);
         size_t done = 0;
         for (int layer : options.layers) {
-            for (int kv_head : options.kv_heads) {
-                if (done++ < resumed) {
-                    report_head(
-                            set.partitions[done - 1], options, 0, rows, table);
+            for (size_t h = 0; h < options.kv_heads.size(); h += together) {
+                const size_t first = done++ * together;
+                if (first < resumed) {
+                    for (size_t i = first; i < first + together; i++) {
+                        report_head(set.partitions[i], options, 0, rows, table);
+                    }
                     continue;
                 }
-                line.begin_head(layer, kv_head, done - 1);
+                const auto begin = options.kv_heads.begin() + int64_t(h);
+                const std::vector<int> kv_heads(begin, begin + int64_t(together));
+                line.begin(
+                        together > 1
+                                ? fmt::format("layer {}", layer)
+                                : fmt::format(
+                                          "layer {}, KV head {}",
+                                          layer,
+                                          kv_heads.front()),
+                        done - 1);
                 const double start = seconds_now();
                 double written = start;
-                set.partitions.push_back(train_partition(
+                const auto trained = train(
+                        options,
                         texts,
                         layer,
-                        kv_head,
-                        options.params,
-                        &state,
-                        [&](const TrainingState& s) {
+                        kv_heads,
+                        states,
+                        [&](const States& s) {
                             line.show(s);
                             if (seconds_now() - written > kCheckpointSeconds) {
                                 checkpoint.write(set, s);
                                 written = seconds_now();
                             }
-                        }));
+                        });
                 line.clear();
-                report_head(
-                        set.partitions.back(),
-                        options,
-                        seconds_now() - start,
-                        rows,
-                        table);
-                state = TrainingState();
-                checkpoint.write(set, state);
+                const double seconds = (seconds_now() - start) / double(together);
+                for (const TrainedPartition& p : trained) {
+                    set.partitions.push_back(p);
+                    report_head(p, options, seconds, rows, table);
+                }
+                states.clear();
+                checkpoint.write(set, states);
             }
         }
     }
@@ -338,7 +393,7 @@ int main(int argc, char** argv) {
             o.resume,
             "go on where an interrupted training with the same options was");
     app.add_option("--device", o.device, "where to train")
-            ->check(CLI::IsMember({"cpu"}))
+            ->check(CLI::IsMember({"cpu", "cuda"}))
             ->capture_default_str();
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);

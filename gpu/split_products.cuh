@@ -4,20 +4,9 @@
 #pragma once
 
 #include "mma.cuh"
+#include "split_products.h"
 
 namespace faiss_saap::gpu {
-
-/// Columns of a split matrix: products take 16 at a time, zeros at the end.
-__host__ __device__ inline int split_cols(int d) {
-    return (d + 15) / 16 * 16;
-}
-
-/// Elements from row to row in shared memory, where a row is its high parts, its
-/// low parts and 16 bytes that keep the rows of a matrix out of each other's
-/// banks. In global memory there is no gap: 2 * cols.
-__host__ __device__ inline int split_stride(int cols) {
-    return 2 * cols + 8;
-}
 
 /// Writes one number of a row.
 __device__ __forceinline__ void store_split(

@@ -1,4 +1,4 @@
-#include "TrainingText.h"
+#include <faiss_saap/TrainingText.h>
 
 #include <algorithm>
 #include <cinttypes>

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include <faiss_saap/AdamWParams.h>
 #include <faiss_saap/dtype.h>
 
 namespace faiss_saap {
@@ -57,14 +58,7 @@ float cross_entropy(
         float total,
         float weight);
 
-/// One step of AdamW (arXiv 1711.05101) on n parameters.
-struct AdamWParams {
-    float rate = 0;   ///< learning rate
-    float decay = 0;  ///< weight decay, multiplied by the rate
-    float beta1 = .9f, beta2 = .99f, epsilon = 1e-8f;
-    float correction1 = 1, correction2 = 1; ///< 1 / (1 - beta^step)
-};
-
+/// One step of AdamW on n parameters.
 void adamw_step(
         int64_t n,
         const AdamWParams& params,

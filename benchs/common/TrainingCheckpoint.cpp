@@ -26,13 +26,15 @@ std::map<std::string, std::string> numbers_of(const TrainingState& s) {
             {"finished", s.finished ? "1" : "0"}};
 }
 
+/// Calls fn(name, array) for each array of the i-th state.
 template <class State, class Fn>
-void for_each_array(State& s, const Fn& fn) {
-    fn("centroids", s.centroids);
-    fn("parameters", s.parameters);
-    fn("first", s.first);
-    fn("second", s.second);
-    fn("best", s.best);
+void for_each_array(State& s, size_t i, const Fn& fn) {
+    const std::string number = std::to_string(i) + ".";
+    fn(number + "centroids", s.centroids);
+    fn(number + "parameters", s.parameters);
+    fn(number + "first", s.first);
+    fn(number + "second", s.second);
+    fn(number + "best", s.best);
 }
 
 } // namespace
@@ -44,24 +46,35 @@ TrainingCheckpoint::TrainingCheckpoint(std::string out, std::string config)
 
 void TrainingCheckpoint::write(
         const PartitionSet& done,
-        const TrainingState& state) const {
+        const std::vector<TrainingState>& states) const {
     write_partitions(done, partitions_);
     std::map<std::string, TensorView> tensors;
-    for_each_array(state, [&](const char* name, const std::vector<float>& x) {
-        TensorView& t = tensors[name];
-        t.dtype = "F32";
-        t.shape = {static_cast<int64_t>(x.size())};
-        t.data = x.data();
-        t.bytes = x.size() * sizeof(float);
-    });
-    auto metadata = numbers_of(state);
+    std::map<std::string, std::string> metadata;
+    for (size_t i = 0; i < states.size(); i++) {
+        for_each_array(
+                states[i],
+                i,
+                [&](const std::string& name, const std::vector<float>& x) {
+                    TensorView& t = tensors[name];
+                    t.dtype = "F32";
+                    t.shape = {static_cast<int64_t>(x.size())};
+                    t.data = x.data();
+                    t.bytes = x.size() * sizeof(float);
+                });
+        for (const auto& [name, number] : numbers_of(states[i])) {
+            metadata[std::to_string(i) + "." + name] = number;
+        }
+    }
+    metadata["states"] = std::to_string(states.size());
     metadata["config"] = config_;
     // The two files are not replaced at once: which partition this is.
     metadata["partition"] = std::to_string(done.partitions.size());
     write_safetensors(state_, tensors, metadata);
 }
 
-void TrainingCheckpoint::read(PartitionSet& done, TrainingState& state) const {
+void TrainingCheckpoint::read(
+        PartitionSet& done,
+        std::vector<TrainingState>& states) const {
     if (!std::filesystem::exists(state_)) {
         return;
     }
@@ -77,15 +90,23 @@ void TrainingCheckpoint::read(PartitionSet& done, TrainingState& state) const {
     if (file.meta("partition") != std::to_string(done.partitions.size())) {
         return; // interrupted between the two files: this partition starts anew
     }
-    for_each_array(state, [&](const char* name, std::vector<float>& x) {
-        x = file.tensor(name).to_float();
-    });
     try {
-        state.step = std::stoll(file.meta("step"));
-        state.best_step = std::stoll(file.meta("best_step"));
-        state.best_recall = std::stod(file.meta("best_recall"));
-        state.loss = std::stod(file.meta("loss"));
-        state.finished = file.meta("finished") == "1";
+        states.resize(std::stoull(file.meta("states")));
+        for (size_t i = 0; i < states.size(); i++) {
+            TrainingState& s = states[i];
+            for_each_array(
+                    s, i, [&](const std::string& name, std::vector<float>& x) {
+                        x = file.tensor(name).to_float();
+                    });
+            const auto number = [&](const char* name) {
+                return file.meta(std::to_string(i) + "." + name);
+            };
+            s.step = std::stoll(number("step"));
+            s.best_step = std::stoll(number("best_step"));
+            s.best_recall = std::stod(number("best_recall"));
+            s.loss = std::stod(number("loss"));
+            s.finished = number("finished") == "1";
+        }
     } catch (const std::logic_error&) {
         FAISS_THROW_FMT(
                 "%s: corrupt: step, recall or loss is no number",

@@ -21,14 +21,15 @@ case "${1:-}" in
     for f in "$build"/lib/*.so*; do
       [ ! -f "$f" ] || strip -o "$work/lib/$(basename "$f")" "$f"
     done
-    # All but the C and C++ runtimes, which every machine has.
+    # All but the C and C++ runtimes, which every machine has, and cuBLAS, half a
+    # gigabyte that comes with the toolkit.
     ldd "$work"/bin/* "$work"/lib/* 2>/dev/null | awk '$3 ~ /^\// {print $3}' | sort -u |
-      grep -Ev '/lib(c|m|stdc\+\+|gcc_s|dl|pthread|rt)\.so' |
+      grep -Ev '/lib(cublas|cublasLt|c|m|stdc\+\+|gcc_s|dl|pthread|rt)\.so' |
       while read -r library; do cp -L "$library" "$work/lib/"; done
     cat >"$work/run" <<'RUN'
 #!/usr/bin/env bash
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export LD_LIBRARY_PATH=$here/lib:${LD_LIBRARY_PATH:-}
+export LD_LIBRARY_PATH=$here/lib:${LD_LIBRARY_PATH:-}:/usr/local/cuda/lib64
 program=$1
 shift
 exec "$here/bin/$program" "$@"

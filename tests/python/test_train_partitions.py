@@ -213,7 +213,7 @@ def test_wrong_input(programs, trace, tmp_path, options, sentence):
 
 
 def test_only_devices_that_there_are(programs, trace, tmp_path):
-    assert train(programs, trace, tmp_path / "p.saap", "--device", "cuda").returncode != 0
+    assert train(programs, trace, tmp_path / "p.saap", "--device", "tpu").returncode != 0
 
 
 def test_partitions_of_another_model_are_refused(programs, trained, trace, tmp_path):
