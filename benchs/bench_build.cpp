@@ -2,11 +2,11 @@
 /// sequence grows.
 #include <algorithm>
 
-#include <fmt/core.h>
+#include <faiss/impl/FaissAssert.h>
 
 #include <faiss_saap/AttentionAdapter.h>
 
-#include "common/CacheOptions.h"
+#include "common/build.h"
 #include "common/report.h"
 
 using namespace faiss_saap;
@@ -14,13 +14,7 @@ using namespace faiss_saap::benchs;
 
 namespace {
 
-struct Options : CacheOptions {
-    int64_t inserts = 2000;
-    int niter = 10, repeat = 3;
-    std::string json;
-};
-
-void run(const Options& o) {
+void run(const BuildOptions& o) {
     CacheShape shape = o.shape(o.tokens + o.inserts);
     shape.values = false;
     std::mt19937 random(1);
@@ -35,23 +29,7 @@ void run(const Options& o) {
     params.window = o.window;
     const int64_t end = std::max(o.sink, o.tokens - o.window);
 
-    nlohmann::json rows = nlohmann::json::array();
-    std::vector<std::vector<std::string>> table;
-    const auto report = [&](const std::string& stage, double per,
-                            std::vector<double>& seconds) {
-        const double p50 = 1e6 * percentile(seconds, 0.5);
-        const double p99 = 1e6 * percentile(seconds, 0.99);
-        rows.push_back({{"stage", stage},
-                        {"us", p50},
-                        {"p50_us", p50},
-                        {"p99_us", p99},
-                        {"max_us", 1e6 * percentile(seconds, 1)}});
-        table.push_back({stage,
-                         fmt::format("{:.1f}", p50),
-                         fmt::format("{:.1f}", p99),
-                         fmt::format("{:.1f}", 1e6 * percentile(seconds, 1)),
-                         fmt::format("{:.3f}", p50 / per)});
-    };
+    BuildReport report;
     const auto timed = [&](int repeat, const auto& body) {
         std::vector<double> seconds;
         for (int r = 0; r < repeat; r++) {
@@ -71,7 +49,7 @@ void run(const Options& o) {
                 sequence_partitions(prefill, o.sink, end, o.ncell, kmeans);
     });
     progress.advance();
-    report("cluster", double(o.tokens), seconds);
+    report.add("cluster", double(o.tokens), seconds);
 
     std::vector<std::vector<int32_t>> cells(o.heads_kv);
     for (int h = 0; h < o.heads_kv; h++) {
@@ -99,7 +77,7 @@ void run(const Options& o) {
         }
         progress.advance();
     }
-    report("assign", double(o.tokens), assign);
+    report.add("assign", double(o.tokens), assign);
 
     std::vector<double> lists(o.repeat);
     for (double& s : lists) {
@@ -114,7 +92,7 @@ void run(const Options& o) {
         }
         progress.advance();
     }
-    report("lists", double(o.tokens), lists);
+    report.add("lists", double(o.tokens), lists);
 
     AttentionAdapter adapter(params, partitions);
     const int64_t id = adapter.create();
@@ -128,39 +106,20 @@ void run(const Options& o) {
         insert.push_back(seconds_now() - start);
         progress.advance();
     }
-    report("insert", 1, insert);
+    report.add("insert", 1, insert);
 
-    fmt::print(
-            "{} tokens, {} KV heads, d {}, {}, {} cells; then {} tokens one by "
-            "one; index {:.1f} MiB, {:.2f} bytes per token and head\n",
-            o.tokens,
-            o.heads_kv,
-            o.d,
-            o.dtype,
-            o.ncell,
-            o.inserts,
-            adapter.bytes_used() / double(1 << 20),
-            double(adapter.bytes_used()) /
-                    (double(cache.kv.length) * o.heads_kv));
-    print_table({"stage", "us", "p99 us", "max us", "us/token"}, table);
-    if (!o.json.empty()) {
-        nlohmann::json config = o.config();
-        config["inserts"] = o.inserts;
-        config["niter"] = o.niter;
-        config["index_bytes"] = adapter.bytes_used();
-        write_json(o.json, config, rows);
-    }
+    report.finish(o, adapter.bytes_used());
 }
 
 } // namespace
 
 int main(int argc, char** argv) {
-    Options o;
+    BuildOptions o;
     CLI::App app{
             "Times the making of a sequence's index: k-means over its keys, "
             "assigning them, listing them, and inserting tokens one by one. "
             "Times are of all KV heads of a layer."};
-    o.add_to(app);
+    o.add_to(app, {"cpu", "cuda"});
     add_number(
             app,
             "--inserts",
@@ -170,5 +129,15 @@ int main(int argc, char** argv) {
     add_number(app, "--repeat", o.repeat, "runs of assigning and listing");
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] { run(o); });
+    return run_program([&] {
+        if (o.device == "cpu") {
+            run(o);
+            return;
+        }
+#ifdef FAISS_SAAP_WITH_CUDA
+        build_on_device(o);
+#else
+        FAISS_THROW_MSG("device = cuda: this is a build without CUDA");
+#endif
+    });
 }

@@ -7,6 +7,7 @@
 
 #include "DeviceBuffer.h"
 #include "check.h"
+#include "typed_vectors.cuh"
 
 namespace faiss_saap::gpu {
 
@@ -57,9 +58,11 @@ __global__ void count_kernel(Steps s) {
     unsigned largest = 0;
     const unsigned size = static_cast<unsigned>(last - first) * s.p.d;
     for (unsigned at = threadIdx.x; at < size; at += blockDim.x) {
-        const float x = s.p.x
-                [head * s.p.x_head_stride +
-                 (first + at / s.p.d) * s.p.x_row_stride + at % s.p.d];
+        const float x = component(
+                s.p.type,
+                s.p.x,
+                head * s.p.x_head_stride +
+                        (first + at / s.p.d) * s.p.x_row_stride + at % s.p.d);
         if (isfinite(x)) {
             largest = max(largest, __float_as_uint(fabsf(x)));
         }
@@ -143,12 +146,15 @@ __global__ void sum_kernel(Steps s) {
         return;
     }
     const double scale = factor(s, head);
-    const float* x = s.p.x + head * s.p.x_head_stride;
     unsigned long long* sums = s.sums + head * s.p.ncell * s.p.d;
     for (int j = threadIdx.x; j < s.p.d; j += blockDim.x) {
         long long sum = 0;
         for (int e = 0; e < count; e++) {
-            sum += __double2ll_rn(x[id[e] * s.p.x_row_stride + j] * scale);
+            const float x = component(
+                    s.p.type,
+                    s.p.x,
+                    head * s.p.x_head_stride + id[e] * s.p.x_row_stride + j);
+            sum += __double2ll_rn(x * scale);
             if (e + 1 == count || cell[e + 1] != cell[e]) {
                 atomicAdd(
                         sums + int64_t(cell[e]) * s.p.d + j,
@@ -188,6 +194,10 @@ void check_sizes(const CellMeansParams& p) {
             p.ncell >= 1 && p.ncell <= 65536,
             "ncell = %d must be between 1 and 65536",
             p.ncell);
+    FAISS_THROW_IF_NOT_FMT(
+            p.type == DType::float32 || p.type == DType::bfloat16,
+            "type = %s must be float32 or bfloat16",
+            name(p.type));
 }
 
 unsigned blocks(int64_t items, int per_block) {

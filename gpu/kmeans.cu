@@ -2,12 +2,14 @@
 
 #include <climits>
 
+#include <faiss_saap/gpu/assign_bfloat16.h>
 #include <faiss_saap/gpu/assign_cells.h>
 #include <faiss_saap/gpu/cell_means.h>
 #include <faiss_saap/gpu/random_permutation.h>
 
 #include "DeviceBuffer.h"
 #include "check.h"
+#include "typed_vectors.cuh"
 
 namespace faiss_saap::gpu {
 
@@ -24,12 +26,16 @@ struct Memory {
     float* bias;     ///< nhead * ncell
     int32_t* counts; ///< nhead * ncell
     void* means;     ///< of cell_means
+    void* rows;      ///< of assign_bfloat16, or null
 };
 
-AssignCellsParams assignment(const BatchedKMeansParams& p, const float* bias) {
-    AssignCellsParams a;
+/// For either kind of vectors.
+template <class Params>
+Params assignment(const BatchedKMeansParams& p, const float* bias) {
+    Params a;
     a.nhead = p.nhead, a.n = p.n, a.d = p.d, a.ncell = p.ncell;
-    a.x = p.x, a.x_head_stride = p.x_head_stride;
+    a.x = static_cast<decltype(a.x)>(p.x);
+    a.x_head_stride = p.x_head_stride;
     a.x_row_stride = p.x_row_stride;
     a.centroids = p.centroids;
     a.centroids_head_stride = int64_t(p.ncell) * p.d;
@@ -42,6 +48,7 @@ AssignCellsParams assignment(const BatchedKMeansParams& p, const float* bias) {
 CellMeansParams update(const BatchedKMeansParams& p, int32_t* counts) {
     CellMeansParams u;
     u.nhead = p.nhead, u.n = p.n, u.d = p.d, u.ncell = p.ncell;
+    u.type = p.type;
     u.x = p.x, u.x_head_stride = p.x_head_stride;
     u.x_row_stride = p.x_row_stride;
     u.cells = p.cells, u.cells_head_stride = p.cells_head_stride;
@@ -56,6 +63,10 @@ Memory layout(const BatchedKMeansParams& p, Layout& w) {
     m.bias = w.take<float>(cells);
     m.counts = w.take<int32_t>(cells);
     m.means = w.take<char>(cell_means_workspace(update(p, nullptr)));
+    m.rows = p.type == DType::bfloat16
+            ? w.take<char>(assign_bfloat16_workspace(
+                      assignment<AssignBfloat16Params>(p, nullptr)))
+            : nullptr;
     return m;
 }
 
@@ -97,10 +108,10 @@ __global__ void draw_kernel(BatchedKMeansParams p) {
     }
     const auto i = static_cast<int64_t>(
             random_permutation(cell, p.n, head_key(p, head)));
-    const float* x = p.x + head * p.x_head_stride + i * p.x_row_stride;
+    const int64_t x = head * p.x_head_stride + i * p.x_row_stride;
     float* centroid = p.centroids + (head * p.ncell + cell) * p.d;
     for (int j = threadIdx.x % 32; j < p.d; j += 32) {
-        centroid[j] = x[j];
+        centroid[j] = component(p.type, p.x, x + j);
     }
     if (p.spherical) {
         normalise(centroid, p.d);
@@ -135,11 +146,12 @@ __global__ void split_kernel(
         if (from < 0 || counts[head * p.ncell + from] < 2) {
             continue;
         }
-        const float* x = p.x + head * p.x_head_stride + i * p.x_row_stride;
+        const int64_t x = head * p.x_head_stride + i * p.x_row_stride;
         const float* old = p.centroids + (head * p.ncell + from) * p.d;
         float* centroid = p.centroids + (head * p.ncell + cell) * p.d;
         for (int j = threadIdx.x % 32; j < p.d; j += 32) {
-            centroid[j] = fmaf(kStep, x[j] - old[j], old[j]);
+            const float to = component(p.type, p.x, x + j);
+            centroid[j] = fmaf(kStep, to - old[j], old[j]);
         }
         if (p.spherical) {
             normalise(centroid, p.d);
@@ -184,16 +196,22 @@ void kmeans(
     const int64_t cells = int64_t(p.nhead) * p.ncell;
     const auto warps =
             static_cast<unsigned>((cells * 32 + kThreads - 1) / kThreads);
-    const auto assign = [&] {
+    const auto assign = [&](bool last) {
         if (!p.spherical) {
             half_norms({cells, p.d, p.centroids, m.bias}, stream);
         }
-        assign_cells(assignment(p, m.bias), stream);
+        if (p.type == DType::bfloat16) {
+            auto a = assignment<AssignBfloat16Params>(p, m.bias);
+            a.rounds_centroids = !last;
+            assign_bfloat16(a, m.rows, stream);
+        } else {
+            assign_cells(assignment<AssignCellsParams>(p, m.bias), stream);
+        }
     };
     draw_kernel<<<warps, kThreads, 0, stream>>>(p);
     FAISS_SAAP_CUDA_CHECK(cudaGetLastError());
     for (int i = 0; i < p.niter; i++) {
-        assign();
+        assign(false);
         cell_means(update(p, m.counts), m.means, stream);
         if (p.spherical) {
             normalise_kernel<<<warps, kThreads, 0, stream>>>(p);
@@ -202,7 +220,7 @@ void kmeans(
         split_kernel<<<warps, kThreads, 0, stream>>>(p, m.counts, i);
         FAISS_SAAP_CUDA_CHECK(cudaGetLastError());
     }
-    assign();
+    assign(true);
 }
 
 } // namespace faiss_saap::gpu

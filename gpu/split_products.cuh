@@ -22,8 +22,9 @@ __device__ __forceinline__ void store_split(
 /// c <- c + a b' of a warp's 16 * M rows of a and N rows of b, in shared memory.
 /// c[m][n] is laid out as multiply_add has it: lane l holds rows l / 4 and
 /// l / 4 + 8, columns 2 (l % 4) and one more.
-/// @param kLow  a has low parts that are not zero
-template <int M, int N, bool kLow>
+/// @tparam kLow       a has low parts that are not zero
+/// @tparam kOtherLow  those of b count
+template <int M, int N, bool kLow, bool kOtherLow = true>
 __device__ __forceinline__ void multiply_split(
         const __nv_bfloat16* a,
         const __nv_bfloat16* b,
@@ -61,26 +62,30 @@ __device__ __forceinline__ void multiply_split(
         if constexpr (kLow) {
             add(low);
         }
+        if constexpr (kOtherLow) {
 #pragma unroll
-        for (int n = 0; n < N / 16; n++) {
-            load_matrices(other[n], b + n * 16 * stride + cols + k);
+            for (int n = 0; n < N / 16; n++) {
+                load_matrices(other[n], b + n * 16 * stride + cols + k);
+            }
+            add(high);
         }
-        add(high);
     }
 }
 
 /// Calls use(tile, first) for tiles of N rows of a split matrix in global memory,
 /// in order, each in shared memory while the next one is on its way; zeros
 /// behind the last row. By a whole block.
-/// @param tiles  room for 2 * N rows
-template <int N, class Use>
+/// @tparam kLow   low parts too
+/// @param  tiles  room for 2 * N rows
+template <int N, bool kLow = true, class Use>
 __device__ void for_each_tile(
         __nv_bfloat16* tiles,
         const __nv_bfloat16* rows,
         int nrow,
         int cols,
         const Use& use) {
-    const int stride = split_stride(cols), pieces = cols / 4; // of 16 bytes
+    const int stride = split_stride(cols);
+    const int pieces = cols / (kLow ? 4 : 8); // of 16 bytes
     const auto fetch = [&](int first, __nv_bfloat16* to) {
         for (int i = threadIdx.x; i < N * pieces; i += blockDim.x) {
             const int r = i / pieces, j = i % pieces * 8;

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <faiss_saap/dtype.h>
 #include <faiss_saap/gpu/device.h>
 
 namespace faiss_saap::gpu {
@@ -15,8 +16,9 @@ struct CellMeansParams {
     int64_t n = 0;   ///< vectors per head, below 2^31
     int d = 0;       ///< dimension, any
     int ncell = 0;   ///< cells per head, 1 to 65,536
-    const float* x = nullptr; ///< vector i of head h: x_head_stride * h +
-                              ///< x_row_stride * i; finite
+    DType type = DType::float32; ///< of x, or bfloat16
+    const void* x = nullptr; ///< vector i of head h: x_head_stride * h +
+                             ///< x_row_stride * i elements; finite
     int64_t x_head_stride = 0, x_row_stride = 0;
     const int32_t* cells = nullptr; ///< n contiguous for each head; a vector
                                     ///< whose cell is outside 0 .. ncell - 1

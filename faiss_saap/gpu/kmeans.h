@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <faiss_saap/dtype.h>
 #include <faiss_saap/gpu/device.h>
 
 namespace faiss_saap::gpu {
@@ -19,8 +20,11 @@ struct BatchedKMeansParams {
     /// unit-length centroids, vectors assigned by inner product
     bool spherical = false;
     unsigned seed = 1234;
-    const float* x = nullptr; ///< vector i of head h: x_head_stride * h +
-                              ///< x_row_stride * i; finite
+    /// of x, or bfloat16: then d and strides are as assign_bfloat16() has them,
+    /// which assigns, with rounded centroids but for the last time
+    DType type = DType::float32;
+    const void* x = nullptr; ///< vector i of head h: x_head_stride * h +
+                             ///< x_row_stride * i elements; finite
     int64_t x_head_stride = 0, x_row_stride = 0;
     float* centroids = nullptr; ///< output, size nhead * ncell * d
     int32_t* cells = nullptr; ///< output, n contiguous for each head: the cell

@@ -183,6 +183,51 @@ TEST_F(GpuKMeans, AsGoodAsFaissAndRepeatable) {
     EXPECT_NE(run(p, x).centroids, run({p.nhead, p.n, p.d, p.ncell, 10, false, 1}, x).centroids);
 }
 
+TEST_F(GpuKMeans, Bfloat16VectorsAreClusteredAlike) {
+    tests::Random random;
+    gpu::BatchedKMeansParams p;
+    p.nhead = 2, p.n = 6000, p.d = 64, p.ncell = 100;
+    std::vector<float> x = random.normal(p.nhead * p.n * p.d);
+    for (int64_t i = 0; i < p.nhead * p.n; i++) {
+        for (int j = 0; j < p.d; j++) {
+            x[i * p.d + j] += float((i % 37) * (j + 1) % 7);
+        }
+    }
+    const auto size = static_cast<int64_t>(x.size());
+    std::vector<uint16_t> rounded(size);
+    from_float(DType::bfloat16, x.data(), size, rounded.data());
+    to_float(DType::bfloat16, rounded.data(), size, x.data());
+    for (const bool spherical : {false, true}) {
+        p.spherical = spherical;
+        const Result wide = run(p, x);
+        Result narrow[2];
+        for (Result& r : narrow) {
+            const tests::OnDevice<uint16_t> xd(rounded);
+            const tests::OnDevice<float> centroids(size_t(p.nhead) * p.ncell * p.d);
+            const tests::OnDevice<int32_t> cells(p.nhead * p.n);
+            gpu::BatchedKMeansParams q = p;
+            q.type = DType::bfloat16;
+            q.x = xd.data(), q.x_head_stride = p.n * p.d, q.x_row_stride = p.d;
+            q.centroids = centroids.data();
+            q.cells = cells.data(), q.cells_head_stride = p.n;
+            const tests::OnDevice<char> workspace(gpu::kmeans_workspace(q));
+            gpu::kmeans(q, workspace.data(), nullptr);
+            r = {centroids.host(), cells.host()};
+        }
+        EXPECT_EQ(narrow[0].centroids, narrow[1].centroids);
+        EXPECT_EQ(narrow[0].cells, narrow[1].cells);
+        for (int h = 0; h < p.nhead; h++) {
+            const double error_wide = error(wide, x, p.n, p.d, p.ncell, h);
+            EXPECT_NEAR(
+                    error(narrow[0], x, p.n, p.d, p.ncell, h),
+                    error_wide,
+                    .02 * error_wide);
+        }
+    }
+    p.type = DType::float16;
+    EXPECT_SENTENCE(gpu::kmeans_workspace(p), "type = float16");
+}
+
 TEST_F(GpuKMeans, AsManyCellsAsVectors) {
     tests::Random random;
     gpu::BatchedKMeansParams p;
