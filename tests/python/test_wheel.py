@@ -1,4 +1,7 @@
-"""What a user does: `pip install CHECKOUT` in a clean environment, then import, search and attend."""
+"""What a user does: `pip install CHECKOUT` in a clean environment, then import, search and attend.
+
+With CUDA too where FAISS_SAAP_TEST_CUDA_WHEEL names a folder to build in: it takes as long as the library's CUDA build.
+"""
 
 import os
 import shutil
@@ -28,11 +31,16 @@ sequence = adapter.create()
 adapter.append(sequence, kv)
 result = adapter.attend([fs.SequenceInput(sequence, kv)], x[:2])
 np.testing.assert_allclose(result.output[0], fs.attend_dense(kv, x[:2])[0], atol=1e-5)
-print(fs.__file__)
+assert fs.has_cuda == hasattr(fs, "GpuAttentionAdapter")
+print(fs.has_cuda, fs.__file__)
 """
 
 
-def test_installed_from_the_checkout_in_a_clean_environment(tmp_path):
+@pytest.mark.parametrize("cuda", [False, True])
+def test_installed_from_the_checkout_in_a_clean_environment(cuda, tmp_path):
+    folder = os.environ.get("FAISS_SAAP_TEST_CUDA_WHEEL")
+    if cuda and not (folder and shutil.which("nvcc")):
+        pytest.skip("FAISS_SAAP_TEST_CUDA_WHEEL names no folder, or there is no nvcc")
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
@@ -41,12 +49,15 @@ def test_installed_from_the_checkout_in_a_clean_environment(tmp_path):
     if reachable.returncode:
         pytest.skip(f"packages cannot be downloaded: {reachable.stderr.strip().splitlines()[-1]}")
     if shutil.which("ccache"):
-        environment["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
-    done = subprocess.run([*pip, "install", ROOT], env=environment, capture_output=True, text=True)
+        environment["CMAKE_CXX_COMPILER_LAUNCHER"] = environment["CMAKE_CUDA_COMPILER_LAUNCHER"] = "ccache"
+    options = ["-C", "cmake.define.FAISS_SAAP_CUDA=ON", "-C", f"build-dir={folder}"] if cuda else []
+    done = subprocess.run([*pip, "install", ROOT, *options], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ran = subprocess.run([python, "-c", PROGRAM], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    package = Path(ran.stdout.strip()).parent
+    has_cuda, file = ran.stdout.split()
+    package = Path(file).parent
+    assert has_cuda == str(cuda)
     assert package.is_relative_to(tmp_path / "venv")
     assert {p.suffix for p in package.iterdir() if p.is_file()} >= {".py", ".so", ".pyi"}
     assert (package / "py.typed").exists() and (package / "huggingface.py").exists()

@@ -13,17 +13,6 @@ std::string text_of(const std::vector<int64_t>& shape) {
     return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-bool is_contiguous(const AnyArray& x) {
-    int64_t expected = 1;
-    for (size_t i = x.ndim(); i-- > 0;) {
-        if (x.shape(i) != 1 && x.stride(i) != expected) {
-            return false;
-        }
-        expected *= static_cast<int64_t>(x.shape(i));
-    }
-    return true;
-}
-
 /// Appends the elements below dimension `axis`, whose first lies at `at`.
 void gather(
         const AnyArray& x,
@@ -71,22 +60,58 @@ void check_shape(
             text_of(shape).c_str());
 }
 
-AnyArray array_of(nb::handle object, const char* name) {
+int device_of(const AnyArray& x) {
+    return x.device_type() == nb::device::cuda::value ? int(x.device_id())
+                                                      : kMainMemory;
+}
+
+bool is_contiguous(const AnyArray& x) {
+    int64_t expected = 1;
+    for (size_t i = x.ndim(); i-- > 0;) {
+        if (x.shape(i) != 1 && x.stride(i) != expected) {
+            return false;
+        }
+        expected *= static_cast<int64_t>(x.shape(i));
+    }
+    return true;
+}
+
+namespace {
+
+bool can_be_read(const AnyArray& x) {
+    return x.device_type() == nb::device::cpu::value ||
+            x.device_type() == nb::device::cuda::value;
+}
+
+} // namespace
+
+AnyArray array_anywhere(nb::handle object, const char* name) {
     AnyArray array;
-    if (nb::try_cast(object, array)) {
+    if (nb::try_cast(object, array) && can_be_read(array)) {
         return array;
     }
     const nb::object type = nb::getattr(object, "dtype", nb::none());
     if (std::string(nb::str(type).c_str()) == "bfloat16" &&
         nb::hasattr(object, "view") &&
-        nb::try_cast(object.attr("view")("uint16"), array)) {
+        nb::try_cast(object.attr("view")("uint16"), array) &&
+        can_be_read(array)) {
         return array;
     }
     FAISS_THROW_FMT(
-            "%s is a %s, expected an array in main memory that numpy or DLPack "
-            "can pass",
+            "%s is a %s, expected an array that numpy or DLPack can pass, in main "
+            "memory or on a CUDA device",
             name,
             nb::type_name(object.type()).c_str());
+}
+
+AnyArray array_of(nb::handle object, const char* name) {
+    AnyArray array = array_anywhere(object, name);
+    FAISS_THROW_IF_NOT_FMT(
+            device_of(array) == kMainMemory,
+            "%s lies on CUDA device %d, expected an array in main memory",
+            name,
+            device_of(array));
+    return array;
 }
 
 DType dtype_of(const AnyArray& x, const char* name) {

@@ -23,8 +23,9 @@ namespace nb = nanobind;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Longs = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
-/// Any array in memory, read-only, with its own type and strides.
-using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
+/// Any array, read-only, with its own type and strides; where it lies is asked
+/// when it is made.
+using AnyArray = nb::ndarray<nb::ro>;
 
 /// "(3, 4)".
 std::string shape_text(const AnyArray& x);
@@ -35,9 +36,21 @@ void check_shape(
         const char* name,
         const std::vector<int64_t>& shape);
 
-/// An array of any framework in memory, without a copy. bfloat16 of ml_dtypes,
-/// which numpy passes through no protocol, is taken through its bits.
+/// Where `device_of` says that an array lies in main memory.
+constexpr int kMainMemory = -1;
+
+/// The number of the CUDA device that an array lies on, or kMainMemory.
+int device_of(const AnyArray& x);
+
+bool is_contiguous(const AnyArray& x);
+
+/// An array of any framework in main memory or on a CUDA device, without a copy.
+/// bfloat16 of ml_dtypes, which numpy passes through no protocol, is taken
+/// through its bits.
 /// @throws faiss::FaissException naming the argument
+AnyArray array_anywhere(nb::handle object, const char* name);
+
+/// The same, in main memory alone.
 AnyArray array_of(nb::handle object, const char* name);
 
 /// float32, float16 and bfloat16, and uint16 as the bits of bfloat16.

@@ -7,31 +7,14 @@
 
 #include <faiss_saap/AttentionAdapter.h>
 
+#include "adapter_arguments.h"
 #include "bind.h"
-#include "kv_view.h"
 
 using namespace nanobind::literals;
 
 namespace faiss_saap::python {
 
 namespace {
-
-/// One sequence of a batch with its view kept alive.
-struct Asking {
-    int64_t sequence = 0;
-    nb::object view; ///< an ArrayView
-    int64_t q_len = 1;
-    std::vector<int64_t> positions; ///< empty: the last q_len tokens
-
-    SequenceInput input() const {
-        SequenceInput s;
-        s.sequence = sequence;
-        s.kv = nb::cast<const ArrayView&>(view).kv;
-        s.q_len = q_len;
-        s.positions = positions.empty() ? nullptr : positions.data();
-        return s;
-    }
-};
 
 /// What attend returns.
 struct Attention {
@@ -57,7 +40,7 @@ class Batch {
           const nb::object& queries) {
         for (const Asking* a : asking) {
             FAISS_THROW_IF_NOT_MSG(a, "batch holds a None");
-            inputs.push_back(a->input());
+            inputs.push_back(a->input(a->array_view().in_main_memory()));
             tokens += a->q_len;
             FAISS_THROW_IF_NOT_FMT(
                     inputs.back().kv.d_v == inputs.front().kv.d_v,
@@ -137,27 +120,6 @@ Attention attend(
     result.output = to_output.object;
     result.lse = to_lse.object;
     return result;
-}
-
-/// One list of partitions for each KV head, from that or from one partition
-/// for each.
-HeadPartitions head_partitions(const nb::object& given) {
-    HeadPartitions all;
-    if (given.is_none()) {
-        return all;
-    }
-    for (const nb::handle head : given) {
-        std::vector<Partition> of_head;
-        if (nb::isinstance<Partition>(head)) {
-            of_head.push_back(nb::cast<const Partition&>(head));
-        } else {
-            for (const nb::handle p : head) {
-                of_head.push_back(nb::cast<const Partition&>(p));
-            }
-        }
-        all.push_back(std::move(of_head));
-    }
-    return all;
 }
 
 nb::list to_python(const HeadPartitions& all) {
@@ -377,18 +339,19 @@ void bind_adapter(nb::module_& m) {
                int64_t position_offset,
                int64_t dense_below,
                const ProbePolicy& policy) {
-                AdapterParams p;
-                p.heads_q = heads_q;
-                p.heads_kv = heads_kv;
-                p.d = d;
-                p.sink = sink;
-                p.window = window;
-                p.attend_dense = attend_dense;
-                p.scale = scale;
-                p.position_offset = position_offset;
-                p.dense_below = dense_below;
-                p.policy = policy;
-                new (self) AttentionAdapter(p, head_partitions(partitions));
+                new (self) AttentionAdapter(
+                        adapter_params(
+                                heads_q,
+                                heads_kv,
+                                d,
+                                sink,
+                                window,
+                                attend_dense,
+                                scale,
+                                position_offset,
+                                dense_below,
+                                policy),
+                        head_partitions(partitions));
             },
             "heads_q"_a,
             "heads_kv"_a,
@@ -461,7 +424,7 @@ void bind_adapter(nb::module_& m) {
                        int64_t sequence,
                        const ArrayView& view) {
                         nb::gil_scoped_release release;
-                        a.append(sequence, view.kv);
+                        a.append(sequence, view.in_main_memory());
                     },
                     "sequence"_a,
                     "kv"_a,
@@ -474,7 +437,7 @@ void bind_adapter(nb::module_& m) {
                        int64_t length,
                        const ArrayView& view) {
                         nb::gil_scoped_release release;
-                        a.truncate(sequence, length, view.kv);
+                        a.truncate(sequence, length, view.in_main_memory());
                     },
                     "sequence"_a,
                     "length"_a,
@@ -633,7 +596,7 @@ void bind_adapter(nb::module_& m) {
                 {
                     nb::gil_scoped_release release;
                     all = sequence_partitions(
-                            view.kv, begin, end, ncell, params);
+                            view.in_main_memory(), begin, end, ncell, params);
                 }
                 return to_python(all);
             },

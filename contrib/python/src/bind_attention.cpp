@@ -43,6 +43,13 @@ void set_length(ArrayView& view, int64_t length) {
     view.kv.length = length;
 }
 
+void check_together(const ArrayView& view, const AnyArray& x, const char* name) {
+    FAISS_THROW_IF_NOT_FMT(
+            device_of(x) == view.device,
+            "%s must lie where k does, in main memory or on one CUDA device",
+            name);
+}
+
 /// A view of k and v, whose first dimensions have the meanings given.
 ArrayView make_view(
         const nb::object& k_object,
@@ -51,8 +58,10 @@ ArrayView make_view(
         size_t token_axis,
         size_t head_axis) {
     ArrayView view;
-    view.k = array_of(k_object, "k");
-    view.v = array_of(v_object, "v");
+    view.k = array_anywhere(k_object, "k");
+    view.v = array_anywhere(v_object, "v");
+    view.device = device_of(view.k);
+    check_together(view, view.v, "v");
     const size_t ndim = 3 + page_axes;
     FAISS_THROW_IF_NOT_FMT(
             view.k.ndim() == ndim,
@@ -87,7 +96,11 @@ ArrayView make_view(
 
 ArrayView finished(ArrayView view, std::optional<int64_t> length) {
     set_length(view, length.value_or(view.capacity));
-    view.kv.check();
+    if (view.device == kMainMemory) {
+        view.kv.check();
+    } else {
+        view.kv.check_shape();
+    }
     return view;
 }
 
@@ -105,10 +118,11 @@ void bind_attention(nb::module_& m) {
             "KvView",
             "Where the keys and values of one layer and one sequence lie: "
             "arrays of numpy or of any framework that speaks DLPack, in main "
-            "memory, float32, float16 or bfloat16 (uint16 holds bfloat16's "
-            "bits). Never copied: what is written to the arrays later is what "
-            "is read, and they are kept alive. Any strides, but components of "
-            "a row must be contiguous.")
+            "memory or, for GpuAttentionAdapter, on one CUDA device; float32, "
+            "float16 or bfloat16 (uint16 holds bfloat16's bits). Never copied: "
+            "what is written to the arrays later is what is read, and they are "
+            "kept alive. Any strides, but components of a row must be "
+            "contiguous.")
             .def_static(
                     "token_major",
                     [](const nb::object& k,
@@ -146,7 +160,8 @@ void bind_attention(nb::module_& m) {
                         ArrayView view = make_view(k, v, 1, 1, 2);
                         KvView& kv = view.kv;
                         const AnyArray table =
-                                array_of(page_table, "page_table");
+                                array_anywhere(page_table, "page_table");
+                        check_together(view, table, "page_table");
                         check_shape(table, "page_table", {-1});
                         FAISS_THROW_IF_NOT_MSG(
                                 table.dtype() == nb::dtype<int32_t>() &&
@@ -184,9 +199,12 @@ void bind_attention(nb::module_& m) {
             .def_prop_ro("d", [](const ArrayView& view) { return view.kv.d; })
             .def_prop_ro(
                     "d_v", [](const ArrayView& view) { return view.kv.d_v; })
-            .def_prop_ro("dtype", [](const ArrayView& view) {
-                return name(view.kv.dtype);
-            });
+            .def_prop_ro(
+                    "dtype",
+                    [](const ArrayView& view) { return name(view.kv.dtype); })
+            .def_ro("device",
+                    &ArrayView::device,
+                    "The CUDA device that the arrays lie on; -1: main memory.");
 
     m.def(
             "attend_slots",
@@ -195,20 +213,21 @@ void bind_attention(nb::module_& m) {
                const nb::object& queries,
                const Ints& slots,
                float scale) {
+                const KvView& kv = view.in_main_memory();
                 const AnyArray q = array_of(queries, "queries");
-                check_shape(q, "queries", {-1, view.kv.d});
+                check_shape(q, "queries", {-1, kv.d});
                 check_shape(AnyArray(slots), "slots", {-1});
                 const FloatRows rows(q, "queries");
-                NewArray<float> output({q.shape(0), size_t(view.kv.d_v)});
+                NewArray<float> output({q.shape(0), size_t(kv.d_v)});
                 NewArray<float> lse({q.shape(0)});
                 {
                     nb::gil_scoped_release release;
                     attend_slots(
-                            view.kv,
+                            kv,
                             kv_head,
                             static_cast<int>(q.shape(0)),
                             rows.data(),
-                            scale_or_default(scale, view.kv.d),
+                            scale_or_default(scale, kv.d),
                             extent(AnyArray(slots), 0),
                             slots.data(),
                             output.data(),
@@ -233,20 +252,21 @@ void bind_attention(nb::module_& m) {
                int64_t begin,
                std::optional<int64_t> end,
                float scale) {
+                const KvView& kv = view.in_main_memory();
                 const AnyArray q = array_of(queries, "queries");
-                check_shape(q, "queries", {-1, view.kv.d});
+                check_shape(q, "queries", {-1, kv.d});
                 const FloatRows rows(q, "queries");
-                NewArray<float> output({q.shape(0), size_t(view.kv.d_v)});
+                NewArray<float> output({q.shape(0), size_t(kv.d_v)});
                 NewArray<float> lse({q.shape(0)});
                 {
                     nb::gil_scoped_release release;
                     attend_dense(
-                            view.kv,
+                            kv,
                             static_cast<int>(q.shape(0)),
                             rows.data(),
-                            scale_or_default(scale, view.kv.d),
+                            scale_or_default(scale, kv.d),
                             begin,
-                            end.value_or(view.kv.length),
+                            end.value_or(kv.length),
                             output.data(),
                             lse.data());
                 }

@@ -21,6 +21,11 @@ NB_MODULE(_core, m) {
               "sentence. The interpreter's lock is released while it works; "
               "what changes an object needs exclusive access to it, as in C++.";
     m.attr("__version__") = FAISS_SAAP_VERSION;
+#ifdef FAISS_SAAP_WITH_CUDA
+    m.attr("has_cuda") = true;
+#else
+    m.attr("has_cuda") = false;
+#endif
 
     static PyObject* error = nullptr;
     const std::string module_name = nb::cast<std::string>(m.attr("__name__"));
@@ -44,4 +49,7 @@ NB_MODULE(_core, m) {
     python::bind_index(m);
     python::bind_attention(m);
     python::bind_adapter(m);
+#ifdef FAISS_SAAP_WITH_CUDA
+    python::bind_gpu(m);
+#endif
 }

@@ -1,0 +1,522 @@
+/// The attention adapter on a CUDA device, and cells learnt there.
+#include <memory>
+
+#include <cuda_runtime_api.h>
+#include <faiss/IndexFlat.h>
+
+#include <nanobind/stl/vector.h>
+
+#include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/gpu/GpuAttentionAdapter.h>
+#include <faiss_saap/gpu/cell_means.h>
+#include <faiss_saap/gpu/kmeans.h>
+
+#include "adapter_arguments.h"
+#include "bind.h"
+
+using namespace nanobind::literals;
+
+namespace faiss_saap::python {
+
+namespace {
+
+using gpu::GpuAttentionAdapter;
+
+/// What Python calls GpuBatch: holds the inputs, so that their arrays live as
+/// long.
+struct PlannedBatch {
+    std::unique_ptr<gpu::GpuBatch> batch;
+    nb::object inputs; ///< a list of Asking
+    DType dtype = DType::bfloat16;
+};
+
+void check_cuda(cudaError_t error, const char* what) {
+    FAISS_THROW_IF_NOT_FMT(
+            error == cudaSuccess, "%s: %s", what, cudaGetErrorString(error));
+}
+
+/// A stream as Python says it. None is the stream that torch works on, where
+/// torch has begun to use CUDA.
+cudaStream_t stream_of(const nb::object& given, int device) {
+    nb::object stream = given;
+    if (stream.is_none()) {
+        const nb::object torch = nb::steal(PyImport_GetModule(nb::str("torch").ptr()));
+        if (!torch.is_valid()) {
+            PyErr_Clear();
+            return nullptr;
+        }
+        const nb::object cuda = torch.attr("cuda");
+        if (!nb::cast<bool>(cuda.attr("is_initialized")())) {
+            return nullptr;
+        }
+        stream = cuda.attr("current_stream")(device);
+    }
+    if (nb::hasattr(stream, "cuda_stream")) {
+        stream = stream.attr("cuda_stream");
+    }
+    uintptr_t address = 0;
+    FAISS_THROW_IF_NOT_FMT(
+            nb::try_cast(stream, address),
+            "stream is a %s, expected None, the address of a cudaStream_t, or "
+            "an object with cuda_stream",
+            nb::type_name(stream.type()).c_str());
+    return reinterpret_cast<cudaStream_t>(address);
+}
+
+/// An array that kernels read.
+AnyArray queries_on(
+        const nb::object& queries,
+        const PlannedBatch& batch,
+        const AdapterParams& p,
+        int device) {
+    const AnyArray q = array_anywhere(queries, "queries");
+    check_shape(q, "queries", {batch.batch->tokens(), p.heads_q, p.d});
+    FAISS_THROW_IF_NOT_FMT(
+            device_of(q) == device && is_contiguous(q) &&
+                    dtype_of(q, "queries") == batch.dtype,
+            "queries must be contiguous %s, as the caches are, on CUDA device %d",
+            name(batch.dtype),
+            device);
+    return q;
+}
+
+/// Memory that kernels write to; null for None.
+template <class T>
+T* written(
+        const nb::object& given,
+        const char* name,
+        const std::vector<int64_t>& shape,
+        int device) {
+    if (given.is_none()) {
+        return nullptr;
+    }
+    nb::ndarray<T, nb::c_contig, nb::device::cuda> array;
+    FAISS_THROW_IF_NOT_FMT(
+            nb::try_cast(given, array, false) && device_of(AnyArray(array)) == device,
+            "%s must be a writable, contiguous array of %s on CUDA device %d",
+            name,
+            std::is_same_v<T, float> ? "float32" : "int64",
+            device);
+    check_shape(AnyArray(array), name, shape);
+    return array.data();
+}
+
+/// Device memory for one call.
+class WorkSpace {
+   public:
+    WorkSpace(size_t bytes, cudaStream_t stream) : stream_(stream) {
+        check_cuda(cudaMallocAsync(&data_, bytes, stream), "work space");
+    }
+    ~WorkSpace() {
+        if (cudaFreeAsync(data_, stream_) != cudaSuccess) {
+            cudaGetLastError(); // the context is gone, and the memory with it
+        }
+    }
+    WorkSpace(const WorkSpace&) = delete;
+    WorkSpace& operator=(const WorkSpace&) = delete;
+    template <class T>
+    T* as() const {
+        return static_cast<T*>(data_);
+    }
+
+   private:
+    void* data_ = nullptr;
+    cudaStream_t stream_;
+};
+
+nb::list kmeans_partitions(
+        const nb::object& x_object,
+        int ncell,
+        const KMeansParams& params,
+        const nb::object& stream_object) {
+    nb::ndarray<const float, nb::ndim<3>, nb::device::cuda> x;
+    FAISS_THROW_IF_NOT_MSG(
+            nb::try_cast(x_object, x, false) && x.stride(2) == 1,
+            "x must be an array of float32 on a CUDA device, of shape (heads, n, "
+            "d), the components of a vector contiguous");
+    const int device = x.device_id();
+    const cudaStream_t stream = stream_of(stream_object, device);
+    const size_t nhead = x.shape(0), d = x.shape(2);
+    gpu::BatchedKMeansParams k;
+    k.nhead = static_cast<int>(nhead);
+    k.n = static_cast<int64_t>(x.shape(1));
+    k.d = static_cast<int>(d);
+    k.ncell = ncell;
+    k.niter = params.niter;
+    k.spherical = params.spherical;
+    k.seed = params.seed;
+    k.x = x.data();
+    k.x_head_stride = x.stride(0);
+    k.x_row_stride = x.stride(1);
+    k.cells_head_stride = k.n;
+    gpu::CellMeansParams m;
+    m.nhead = k.nhead;
+    m.n = k.n;
+    m.d = k.d;
+    m.ncell = ncell;
+    m.x = x.data();
+    m.x_head_stride = k.x_head_stride;
+    m.x_row_stride = k.x_row_stride;
+    m.cells_head_stride = k.n;
+    const size_t size = nhead * static_cast<size_t>(ncell) * d;
+    std::vector<float> centroids(size), means(size);
+    {
+        nb::gil_scoped_release release;
+        int before = 0;
+        check_cuda(cudaGetDevice(&before), "kmeans");
+        check_cuda(cudaSetDevice(device), "kmeans");
+        const WorkSpace work(
+                std::max(gpu::kmeans_workspace(k), gpu::cell_means_workspace(m)),
+                stream);
+        const WorkSpace to_centroids(size * sizeof(float), stream);
+        const WorkSpace to_means(size * sizeof(float), stream);
+        const WorkSpace cells(nhead * k.n * sizeof(int32_t), stream);
+        const WorkSpace counts(nhead * ncell * sizeof(int32_t), stream);
+        k.centroids = to_centroids.as<float>();
+        k.cells = cells.as<int32_t>();
+        gpu::kmeans(k, work.as<void>(), stream);
+        m.cells = k.cells;
+        m.means = to_means.as<float>();
+        m.counts = counts.as<int32_t>();
+        // an empty cell keeps its centroid
+        check_cuda(
+                cudaMemcpyAsync(
+                        m.means,
+                        k.centroids,
+                        size * sizeof(float),
+                        cudaMemcpyDeviceToDevice,
+                        stream),
+                "kmeans");
+        gpu::cell_means(m, work.as<void>(), stream);
+        for (const auto& [to, from] :
+             {std::pair{&centroids, k.centroids}, std::pair{&means, m.means}}) {
+            check_cuda(
+                    cudaMemcpyAsync(
+                            to->data(),
+                            from,
+                            size * sizeof(float),
+                            cudaMemcpyDeviceToHost,
+                            stream),
+                    "kmeans");
+        }
+        check_cuda(cudaStreamSynchronize(stream), "kmeans");
+        check_cuda(cudaSetDevice(before), "kmeans");
+    }
+    nb::list partitions;
+    for (size_t h = 0; h < nhead; h++) {
+        const auto flat = [&](faiss::MetricType metric, const float* rows) {
+            auto index = std::make_shared<faiss::IndexFlat>(k.d, metric);
+            index->add(ncell, rows + h * ncell * d);
+            return std::make_shared<QuantizerAssigner>(index, NEEDS_POST_ROPE);
+        };
+        Partition p;
+        p.key = flat(
+                params.spherical ? faiss::METRIC_INNER_PRODUCT : faiss::METRIC_L2,
+                centroids.data());
+        p.query = flat(faiss::METRIC_INNER_PRODUCT, means.data());
+        partitions.append(nb::cast(p));
+    }
+    return partitions;
+}
+
+} // namespace
+
+void bind_gpu(nb::module_& m) {
+    nb::class_<PlannedBatch>(
+            m,
+            "GpuBatch",
+            "Sequences that are appended to and attended together, laid down on "
+            "the device by GpuAttentionAdapter.plan for any number of steps, also "
+            "inside a CUDA graph. Keeps the arrays of its views.")
+            .def_prop_ro(
+                    "tokens",
+                    [](const PlannedBatch& b) { return b.batch->tokens(); },
+                    "Of all sequences together.");
+
+    nb::class_<GpuAttentionAdapter> adapter(
+            m,
+            "GpuAttentionAdapter",
+            "AttentionAdapter on a CUDA device, over tensors that lie there "
+            "(docs/gpu.md): d of 64, 96, 128 or 256, float16 or bfloat16. append "
+            "and attend launch kernels and nothing else, so they can be captured "
+            "in a CUDA graph.\n\n"
+            "stream: None for the stream that torch works on (the default one "
+            "where torch does not use CUDA), else an object with cuda_stream, or "
+            "the address of a cudaStream_t. One thread at a time.");
+    adapter.def(
+            "__init__",
+            [](GpuAttentionAdapter* self,
+               int heads_q,
+               int heads_kv,
+               int d,
+               const nb::object& partitions,
+               int64_t sink,
+               int64_t window,
+               bool attend_dense,
+               float scale,
+               int64_t position_offset,
+               int64_t dense_below,
+               const ProbePolicy& policy,
+               int device) {
+                new (self) GpuAttentionAdapter(
+                        adapter_params(
+                                heads_q,
+                                heads_kv,
+                                d,
+                                sink,
+                                window,
+                                attend_dense,
+                                scale,
+                                position_offset,
+                                dense_below,
+                                policy),
+                        head_partitions(partitions),
+                        device);
+            },
+            "heads_q"_a,
+            "heads_kv"_a,
+            "d"_a,
+            "partitions"_a = nb::none(),
+            nb::kw_only(),
+            "sink"_a = AdapterParams().sink,
+            "window"_a = AdapterParams().window,
+            "attend_dense"_a = true,
+            "scale"_a = 0.0f,
+            "position_offset"_a = 0,
+            "dense_below"_a = AdapterParams().dense_below,
+            "policy"_a = ProbePolicy(),
+            "device"_a = 0,
+            nb::sig("def __init__(self, heads_q: int, heads_kv: int, d: int, "
+                    "partitions: collections.abc.Sequence[Partition | "
+                    "collections.abc.Sequence[Partition]] | None = None, *, "
+                    "sink: int = 16, window: int = 1024, attend_dense: bool = "
+                    "True, scale: float = 0, position_offset: int = 0, "
+                    "dense_below: int = 64, policy: ProbePolicy = ..., device: "
+                    "int = 0) -> None"),
+            "As AttentionAdapter.");
+    adapter.def_prop_ro(
+                   "heads_q",
+                   [](const GpuAttentionAdapter& a) { return a.params().heads_q; })
+            .def_prop_ro(
+                    "heads_kv",
+                    [](const GpuAttentionAdapter& a) {
+                        return a.params().heads_kv;
+                    })
+            .def_prop_ro(
+                    "d",
+                    [](const GpuAttentionAdapter& a) { return a.params().d; })
+            .def_prop_ro("device", &GpuAttentionAdapter::device);
+    adapter.def(
+                   "create",
+                   [](GpuAttentionAdapter& a,
+                      const nb::object& own,
+                      int64_t reserve,
+                      const nb::object& stream) {
+                       return a.create(
+                               head_partitions(own),
+                               reserve,
+                               stream_of(stream, a.device()));
+                   },
+                   "own"_a = nb::none(),
+                   "reserve"_a = 4096,
+                   "stream"_a = nb::none(),
+                   nb::sig("def create(self, own: "
+                           "collections.abc.Sequence[Partition | "
+                           "collections.abc.Sequence[Partition]] | None = None, "
+                           "reserve: int = 4096, stream: object = None) -> int"),
+                   "An empty sequence; its number. own: partitions of this "
+                   "sequence alone, after the adapter's. reserve: tokens to make "
+                   "room for.")
+            .def(
+                    "fork",
+                    [](GpuAttentionAdapter& a,
+                       int64_t sequence,
+                       const nb::object& stream) {
+                        return a.fork(sequence, stream_of(stream, a.device()));
+                    },
+                    "sequence"_a,
+                    "stream"_a = nb::none(),
+                    "A sequence that begins as a copy.")
+            .def(
+                    "free",
+                    [](GpuAttentionAdapter& a,
+                       int64_t sequence,
+                       const nb::object& stream) {
+                        a.free(sequence, stream_of(stream, a.device()));
+                    },
+                    "sequence"_a,
+                    "stream"_a = nb::none())
+            .def(
+                    "reset",
+                    [](GpuAttentionAdapter& a,
+                       int64_t sequence,
+                       const nb::object& stream) {
+                        a.reset(sequence, stream_of(stream, a.device()));
+                    },
+                    "sequence"_a,
+                    "stream"_a = nb::none(),
+                    "Makes a sequence empty; it keeps its partitions.")
+            .def(
+                    "reserve",
+                    [](GpuAttentionAdapter& a,
+                       int64_t sequence,
+                       int64_t tokens,
+                       const nb::object& stream) {
+                        a.reserve(sequence, tokens, stream_of(stream, a.device()));
+                    },
+                    "sequence"_a,
+                    "tokens"_a,
+                    "stream"_a = nb::none(),
+                    "Makes room for tokens in all; append does as needed, except "
+                    "inside a graph.")
+            .def(
+                    "truncate",
+                    [](GpuAttentionAdapter& a,
+                       int64_t sequence,
+                       int64_t length,
+                       const ArrayView& view,
+                       const nb::object& stream) {
+                        a.truncate(
+                                sequence,
+                                length,
+                                view.on_device(a.device()),
+                                stream_of(stream, a.device()));
+                    },
+                    "sequence"_a,
+                    "length"_a,
+                    "kv"_a,
+                    "stream"_a = nb::none(),
+                    "Forgets the tokens from `length` on.")
+            .def(
+                    "length",
+                    [](const GpuAttentionAdapter& a,
+                       int64_t sequence,
+                       const nb::object& stream) {
+                        return a.length(sequence, stream_of(stream, a.device()));
+                    },
+                    "sequence"_a,
+                    "stream"_a = nb::none())
+            .def("npartition",
+                 &GpuAttentionAdapter::npartition,
+                 "sequence"_a,
+                 "kv_head"_a)
+            .def("bytes_used",
+                 &GpuAttentionAdapter::bytes_used,
+                 "Device memory of the lists and their statistics.")
+            .def("check",
+                 &GpuAttentionAdapter::check,
+                 "Raises what kernels have found wrong up to now; synchronise "
+                 "first to hear of all.");
+    adapter.def(
+                   "plan",
+                   [](const GpuAttentionAdapter& a,
+                      const nb::object& batch,
+                      const nb::object& stream) {
+                       std::vector<SequenceInput> inputs;
+                       PlannedBatch planned;
+                       nb::list kept;
+                       for (const nb::handle entry : batch) {
+                           const auto& asking = nb::cast<const Asking&>(entry);
+                           inputs.push_back(asking.input(
+                                   asking.array_view().on_device(a.device())));
+                           planned.dtype = inputs[0].kv.dtype;
+                           kept.append(entry);
+                       }
+                       planned.inputs = kept;
+                       planned.batch =
+                               a.plan(inputs, stream_of(stream, a.device()));
+                       return planned;
+                   },
+                   "batch"_a,
+                   "stream"_a = nb::none(),
+                   nb::keep_alive<0, 1>(),
+                   nb::sig("def plan(self, batch: "
+                           "collections.abc.Iterable[SequenceInput], stream: "
+                           "object = None) -> GpuBatch"),
+                   "Lays a batch down. The length of a view is the number of "
+                   "tokens that its arrays have room for. In each step q_len "
+                   "tokens of a sequence are appended, and the last q_len "
+                   "attend (64 at most).")
+            .def(
+                    "append",
+                    [](GpuAttentionAdapter& a,
+                       const PlannedBatch& batch,
+                       const nb::object& stream) {
+                        const cudaStream_t s = stream_of(stream, a.device());
+                        nb::gil_scoped_release release;
+                        a.append(*batch.batch, s);
+                    },
+                    "batch"_a,
+                    "stream"_a = nb::none(),
+                    "Takes note of the next q_len tokens of each sequence.")
+            .def(
+                    "attend",
+                    [](const GpuAttentionAdapter& a,
+                       const PlannedBatch& batch,
+                       const nb::object& queries,
+                       const nb::object& output,
+                       const nb::object& lse,
+                       const nb::object& stats,
+                       const ProbePolicy* policy,
+                       bool merge,
+                       const nb::object& stream) {
+                        const AdapterParams& p = a.params();
+                        const int64_t tokens = batch.batch->tokens();
+                        const AnyArray q =
+                                queries_on(queries, batch, p, a.device());
+                        AttendOutput out;
+                        out.output = written<float>(
+                                output,
+                                "output",
+                                {tokens, p.heads_q, p.d},
+                                a.device());
+                        out.lse = written<float>(
+                                lse, "lse", {tokens, p.heads_q}, a.device());
+                        static_assert(sizeof(AttendStats) == 4 * sizeof(int64_t));
+                        out.stats = reinterpret_cast<AttendStats*>(
+                                written<int64_t>(
+                                        stats,
+                                        "stats",
+                                        {tokens, p.heads_q, 4},
+                                        a.device()));
+                        out.merge = merge;
+                        const cudaStream_t s = stream_of(stream, a.device());
+                        nb::gil_scoped_release release;
+                        a.attend(*batch.batch, q.data(), out, policy, s);
+                    },
+                    "batch"_a,
+                    "queries"_a,
+                    "output"_a,
+                    "lse"_a = nb::none(),
+                    "stats"_a = nb::none(),
+                    "policy"_a = nb::none(),
+                    nb::kw_only(),
+                    "merge"_a = false,
+                    "stream"_a = nb::none(),
+                    nb::sig("def attend(self, batch: GpuBatch, queries: object, "
+                            "output: object, lse: object = None, stats: object "
+                            "= None, policy: ProbePolicy | None = None, *, "
+                            "merge: bool = False, stream: object = None) -> "
+                            "None"),
+                    "Attention of a batch, into arrays on the device.\n\nqueries: "
+                    "post-RoPE, (tokens, heads_q, d), of the caches' type. "
+                    "output: (tokens, heads_q, d) float32. lse: (tokens, "
+                    "heads_q) float32. stats: (tokens, heads_q, 4) int64, "
+                    "distinct cells probed, distinct far keys read, far keys "
+                    "there are, and what has no meaning as an integer. policy: "
+                    "None for the adapter's. merge: output and lse already hold "
+                    "results over other keys and become those of the union.");
+
+    m.def("gpu_kmeans_partitions",
+          &kmeans_partitions,
+          "x"_a,
+          "ncell"_a,
+          "params"_a = KMeansParams(),
+          "stream"_a = nb::none(),
+          nb::sig("def gpu_kmeans_partitions(x: object, ncell: int, params: "
+                  "KMeansParams = ..., stream: object = None) -> list[Partition]"),
+          "A partition for each head of x (heads, n, d), float32 on a CUDA device: "
+          "as kmeans_partition with NEEDS_POST_ROPE, all heads at once.");
+}
+
+} // namespace faiss_saap::python
