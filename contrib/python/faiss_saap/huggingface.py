@@ -1,7 +1,8 @@
 """Models of Hugging Face transformers that decode through the library: attn_implementation="faiss_saap".
 
 Importing this module registers the implementation. The model's cache is then a `SaapCache`, one for each batch of
-texts; it keeps keys and values in main memory, wherever the model is, and an `AttentionAdapter` for each layer:
+texts; it keeps keys and values and an adapter for each layer. Where the package was built with CUDA, a model on a
+CUDA device in float16 or bfloat16 has them there (`GpuAttentionAdapter`); all others have them in main memory:
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="faiss_saap")
     cache = SaapCache(model.config, faiss_saap.read_partitions("model.saap"))
@@ -26,6 +27,14 @@ from transformers.masking_utils import flash_attention_mask
 from . import _core as fs
 
 NAME = "faiss_saap"
+
+#: what kernels there are for
+GPU_DIMENSIONS, GPU_TYPES, GPU_QUERIES = (64, 96, 128, 256), (torch.float16, torch.bfloat16), 64
+
+
+def attends_on_device(keys: torch.Tensor) -> bool:
+    """Whether the index of a model with such keys, of shape (..., d), lies on their CUDA device."""
+    return fs.has_cuda and keys.is_cuda and keys.shape[-1] in GPU_DIMENSIONS and keys.dtype in GPU_TYPES
 
 
 def rope_of(config: PreTrainedConfig) -> fs.RopeParams:
@@ -63,7 +72,7 @@ class _Sequence:
     padding: int = 0  #: slots at its beginning that hold no token of it
     number: Optional[int] = None  #: in the layer's adapter; None: not indexed yet
     learnt: int = 0  #: tokens when its own cells were learnt
-    view: Optional[fs.KvView] = None  #: of its tokens; None when the buffers have moved
+    view: Optional[fs.KvView] = None  #: of its room in the buffers; None when they have moved
 
 
 @dataclass
@@ -76,6 +85,16 @@ class _Options:
     sparse_tokens: int
     heads_q: int
 
+    def shape_of(self, keys: torch.Tensor) -> tuple[int, int, int]:
+        """heads_q, heads_kv and d of keys (batch, heads_kv, tokens, d)."""
+        return self.heads_q, keys.shape[1], keys.shape[3]
+
+    def adapter_options(self, layer: int, scaling: float) -> dict[str, Any]:
+        return {
+            "partitions": self.partitions and self.partitions[layer], "sink": self.sink, "window": self.window,
+            "scale": scaling, "policy": self.policy,
+        }  # fmt: skip
+
 
 class SaapLayer(CacheLayerMixin):
     """Keys, values and index of one layer: keys and values (batch, heads_kv, tokens, d) as in other caches."""
@@ -87,10 +106,20 @@ class SaapLayer(CacheLayerMixin):
         super().__init__()
         self.index = index
         self._options = options
-        self._adapter: Optional[fs.AttentionAdapter] = None
+        self._adapter: Optional[_CpuIndex | _GpuIndex] = None
         self._sequences: list[_Sequence] = []
         self._length = 0
-        self.keys_read = self.far_keys = 0  #: sums over the tokens that attended sparsely and the KV heads
+        self._counted = torch.zeros(2, dtype=torch.int64)
+
+    @property
+    def keys_read(self) -> int:
+        """Far keys read: sum over the tokens that attended sparsely and the KV heads."""
+        return int(self._counted[0])
+
+    @property
+    def far_keys(self) -> int:
+        """Far keys that there were for them."""
+        return int(self._counted[1])
 
     # --- what transformers calls
 
@@ -132,7 +161,7 @@ class SaapLayer(CacheLayerMixin):
             self._free(sequence)
         self._sequences, self._length = [], 0
         self.keys = self.values = None
-        self.keys_read = self.far_keys = 0
+        self._counted = torch.zeros(2, dtype=torch.int64)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -147,9 +176,7 @@ class SaapLayer(CacheLayerMixin):
                 self._free(sequence)
                 sequence.padding, sequence.learnt, sequence.view = end, 0, None
             elif sequence.number is not None:
-                view = self._view(b)
-                view.length = end - sequence.padding
-                self._adapter.truncate(sequence.number, view.length, view)
+                self._adapter.truncate(sequence.number, end - sequence.padding, self._view(b))
         self._set_length(end)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -162,7 +189,7 @@ class SaapLayer(CacheLayerMixin):
         """Keeps these texts of the batch, in this order; one may be named several times."""
         if not self.is_initialized:
             return
-        indices = indices.to("cpu")
+        indices = indices.to(self._k.device)
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         chosen = [self._sequences[int(b)] for b in indices]
@@ -191,13 +218,9 @@ class SaapLayer(CacheLayerMixin):
         if self._options.partitions and self.index == 0:
             self._check_positions(position_ids)
         if self._adapter is None:
-            o = self._options
-            self._adapter = fs.AttentionAdapter(
-                o.heads_q, self._k.shape[1], self._k.shape[3], o.partitions and o.partitions[self.index],
-                sink=o.sink, window=o.window, scale=scaling, policy=o.policy,
-            )  # fmt: skip
-        for b in range(len(self._sequences)):
-            self._index(b)
+            kind = _GpuIndex if attends_on_device(self._k) else _CpuIndex
+            self._adapter = kind(self._options, self.index, self._k, scaling)
+        self._index()
 
         output = torch.zeros(len(query), n, query.shape[1], self._v.shape[3], dtype=query.dtype, device=query.device)
         asking = []
@@ -208,15 +231,13 @@ class SaapLayer(CacheLayerMixin):
             else:
                 asking.append(b)
         if asking:
-            rows = query[asking].transpose(1, 2).flatten(0, 1).to("cpu").contiguous()
-            inputs = [fs.SequenceInput(self._sequences[b].number, self._view(b), n) for b in asking]
-            result = self._adapter.attend(inputs, rows)
-            answer = torch.from_numpy(result.output).to(query.device, query.dtype)
-            output[asking] = answer.view(len(asking), n, *answer.shape[1:])
+            rows = query[asking].transpose(1, 2).flatten(0, 1)
+            inputs = [(self._sequences[b].number, self._view(b)) for b in asking]
+            answer, counts = self._adapter.attend(inputs, n, rows)
+            output[asking] = answer.to(query.device, query.dtype).unflatten(0, (len(asking), n))
             # the query heads of a KV head share their choice, or read alike in sum
             group = query.shape[1] // self._k.shape[1] if self._options.policy.share_group else 1
-            self.keys_read += int(result.keys_read[:, ::group].sum())
-            self.far_keys += int(result.far_keys[:, ::group].sum())
+            self._counted = self._counted.to(counts.device) + counts[:, ::group].sum((0, 1))
         return output
 
     def _dense(self, b: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -231,19 +252,24 @@ class SaapLayer(CacheLayerMixin):
             query[None], keys, values, mask, is_causal=n == m > 1, scale=scaling, enable_gqa=True
         )[0]
 
-    def _index(self, b: int) -> None:
-        """Brings the index of a text up to its newest token."""
-        o, sequence, view = self._options, self._sequences[b], self._view(b)
-        enough = max(2 * sequence.learnt, o.sink + o.window + 4 * o.keys_per_cell)
-        if o.keys_per_cell and view.length >= enough:
-            # Cells of rotated keys age as a text grows: they are learnt again whenever it has doubled.
-            own = fs.sequence_partitions(view, o.sink, view.length, (view.length - o.sink) // o.keys_per_cell)
-            self._free(sequence)
-            sequence.number, sequence.learnt = self._adapter.create(own), view.length
-        elif sequence.number is None and o.partitions:
-            sequence.number = self._adapter.create()
-        if sequence.number is not None:
-            self._adapter.append(sequence.number, view)
+    def _index(self) -> None:
+        """Brings the index of every text up to its newest token."""
+        o, behind = self._options, []
+        for b, sequence in enumerate(self._sequences):
+            length = self._length - sequence.padding
+            enough = max(2 * sequence.learnt, o.sink + o.window + 4 * o.keys_per_cell)
+            if o.keys_per_cell and length >= enough:
+                # Cells of rotated keys age as a text grows: they are learnt again whenever it has doubled.
+                ncell = (length - o.sink) // o.keys_per_cell
+                own = self._adapter.learn(self._k[b, :, sequence.padding : self._length], self._view(b), ncell)
+                self._free(sequence)
+                sequence.number, sequence.learnt = self._adapter.create(own, length), length
+            elif sequence.number is None and o.partitions:
+                sequence.number = self._adapter.create(None, length)
+            if sequence.number is not None:
+                behind.append((sequence.number, self._view(b), length))
+        if behind:
+            self._adapter.append(behind)
 
     def _set_padding(self, mask: Optional[torch.Tensor], first: bool) -> None:
         """mask (batch, tokens): which slots hold tokens; None: all do."""
@@ -278,11 +304,10 @@ class SaapLayer(CacheLayerMixin):
     # --- memory
 
     def _view(self, b: int) -> fs.KvView:
+        """Of a text's room in the buffers, its tokens and those that will come."""
         sequence = self._sequences[b]
         if sequence.view is None:
-            k, v = (x[b, :, sequence.padding :] for x in (self._k, self._v))
-            sequence.view = fs.KvView.head_major(k, v, 0)
-        sequence.view.length = self._length - sequence.padding
+            sequence.view = fs.KvView.head_major(*(x[b, :, sequence.padding :] for x in (self._k, self._v)))
         return sequence.view
 
     def _reserve(self, tokens: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -290,10 +315,11 @@ class SaapLayer(CacheLayerMixin):
         if self._k.numel() and tokens <= self._k.shape[2]:
             return
         capacity = max(tokens, 256, 2 * self._length)
+        device = key_states.device if attends_on_device(key_states) else "cpu"
 
         def grown(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode(False):  # else they could not be written to outside that mode
-                buffer = torch.empty(*new.shape[:2], capacity, new.shape[3], dtype=new.dtype, device="cpu")
+                buffer = torch.empty(*new.shape[:2], capacity, new.shape[3], dtype=new.dtype, device=device)
             if self._length:
                 buffer[:, :, : self._length] = old[:, :, : self._length]
             return buffer
@@ -310,6 +336,89 @@ class SaapLayer(CacheLayerMixin):
         if sequence.number is not None:
             self._adapter.free(sequence.number)
             sequence.number = None
+
+
+class _CpuIndex:
+    """The adapter of one layer in main memory."""
+
+    def __init__(self, options: _Options, layer: int, keys: torch.Tensor, scaling: float):
+        self._options = options
+        self._adapter = fs.AttentionAdapter(*options.shape_of(keys), **options.adapter_options(layer, scaling))
+
+    def learn(self, keys: torch.Tensor, view: fs.KvView, ncell: int) -> list[list[fs.Partition]]:
+        view.length = keys.shape[1]
+        return fs.sequence_partitions(view, self._options.sink, view.length, ncell)
+
+    def create(self, own: Optional[list[list[fs.Partition]]], tokens: int) -> int:
+        return self._adapter.create(own)
+
+    def append(self, texts: list[tuple[int, fs.KvView, int]]) -> None:
+        """texts: number, view and tokens of each, those among them that are new are taken note of."""
+        for number, view, length in texts:
+            view.length = length
+            self._adapter.append(number, view)
+
+    def attend(
+        self, texts: list[tuple[int, fs.KvView]], n: int, queries: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output (tokens, heads_q, d) of the newest n tokens of each text, and the far keys read and there (tokens,
+        heads_q, 2)."""
+        inputs = [fs.SequenceInput(number, view, n) for number, view in texts]
+        result = self._adapter.attend(inputs, queries.to("cpu").contiguous())
+        counts = torch.stack([torch.from_numpy(x) for x in (result.keys_read, result.far_keys)], -1)
+        return torch.from_numpy(result.output), counts
+
+    def truncate(self, number: int, length: int, view: fs.KvView) -> None:
+        self._adapter.truncate(number, length, view)
+
+    def fork(self, number: int) -> int:
+        return self._adapter.fork(number)
+
+    def free(self, number: int) -> None:
+        self._adapter.free(number)
+
+    def bytes_used(self) -> int:
+        return self._adapter.bytes_used()
+
+
+class _GpuIndex(_CpuIndex):
+    """The same on the CUDA device of the keys."""
+
+    def __init__(self, options: _Options, layer: int, keys: torch.Tensor, scaling: float):
+        self._options = options
+        self._adapter = fs.GpuAttentionAdapter(
+            *options.shape_of(keys), **options.adapter_options(layer, scaling), device=keys.device.index or 0
+        )
+        self._planned: tuple[Any, Any] = None, None  #: what the batch that decodes was made of, and it
+
+    def learn(self, keys: torch.Tensor, view: fs.KvView, ncell: int) -> list[list[fs.Partition]]:
+        return [[p] for p in fs.gpu_kmeans_partitions(keys[:, self._options.sink :].float(), ncell)]
+
+    def create(self, own: Optional[list[list[fs.Partition]]], tokens: int) -> int:
+        return self._adapter.create(own, max(4096, 2 * tokens))
+
+    def append(self, texts: list[tuple[int, fs.KvView, int]]) -> None:
+        new = [(number, view, length - self._adapter.length(number)) for number, view, length in texts]
+        steps = {n for _, _, n in new}
+        if len(steps) == 1 and max(steps) <= self._options.sparse_tokens:
+            self._adapter.append(self._plan([(number, view) for number, view, _ in new], *steps))
+        else:
+            self._adapter.append(self._adapter.plan([fs.SequenceInput(*text) for text in new if text[2]]))
+
+    def attend(
+        self, texts: list[tuple[int, fs.KvView]], n: int, queries: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output = torch.empty(queries.shape, dtype=torch.float32, device=queries.device)
+        stats = torch.empty(*queries.shape[:2], 4, dtype=torch.int64, device=queries.device)
+        self._adapter.attend(self._plan(texts, n), queries.contiguous(), output, None, stats)
+        return output, stats[..., 1:3]
+
+    def _plan(self, texts: list[tuple[int, fs.KvView]], n: int) -> fs.GpuBatch:
+        """A batch in which n tokens of each text are appended and attend; the last one where it is that."""
+        what = n, [number for number, _ in texts], [view for _, view in texts]
+        if self._planned[0] != what:
+            self._planned = what, self._adapter.plan([fs.SequenceInput(*text, n) for text in texts])
+        return self._planned[1]
 
 
 class SaapCache(Cache):
@@ -343,8 +452,9 @@ class SaapCache(Cache):
                 raise fs.Error(f"the model has layers of type '{kind}', only full attention is supported")
         if partitions is None and keys_per_cell == 0:
             raise fs.Error("without partitions, keys_per_cell must be positive")
-        if keys_per_cell < 0 or sparse_tokens < 1:
-            raise fs.Error(f"keys_per_cell = {keys_per_cell} and sparse_tokens = {sparse_tokens} must not be negative")
+        if keys_per_cell < 0 or not 1 <= sparse_tokens <= GPU_QUERIES:
+            raise fs.Error(f"keys_per_cell = {keys_per_cell} must not be negative, sparse_tokens = {sparse_tokens} from "
+                           f"1 to {GPU_QUERIES}")  # fmt: skip
         layers, heads = range(config.num_hidden_layers), range(config.num_key_value_heads)
         options = _Options(
             partitions=None,
