@@ -8,16 +8,16 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NoReturn, Optional, Sequence
+from typing import Iterable, Iterator, NoReturn, Optional, Sequence
 
 import numpy as np
 from safetensors import safe_open
 from tqdm import tqdm
 
 from end_to_end_results import Results, WITHOUT_BUDGET, environment, plot, print_table, table_of
-from pass_key import DIGITS, hide_pass_key
-from smollm2 import SmolLM2
-from sparse_decoding import METHODS, SINK, WINDOW, KvCache, Method, cached_prefill, decode, make_methods, prefill
+from pass_key import DIGITS, PassKey, hide_pass_key
+from smollm2 import SmolLM2, has_cuda
+from sparse_decoding import METHODS, METHODS_OF_CELLS, SINK, WINDOW, CpuDecoding, Method
 
 import faiss_saap as fs  # after sparse_decoding, which says how its threads wait
 
@@ -53,7 +53,14 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     common.add_argument("--rope-scale", type=float, metavar="S",
                         help="NTK-aware stretch of the context (default: 1 up to 8,192 tokens, 2 beyond)")
     common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="where prefills attend; cuda needs torch, auto takes it if it works (default: auto)")
+                        help="where all is computed; cuda needs torch, and faiss_saap built with CUDA; auto takes it if "
+                             "it works (default: auto)")
+    common.add_argument("--texts-at-once", type=int, default=8, metavar="N",
+                        help="of those of equal length, on a CUDA device (default: 8)")
+    common.add_argument("--keys-per-cell", type=int, default=32, metavar="N",
+                        help="of the cells learnt from the text itself (default: 32)")
+    common.add_argument("--trained-share", type=fraction, default=0.5, metavar="X",
+                        help="of the budget, for the trained cells of union and union_blend (default: 0.5)")
     measure = Parser(add_help=False)
     measure.add_argument("--methods", type=list_of(str), default=list(METHODS), metavar="A,B",
                          help=f"default: {','.join(METHODS)}")
@@ -74,6 +81,8 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     loss.add_argument("--layer-groups", type=int, default=1, metavar="N",
                       help="N groups of layers, of which one at a time attends sparsely, the others densely "
                            "(default: 1)")
+    loss.add_argument("--kv-heads", action="store_true",
+                      help="of each group of layers one KV head at a time attends sparsely")
 
     needle = commands.add_parser("needle", parents=[common, measure], allow_abbrev=False,
                                  help="pass keys hidden at several depths")
@@ -101,7 +110,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.command == "loss" and not WINDOW + SINK < options.tokens - options.sparse:
         parser.error(f"--tokens {options.tokens} leaves no far keys before --sparse {options.sparse}")
-    for name in ("sparse", "layer_groups", "depths", "rounds"):
+    for name in ("sparse", "layer_groups", "depths", "rounds", "texts_at_once", "keys_per_cell"):
         if getattr(options, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")
     for name in getattr(options, "methods", []):
@@ -117,19 +126,31 @@ def haystack_of(model: SmolLM2, file: Optional[Path]) -> np.ndarray:
         return trace.get_tensor("tokens")
 
 
-def model_for(tokens: int, options: argparse.Namespace) -> SmolLM2:
-    return SmolLM2(rope_scale=options.rope_scale or (1 if tokens <= 8192 else 2), device=options.device)
+def on_cuda(options: argparse.Namespace) -> bool:
+    works = fs.has_cuda and has_cuda()
+    if options.device == "cuda" and not works:
+        raise ValueError("--device cuda: there is no torch with a CUDA device here, or faiss_saap was built without CUDA")
+    return works and options.device != "cpu"
+
+
+def decoding_for(tokens: int, options: argparse.Namespace):
+    model = SmolLM2(rope_scale=options.rope_scale or (1 if tokens <= 8192 else 2))
+    if on_cuda(options):
+        from gpu_decoding import GpuDecoding
+
+        return GpuDecoding(model, options.texts_at_once)
+    return CpuDecoding(model, options.cache)
 
 
 def trained_of(options: argparse.Namespace, methods: Sequence[str]) -> Optional[fs.PartitionSet]:
-    if {"saap", "saap_blend", "union", "union_blend"} & set(methods):
+    if any(METHODS_OF_CELLS.get(name, [False])[0] for name in methods):
         return fs.read_partitions(str(options.partitions))
     return None
 
 
 @contextmanager
-def layers_bar(model: SmolLM2, what: str) -> Iterator[tqdm]:
-    with tqdm(total=model.num_layers, desc=what, unit="layer", leave=False, disable=None) as bar:
+def layers_bar(model: SmolLM2, texts: int, what: str) -> Iterator[tqdm]:
+    with tqdm(total=texts * model.num_layers, desc=what, unit="layer", leave=False, disable=None) as bar:
         yield bar
 
 
@@ -138,113 +159,150 @@ def budgets_of(name: str, budgets: list[float]) -> list[float]:
     return [{"dense": 1.0, "window": 0.0}[name]] if name in WITHOUT_BUDGET else budgets
 
 
-def cost_of(method: Method, started: float) -> dict:
+def costs_of(method: Method, texts: int, started: float) -> list[dict]:
+    """Of each text that the method has decoded."""
     cache = method.cache
-    far_bytes = 2 * (cache.length - SINK - WINDOW) * cache.k[:, :, 0].nbytes
-    return {
-        "selectivity": round(method.selectivity, 6),
-        "index_bytes_fraction": round(method.index_bytes() / far_bytes, 6),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+    far_bytes = (cache.length - SINK - WINDOW) * cache.token_bytes
+    seconds = round((time.perf_counter() - started) / texts, 3)
+    fraction = round(method.index_bytes() / far_bytes, 6)
+    return [
+        {"selectivity": round(float(share), 6), "index_bytes_fraction": fraction, "seconds": seconds}
+        for share in np.broadcast_to(method.selectivity, texts)
+    ]
+
+
+def missing_rows(
+    cases: Sequence[dict], ways: Sequence[dict], results: Results
+) -> tuple[list[int], dict[str, list[dict]]]:
+    """Of the ways to decode, those by method that some case lacks, and the cases that lack any."""
+    lacking = [i for i, case in enumerate(cases) if not all(results.has({**case, **way}) for way in ways)]
+    wanted: dict[str, list[dict]] = {}
+    for way in ways:
+        if not all(results.has({**cases[i], **way}) for i in lacking):
+            wanted.setdefault(way["method"], []).append(way)
+    return lacking, wanted
+
+
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]
 
 
 def measure_loss(options: argparse.Namespace, results: Results) -> None:
-    model = model_for(options.tokens, options)
+    decoding = decoding_for(options.tokens, options)
+    model = decoding.model
     trained = trained_of(options, options.methods)
     if options.layer_groups > model.num_layers:
         raise ValueError(f"--layer-groups {options.layer_groups}: the model has {model.num_layers} layers")
     everywhere = range(model.num_layers)
-    groups = [range(g[0], g[-1] + 1) for g in np.array_split(everywhere, options.layer_groups)]
-    name_of = lambda layers: "all" if layers == everywhere else f"{layers[0]}-{layers[-1]}"
-    for file in options.text:
-        tokens = model.encode(file.read_text())[: options.tokens]
-        if len(tokens) < options.tokens:
-            raise ValueError(f"{file} has only {len(tokens):,} tokens, --tokens asks for {options.tokens:,}")
-        case = {"text": file.name, "tokens": options.tokens, "sparse": options.sparse}
-        missing: dict[str, list[tuple[range, dict]]] = {}
-        for method in options.methods:
-            for layers in [everywhere] if method == "dense" else groups:
-                for budget in budgets_of(method, options.budgets):
-                    row = {**case, "layers": name_of(layers), "method": method, "budget": budget}
-                    if not results.has(row):
-                        missing.setdefault(method, []).append((layers, row))
-        if not missing:
+    sparse_in: dict[str, tuple[range, Optional[list[int]]]] = {"all": (everywhere, None)}  #: layers, KV heads
+    for group in np.array_split(everywhere, options.layer_groups):
+        layers = range(group[0], group[-1] + 1)
+        name = "all" if layers == everywhere else f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+        if options.kv_heads:
+            sparse_in |= {f"{name}/{head}": (layers, [head]) for head in range(model.num_kv_heads)}
+        else:
+            sparse_in[name] = layers, None
+    parts = list(sparse_in)[1:] or ["all"]
+    ways = [
+        {"layers": layers, "method": method, "budget": budget}
+        for method in options.methods
+        for layers in (["all"] if method == "dense" else parts)
+        for budget in budgets_of(method, options.budgets)
+    ]
+    first = options.tokens - options.sparse - 1
+    for files in chunks(options.text, decoding.texts_at_once):
+        cases = [{"text": file.name, "tokens": options.tokens, "sparse": options.sparse} for file in files]
+        lacking, wanted = missing_rows(cases, ways, results)
+        if not lacking:
             continue
-        first = options.tokens - options.sparse - 1
-        with layers_bar(model, f"{file.name}: prefill") as bar:
-            cache = cached_prefill(model, tokens[:first], options.tokens, options.cache, bar.update)
-        with tqdm(total=sum(map(len, missing.values())), desc=file.name, leave=False, disable=None) as bar:
-            for method in make_methods(missing, cache, model, trained):
-                for layers, row in missing[method.name]:
+        files, cases = [files[i] for i in lacking], [cases[i] for i in lacking]
+        tokens = np.stack([tokens_of(model, file, options.tokens) for file in files])
+        what = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} others"
+        with layers_bar(model, len(files), f"{what}: prefill") as bar:
+            cache = decoding.prefill(tokens[:, :first], options.tokens, each_layer=bar.update)
+        with tqdm(total=sum(map(len, wanted.values())), desc=what, leave=False, disable=None) as bar:
+            for method in methods_of(decoding, wanted, cache, trained, options):
+                for way in wanted[method.name]:
                     started = time.perf_counter()
-                    method.begin(row["budget"])
-                    hidden = decode(model, method, tokens[first:-1], first, layers)
-                    # nll wants the hidden state of every token; that of the last one predicts nothing
-                    loss = model.nll(np.vstack([hidden, hidden[-1:]]), tokens[first:]).mean()
-                    results.add({**row, "loss": float(loss), **cost_of(method, started)})
+                    method.begin(way["budget"])
+                    hidden = decoding.decode(method, tokens[:, first:-1], first, *sparse_in[way["layers"]])
+                    losses = decoding.nll(hidden, tokens[:, first + 1 :]).mean(1)
+                    for case, loss, cost in zip(cases, losses, costs_of(method, len(cases), started)):
+                        results.add({**case, **way, "loss": float(loss), **cost})
                     bar.update()
                 results.write()
+
+
+def tokens_of(model: SmolLM2, file: Path, n: int) -> np.ndarray:
+    tokens = model.encode(file.read_text())[:n]
+    if len(tokens) < n:
+        raise ValueError(f"{file} has only {len(tokens):,} tokens, --tokens asks for {n:,}")
+    return tokens
+
+
+def methods_of(
+    decoding: CpuDecoding, names: Iterable[str], cache, trained: Optional[fs.PartitionSet], options: argparse.Namespace
+) -> Iterable[Method]:
+    return decoding.methods(names, cache, trained, options.keys_per_cell, options.trained_share)
 
 
 def measure_needles(options: argparse.Namespace, results: Results) -> None:
     trained = trained_of(options, options.methods)
     files = options.haystack or [None]
+    ways = [{"method": m, "budget": b} for m in options.methods for b in budgets_of(m, options.budgets)]
     for length in options.lengths:
-        model = model_for(length, options)
+        decoding = decoding_for(length, options)
         for round in range(options.rounds):
             file = files[round % len(files)]
-            measure_needles_of(model, length, round, file, trained, options, results)
+            haystack = haystack_of(decoding.model, file)
+            if len(haystack) < length:
+                raise ValueError(f"the haystack has only {len(haystack):,} tokens, --lengths asks for {length:,}")
+            first_seed = options.seed * 1000 + round * options.depths
+            for depths in chunks(range(options.depths), decoding.texts_at_once):
+                keys = [
+                    hide_pass_key(decoding.model, haystack, length, (i + 0.5) / options.depths, first_seed + i)
+                    for i in depths
+                ]
+                case = {"text": file.name if file else "kjv_8k", "tokens": length}
+                cases = [{**case, "depth": (i + 0.5) / options.depths, "key": k.key} for i, k in zip(depths, keys)]
+                lacking, wanted = missing_rows(cases, ways, results)
+                if lacking:
+                    what = f"{length:,} tokens, round {round + 1}, depths from {cases[0]['depth']:.2f}"
+                    find_keys(decoding, what, haystack[:length], [keys[i] for i in lacking],
+                              [cases[i] for i in lacking], wanted, trained, options, results)  # fmt: skip
 
 
-def measure_needles_of(
-    model: SmolLM2,
-    length: int,
-    round: int,
-    file: Optional[Path],
+def find_keys(
+    decoding: CpuDecoding,
+    what: str,
+    haystack: np.ndarray,
+    keys: Sequence[PassKey],
+    cases: Sequence[dict],
+    wanted: dict[str, list[dict]],
     trained: Optional[fs.PartitionSet],
     options: argparse.Namespace,
     results: Results,
 ) -> None:
-    """One key at each depth of one haystack."""
-    haystack = haystack_of(model, file)
-    if len(haystack) < length:
-        raise ValueError(f"the haystack has only {len(haystack):,} tokens, --lengths asks for {length:,}")
-    plain: Optional[KvCache] = None
-    for i in range(options.depths):
-        depth = (i + 0.5) / options.depths
-        seed = options.seed * 1000 + round * options.depths + i
-        hidden_key = hide_pass_key(model, haystack, length, depth, seed)
-        case = {"text": file.name if file else "kjv_8k", "tokens": length, "depth": depth, "key": hidden_key.key}
-        missing: dict[str, list[dict]] = {}
-        for method in options.methods:
-            for budget in budgets_of(method, options.budgets):
-                row = {**case, "method": method, "budget": budget}
-                if not results.has(row):
-                    missing.setdefault(method, []).append(row)
-        if not missing:
-            continue
-        what = f"{length:,} tokens, round {round + 1}, depth {depth:.2f}"
-        if plain is None:
-            with layers_bar(model, f"{length:,} tokens: haystack") as bar:
-                plain = cached_prefill(model, haystack[:length], length, options.cache, bar.update)
-        # up to the needle the text is the haystack, whose cache serves every depth
-        cache = KvCache(model, length)
-        cache.copy_of(plain, hidden_key.needle)
-        with layers_bar(model, f"{what}: prefill") as bar:
-            prefill(model, hidden_key.tokens[: hidden_key.question], cache, bar.update)
-        methods = make_methods(missing, cache, model, trained)
-        for method in tqdm(methods, total=len(missing), desc=what, leave=False, disable=None):
-            for row in missing[method.name]:
-                started = time.perf_counter()
-                method.begin(row["budget"])
-                hidden = decode(model, method, hidden_key.tokens[hidden_key.question : -1], hidden_key.question)
-                found = model.logits(hidden[-DIGITS:]).argmax(1) == hidden_key.tokens[-DIGITS:]
-                results.add({**row, "digits_found": float(found.mean()), **cost_of(method, started)})
+    """Pass keys of one haystack and length: their questions begin at the same token."""
+    tokens, first = np.stack([key.tokens for key in keys]), keys[0].question
+    with layers_bar(decoding.model, len(keys), f"{what}: prefill") as bar:
+        cache = decoding.prefill(tokens[:, :first], tokens.shape[1], haystack, bar.update)
+    methods = methods_of(decoding, wanted, cache, trained, options)
+    for method in tqdm(methods, total=len(wanted), desc=what, leave=False, disable=None):
+        for way in wanted[method.name]:
+            started = time.perf_counter()
+            method.begin(way["budget"])
+            hidden = decoding.decode(method, tokens[:, first:-1], first)
+            found = (decoding.likeliest(hidden[:, -DIGITS:]) == tokens[:, -DIGITS:]).mean(1)
+            for case, share, cost in zip(cases, found, costs_of(method, len(cases), started)):
+                results.add({**case, **way, "digits_found": float(share), **cost})
         results.write()
 
 
 def stream(options: argparse.Namespace) -> None:
-    model = model_for(options.tokens, options)
+    decoding = decoding_for(options.tokens, options)
+    model = decoding.model
     haystack = haystack_of(model, options.haystack)
     trained = trained_of(options, options.methods)
     hidden_key, most = None, options.answer
@@ -259,21 +317,19 @@ def stream(options: argparse.Namespace) -> None:
             raise ValueError(f"the haystack has only {len(haystack):,} tokens, --tokens asks for {options.tokens:,}")
         text = haystack[: options.tokens - len(question)]
     capacity = options.tokens + most
-    with layers_bar(model, f"reading {len(text):,} tokens (dense prefill)") as bar:
-        if hidden_key:  # a key of its own for each run: nothing to keep
-            cache = KvCache(model, capacity)
-            prefill(model, text, cache, bar.update)
-        else:
-            cache = cached_prefill(model, text, capacity, options.cache, bar.update)
+    # a key of its own for each run is nothing to keep, the text before it is
+    with layers_bar(model, 1, f"reading {len(text):,} tokens (dense prefill)") as bar:
+        like = text[: hidden_key.needle] if hidden_key else None
+        cache = decoding.prefill(text[None], capacity, like, bar.update)
 
     dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
     print(f"Asked: {model.decode(question).strip()}")
     print(f"Answers, and the share of the far keys that each token read in {model.num_layers} layers:\n")
-    for method in make_methods(options.methods, cache, model, trained):
+    for method in methods_of(decoding, options.methods, cache, trained, options):
         print(f"{method.name:12} ", end="", flush=True)
         method.begin(options.budget)
         answer: list[int] = []
-        for token, share in greedy(model, method, question, most):
+        for token, share in greedy(decoding, method, question, most):
             answer.append(token)
             print(f"{model.decode([token])}{dim}[{share:.1%}]{plain}", end="", flush=True)
         if hidden_key:
@@ -281,25 +337,26 @@ def stream(options: argparse.Namespace) -> None:
         print(flush=True)
 
 
-def greedy(model: SmolLM2, method: Method, prompt: np.ndarray, most: int) -> Iterator[tuple[int, float]]:
+def greedy(decoding: CpuDecoding, method: Method, prompt: np.ndarray, most: int) -> Iterator[tuple[int, float]]:
     """The likeliest tokens after the prompt (n,), each with the share of the far keys that was read for it."""
-    ends = {model.tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>")}
+    ends = {decoding.model.tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>")}
     waiting, first = prompt, method.cache.length
+    read = far = 0
     for _ in range(most):
-        read, far = method.keys_read, method.far_keys
-        hidden = decode(model, method, waiting, first)
+        hidden = decoding.decode(method, waiting[None], first)
         first += len(waiting)
-        token = int(model.logits(hidden[-1:])[0].argmax())
+        token = int(decoding.likeliest(hidden[:, -1:])[0, 0])
         if token in ends:
             return
-        yield token, (method.keys_read - read) / max(1, method.far_keys - far)
+        before, (read, far) = (read, far), method.counts()
+        yield token, (read - before[0]) / max(1, far - before[1])
         waiting = np.array([token], np.int32)
 
 
 def config_of(options: argparse.Namespace) -> dict:
     """The options as JSON; of files the names, as where they lie says nothing."""
     plain = lambda x: x.name if isinstance(x, Path) else [plain(y) for y in x] if isinstance(x, list) else x
-    skipped = ("json", "plot", "resume", "cache")
+    skipped = ("json", "plot", "resume", "cache", "texts_at_once")
     return {name: plain(value) for name, value in vars(options).items() if name not in skipped}
 
 
@@ -309,7 +366,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if options.command == "stream":
             stream(options)
             return 0
-        results = Results(options.json, config_of(options), environment(fs.__version__), options.resume)
+        results = Results(options.json, config_of(options), environment(fs.__version__, on_cuda(options)), options.resume)
         (measure_loss if options.command == "loss" else measure_needles)(options, results)
     except (OSError, ValueError, fs.Error) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -36,7 +36,7 @@ class Results:
         self.rows: list[dict] = []
         if resume and path and path.exists():
             before = json.loads(path.read_text())
-            for name in ("command", "partitions", "rope_scale"):
+            for name in ("command", "partitions", "rope_scale", "keys_per_cell", "trained_share"):
                 if before["config"].get(name) != config.get(name):
                     raise ValueError(f"{path} was made with {name} = {before['config'].get(name)}, "
                                      f"not {config.get(name)}: --resume cannot go on with it")  # fmt: skip
@@ -47,8 +47,10 @@ class Results:
         return identity(row) in self._known
 
     def add(self, row: dict) -> None:
-        self.rows.append(row)
-        self._known.add(identity(row))
+        """Unless it is there: of texts that are measured together, some may lack a row and others not."""
+        if not self.has(row):
+            self.rows.append(row)
+            self._known.add(identity(row))
 
     def write(self) -> None:
         """The file, whole or not at all; one line for each row."""
@@ -61,9 +63,13 @@ class Results:
         os.replace(temporary, self.path)
 
 
-def environment(version: str) -> dict:
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "python": platform.python_version(), "numpy": np.__version__, "faiss_saap": version}  # fmt: skip
+def environment(version: str, on_cuda: bool) -> dict:
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if on_cuda:
+        import torch
+
+        machine |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    return {**machine, "python": platform.python_version(), "numpy": np.__version__, "faiss_saap": version}
 
 
 def half_width(x: Sequence[float]) -> float:

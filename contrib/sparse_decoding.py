@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import faiss_saap as fs  # noqa: E402
 import numpy as np  # noqa: E402
 
-from smollm2 import SmolLM2, causal_attention, causal_attention_torch  # noqa: E402
+from smollm2 import SmolLM2, causal_attention  # noqa: E402
 
 SINK, WINDOW = 16, 512
 
@@ -40,6 +40,11 @@ class KvCache:
     def view(self, layer: int, length: int) -> fs.KvView:
         return fs.KvView.head_major(self.k[layer], self.v[layer], length)
 
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token in all layers."""
+        return 2 * self.k[:, :, 0].nbytes
+
     def copy_of(self, other: KvCache, length: int) -> None:
         """Begins with the first tokens of another cache."""
         self.k[:, :, :length], self.v[:, :, :length] = other.k[:, :, :length], other.v[:, :, :length]
@@ -51,12 +56,11 @@ def prefill(
 ) -> None:
     """Fills the cache with all of tokens (n,) by dense attention; those it holds already are not computed again."""
     first, n = cache.length, len(tokens)
-    attend = causal_attention_torch if model.on_cuda else causal_attention
 
     def attention(layer, q, k, v, positions):
         cache.write(layer, first, model.rotate(k, positions), v)
         held = (x[layer, :, :n].astype(np.float32) for x in (cache.k, cache.v))
-        out = attend(model.rotate(q, positions), *held)
+        out = causal_attention(model.rotate(q, positions), *held)
         if each_layer:
             each_layer()
         return out
@@ -99,11 +103,15 @@ class Method:
     def begin(self, budget: float) -> None:
         """Forgets the tokens decoded so far; from here on at most this share of the far keys is read per KV head."""
         self.budget = budget
-        self.keys_read = self.far_keys = 0  #: sums over tokens, layers and KV heads
+        self.keys_read = self.far_keys = 0
 
     def attend(self, layer: int, view: fs.KvView, q: np.ndarray) -> np.ndarray:
         """Output (heads_q, d) for the newest token of the view, its queries q (heads_q, d) rotated."""
         raise NotImplementedError
+
+    def counts(self) -> tuple[int, int]:
+        """Far keys read since `begin`, and far keys there were: sums over tokens, layers and KV heads."""
+        return self.keys_read, self.far_keys
 
     @property
     def selectivity(self) -> float:
@@ -169,9 +177,17 @@ class OracleTopK(Method):
 class Cells(Method):
     """The library's adapter, one for each layer, with these partitions[layer][kv_head] (each a list)."""
 
-    def __init__(self, name: str, cache: KvCache, model: SmolLM2, partitions: Sequence[Sequence[list[fs.Partition]]]):
+    def __init__(
+        self,
+        name: str,
+        cache: KvCache,
+        model: SmolLM2,
+        partitions: Sequence[Sequence[list[fs.Partition]]],
+        split: Sequence[float] = (),
+    ):
+        """split: shares of the budget of a head's partitions; empty: equal ones."""
         super().__init__(name, cache)
-        self.partitions = partitions
+        self.partitions, self.split = partitions, list(split)
         self.adapters, self.prefilled, self.sequences = [], [], []
         for layer in range(model.num_layers):
             adapter = fs.AttentionAdapter(
@@ -188,7 +204,7 @@ class Cells(Method):
             adapter.free(sequence)
         self.sequences = [a.fork(s) for a, s in zip(self.adapters, self.prefilled)]
         most = max(p.ncell for layer in self.partitions for head in layer for p in head)
-        self._policy = fs.ProbePolicy(nprobe=most, max_selectivity=budget)
+        self._policy = fs.ProbePolicy(nprobe=most, max_selectivity=budget, split=self.split)
 
     def attend(self, layer: int, view: fs.KvView, q: np.ndarray) -> np.ndarray:
         adapter, sequence = self.adapters[layer], self.sequences[layer]
@@ -205,66 +221,85 @@ class Cells(Method):
         return sum(p.query.bytes_read() for layer in self.partitions for head in layer for p in head)
 
 
+#: methods of the library, and what their cells are: trained ones, these with a blend, those of the text's own keys
+METHODS_OF_CELLS = {
+    "ivf_rope_ip": (False, False, True),
+    "saap": (True, False, False),
+    "saap_blend": (True, True, False),
+    "union": (True, False, True),
+    "union_blend": (True, True, True),
+}
 #: in the order of tables
-METHODS = ("dense", "window", "oracle_topk", "ivf_rope_ip", "saap", "saap_blend", "union", "union_blend")
+METHODS = ("dense", "window", "oracle_topk", *METHODS_OF_CELLS)
+
+
+def offline_partitions(
+    model: SmolLM2, trained: Optional[fs.PartitionSet], blend: bool
+) -> list[list[list[fs.Partition]]]:
+    """Trained partitions of each layer and KV head.
+
+    Their cells are of de-rotated keys and their classifiers see queries before RoPE, so they serve other RoPE scalings
+    than that of their training too: keys are rotated back by the model's own.
+    """
+    if trained is None:
+        raise ValueError("the methods saap and union, plain and with blends, need --partitions")
+    rope = fs.RopeParams(model.head_dim, model.rope_theta, "interleaved", model.rope_scaling)
+    found = [[trained.find(l, h) for h in range(model.num_kv_heads)] for l in range(model.num_layers)]
+    parts = [[p.blended() if blend else p.partition for p in layer] for layer in found]
+    return [[[fs.Partition(p.key, p.query, rope)] for p in layer] for layer in parts]
 
 
 def make_methods(
-    names: Iterable[str], cache: KvCache, model: SmolLM2, trained: Optional[fs.PartitionSet]
+    names: Iterable[str],
+    cache: KvCache,
+    model: SmolLM2,
+    trained: Optional[fs.PartitionSet],
+    keys_per_cell: int = 32,
+    trained_share: float = 0.5,
 ) -> Iterable[Method]:
     """The methods of these names after the prefill in the cache, one after the other.
 
-    trained: needed by saap and union, plain and with blends. Its cells are of de-rotated keys and its classifiers see
-    queries before RoPE, so they serve other RoPE scalings than that of their training too.
+    trained: needed by saap and union, plain and with blends. keys_per_cell: of the text's own cells. trained_share: of
+    the budget, where both kinds of cells are probed.
     """
-    layers, heads = range(model.num_layers), range(model.num_kv_heads)
-    rope = fs.RopeParams(
-        model.head_dim,
-        model.rope_theta,
-        "interleaved",
-        "" if model.rope_scale == 1 else f"ntk:{model.rope_scale:g}",
-    )
-    own_cells: list[list[list[fs.Partition]]] = []
+    learnt: list[list[list[fs.Partition]]] = []
 
     def own() -> list[list[list[fs.Partition]]]:
-        """k-means of the prefill's rotated keys, 32 to a cell."""
-        if not own_cells:
+        """k-means of the prefill's rotated keys."""
+        if not learnt:
             n = cache.length
-            ncell = max(1, (n - SINK) // 32)
-            own_cells.extend(fs.sequence_partitions(cache.view(l, n), SINK, n, ncell) for l in layers)
-        return own_cells
-
-    def offline(blend: bool) -> list[list[list[fs.Partition]]]:
-        if trained is None:
-            raise ValueError("the methods saap and union, plain and with blends, need --partitions")
-        found = [[trained.find(l, h) for h in heads] for l in layers]
-        parts = [[p.blended() if blend else p.partition for p in layer] for layer in found]
-        return [[[fs.Partition(p.key, p.query, rope)] for p in layer] for layer in parts]
-
-    def both(blend: bool) -> list[list[list[fs.Partition]]]:
-        return [[a + b for a, b in zip(*layer)] for layer in zip(offline(blend), own())]
+            ncell = max(1, (n - SINK) // keys_per_cell)
+            learnt.extend(fs.sequence_partitions(cache.view(l, n), SINK, n, ncell) for l in range(model.num_layers))
+        return learnt
 
     for name in names:
-        if name in ("dense", "window", "oracle_topk"):
+        if name in METHODS_OF_CELLS:
+            offline, blend, of_text = METHODS_OF_CELLS[name]
+            kinds = [offline_partitions(model, trained, blend)] if offline else []
+            kinds += [own()] if of_text else []
+            both = [[sum(head, []) for head in zip(*layer)] for layer in zip(*kinds)]
+            yield Cells(name, cache, model, both, [trained_share, 1 - trained_share] if len(kinds) == 2 else [])
+        elif name in METHODS:
             yield {"dense": Dense, "window": WindowOnly, "oracle_topk": OracleTopK}[name](name, cache)
-        elif name == "ivf_rope_ip":
-            yield Cells(name, cache, model, own())
-        elif name in ("saap", "saap_blend"):
-            yield Cells(name, cache, model, offline(name == "saap_blend"))
-        elif name in ("union", "union_blend"):
-            yield Cells(name, cache, model, both(name == "union_blend"))
         else:
             raise ValueError(f"method '{name}' must be one of {', '.join(METHODS)}")
 
 
 def decode(
-    model: SmolLM2, method: Method, tokens: np.ndarray, first: int, layers: Optional[Container[int]] = None
+    model: SmolLM2,
+    method: Method,
+    tokens: np.ndarray,
+    first: int,
+    layers: Optional[Container[int]] = None,
+    kv_heads: Optional[Container[int]] = None,
 ) -> np.ndarray:
     """Final hidden states (n, width) of tokens (n,) at position first and after.
 
-    The method attends in these layers (None: in all), the others are dense and not counted.
+    The method attends in these layers and KV heads (None: in all); the others are dense.
     """
     cache = method.cache
+    group = model.num_heads // model.num_kv_heads
+    others = [h for h in range(model.num_kv_heads) if kv_heads is not None and h not in kv_heads]
 
     def attention(layer, q, k, v, positions):
         cache.write(layer, first, model.rotate(k, positions), v)
@@ -274,9 +309,75 @@ def decode(
         by_method = layers is None or layer in layers
         for t in range(len(queries)):
             view.length = first + t + 1
-            out[:, t] = (
-                method.attend(layer, view, queries[t]) if by_method else fs.attend_dense(view, queries[t])[0]
-            )
+            if by_method:
+                out[:, t] = method.attend(layer, view, queries[t])
+            if others or not by_method:
+                dense = fs.attend_dense(view, queries[t])[0]
+                for head in others if by_method else range(model.num_kv_heads):
+                    out[head * group : (head + 1) * group, t] = dense[head * group : (head + 1) * group]
         return out
 
     return model.forward(tokens, attention, first)
+
+
+class CpuDecoding:
+    """Texts that are read densely and then decoded by methods, here one at a time. gpu_decoding.GpuDecoding does the
+    same for several: tokens are (texts, n) for both."""
+
+    texts_at_once = 1
+
+    def __init__(self, model: SmolLM2, folder: Path):
+        """folder: where prefills are kept."""
+        self.model, self.folder = model, folder
+        self._like: tuple[np.ndarray, Optional[KvCache]] = np.empty(0, np.int32), None
+
+    def prefill(
+        self,
+        tokens: np.ndarray,
+        capacity: int,
+        like: Optional[np.ndarray] = None,
+        each_layer: Optional[Callable[[], object]] = None,
+    ) -> KvCache:
+        """The cache after tokens (1, n), with room for more. It is kept for other runs; where the text begins like
+        another one (m,), that one's is, and only the rest is computed."""
+        (text,) = tokens
+        if like is None:
+            return cached_prefill(self.model, text, capacity, self.folder, each_layer)
+        if not np.array_equal(self._like[0], like):
+            self._like = like, cached_prefill(self.model, like, len(like), self.folder, each_layer)
+        m = min(len(like), len(text))
+        cache = KvCache(self.model, capacity)
+        cache.copy_of(self._like[1], int(np.argmin(np.append(text[:m] == like[:m], False))))
+        prefill(self.model, text, cache, each_layer)
+        return cache
+
+    def methods(
+        self,
+        names: Iterable[str],
+        cache: KvCache,
+        trained: Optional[fs.PartitionSet],
+        keys_per_cell: int = 32,
+        trained_share: float = 0.5,
+    ) -> Iterable[Method]:
+        return make_methods(names, cache, self.model, trained, keys_per_cell, trained_share)
+
+    def decode(
+        self,
+        method: Method,
+        tokens: np.ndarray,
+        first: int,
+        layers: Optional[Container[int]] = None,
+        kv_heads: Optional[Container[int]] = None,
+    ) -> np.ndarray:
+        """Final hidden states (1, n, width) of tokens (1, n) at position first and after."""
+        return decode(self.model, method, tokens[0], first, layers, kv_heads)[None]
+
+    def nll(self, hidden: np.ndarray, following: np.ndarray) -> np.ndarray:
+        """Loss (1, n) of the tokens (1, n) that follow those with these hidden states."""
+        # the model's own function passes over its first token and the last hidden state
+        rows = np.vstack([hidden[0], hidden[0, -1:]])
+        return self.model.nll(rows, np.concatenate([following[0, :1], following[0]]))[None]
+
+    def likeliest(self, hidden: np.ndarray) -> np.ndarray:
+        """The likeliest next tokens (1, n)."""
+        return self.model.logits(hidden[0]).argmax(1)[None]

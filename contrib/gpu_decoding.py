@@ -1,0 +1,348 @@
+"""What sparse_decoding.py does, on a CUDA device: torch computes the model, GpuAttentionAdapter attends, several texts
+of one length go side by side.
+
+Every method sees the same rounding: keys, values and queries are float16, sums float32. Weights are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Container, Iterable, Optional, Sequence
+
+import numpy as np
+import torch
+
+import faiss_saap as fs
+from smollm2 import SmolLM2
+from sparse_decoding import METHODS_OF_CELLS, SINK, WINDOW, offline_partitions
+
+#: attention(layer, q, k, v) -> out, torch's: q and out (B, n, Hq, d), k and v (B, n, Hkv, d), q and k rotated
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+LOSS_TOKENS = 2048  # whose logits are held at once
+
+#: replaced in tests without a device, by what attends in main memory
+DEVICE = "cuda"
+GpuAttentionAdapter = getattr(fs, "GpuAttentionAdapter", None)
+kmeans_partitions = getattr(fs, "gpu_kmeans_partitions", None)
+
+
+class GpuModel:
+    """SmolLM2 in torch, for B texts of n tokens at once."""
+
+    def __init__(self, model: SmolLM2, device: str):
+        self.host = model
+        put = lambda x: torch.tensor(x, device=device)
+        self.embedding, self.output_norm, self.output = map(put, (model._embedding, model._output_norm, model._output))
+        self.layers = [{name: put(w) for name, w in layer.items()} for layer in model._layers]
+        self.device = device
+
+    def forward(self, tokens: torch.Tensor, first: int, attention: Attention) -> torch.Tensor:
+        """Final hidden states (B, n, width) of tokens (B, n) that stand at position first and after."""
+        m = self.host
+        x = self.embedding[tokens]
+        turn = self._turn(first, tokens.shape[1])
+        heads = lambda x: x.unflatten(-1, (-1, m.head_dim))
+        for layer, w in enumerate(self.layers):
+            h = self._norm(x, w["attn_norm"])
+            q, k, v = (heads(h @ w[name].T) for name in ("attn_q", "attn_k", "attn_v"))
+            out = attention(layer, self._rotate(q, turn), self._rotate(k, turn), v)
+            x = x + out.flatten(-2) @ w["attn_output"].T
+            h = self._norm(x, w["ffn_norm"])
+            x = x + (torch.nn.functional.silu(h @ w["ffn_gate"].T) * (h @ w["ffn_up"].T)) @ w["ffn_down"].T
+        return self._norm(x, self.output_norm)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + float(self.host.norm_epsilon)) * weight
+
+    def _turn(self, first: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine (n, 1, d / 2) of the angles at positions first and after."""
+        m, d = self.host, self.host.head_dim
+        theta = m.rope_theta * m.rope_scale ** (d / (d - 2))
+        angles = np.multiply.outer(np.arange(first, first + n, dtype=np.float64), theta ** (-np.arange(0, d, 2) / d))
+        cos, sin = (torch.from_numpy(f(angles).astype(np.float32)).to(self.device)[:, None] for f in (np.cos, np.sin))
+        return cos, sin
+
+    @staticmethod
+    def _rotate(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Interleaved RoPE: components 2i and 2i + 1 turn together."""
+        cos, sin = turn
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+class GpuCache:
+    """Rotated keys and values of B texts of one length, float16: k and v (layers, B, heads_kv, capacity, d)."""
+
+    def __init__(self, model: SmolLM2, texts: int, capacity: int, device: str):
+        shape = (model.num_layers, texts, model.num_kv_heads, capacity, model.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(2))
+        self.texts, self.capacity = texts, capacity
+        self.length = 0  #: tokens that are filled in all layers
+
+    def write(self, layer: int, text: slice, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v (B, n, heads_kv, d) of the slots first and after."""
+        n = k.shape[1]
+        self.k[layer, text, :, first : first + n] = k.transpose(1, 2)
+        self.v[layer, text, :, first : first + n] = v.transpose(1, 2)
+
+    def view(self, layer: int, text: int) -> fs.KvView:
+        return fs.KvView.head_major(self.k[layer, text], self.v[layer, text])
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token in all layers."""
+        return 2 * self.k[:, 0, :, 0].numel() * self.k.element_size()
+
+
+class GpuMethod:
+    """As sparse_decoding.Method, for all tokens of a layer at once."""
+
+    def __init__(self, name: str, cache: GpuCache):
+        self.name, self.cache = name, cache
+
+    def begin(self, budget: float) -> None:
+        self.budget = budget
+        #: far keys read, and far keys there were, of each text: sums over tokens, layers and KV heads
+        self.counted = torch.zeros(self.cache.texts, 2, dtype=torch.int64, device=self.cache.k.device)
+
+    def attend(self, layer: int, first: int, q: torch.Tensor) -> torch.Tensor:
+        """Output (n, B, heads_q, d), float32, for queries q likewise of the tokens at first and after, rotated."""
+        raise NotImplementedError
+
+    def counts(self) -> tuple[int, int]:
+        """Of all texts together."""
+        read, far = self.counted.sum(0).tolist()
+        return read, far
+
+    @property
+    def selectivity(self) -> np.ndarray:
+        """Of each text, (B,)."""
+        read, far = self.counted.cpu().numpy().T
+        return read / np.maximum(far, 1)
+
+    def index_bytes(self) -> int:
+        return 0
+
+
+class Chosen(GpuMethod):
+    """Attention over the far keys that `far_mask` chooses, dense beside them, in plain products."""
+
+    ROWS = 128  # tokens at a time: their scores are held
+
+    def attend(self, layer: int, first: int, q: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        for begin in range(0, len(q), self.ROWS):
+            rows = slice(begin, min(begin + self.ROWS, len(q)))
+            out[rows] = self._attend(layer, first + begin, q[rows])
+        return out
+
+    def _attend(self, layer: int, first: int, q: torch.Tensor) -> torch.Tensor:
+        n, texts, heads_q, d = q.shape
+        end = first + n
+        k, v = (x[layer, :, :, :end].float() for x in (self.cache.k, self.cache.v))
+        group = heads_q // k.shape[1]
+        # (B, heads_kv, group, n, d)
+        rows = q.float().unflatten(2, (-1, group)).permute(1, 2, 3, 0, 4) * d**-0.5
+        scores = (rows.flatten(2, 3) @ k.transpose(2, 3)).unflatten(2, (group, n))
+        at = torch.arange(first, end, device=q.device)[:, None]
+        slot = torch.arange(end, device=q.device)
+        scores.masked_fill_(slot > at, -torch.inf)
+        far = (slot >= SINK) & (slot <= at - WINDOW)
+        chosen = self.far_mask(scores, far)
+        self.counted[:, 0] += chosen.expand(texts, k.shape[1], n, end).sum((1, 2, 3))
+        self.counted[:, 1] += k.shape[1] * far.sum()
+        scores.masked_fill_((far & ~chosen)[:, :, None], -torch.inf)
+        out = scores.softmax(-1).flatten(2, 3) @ v
+        return out.unflatten(2, (group, n)).permute(3, 0, 1, 2, 4).flatten(2, 3)
+
+    def far_mask(self, scores: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+        """Which of the far keys (n, slots) are read: (B or 1, heads_kv or 1, n, slots), from the causal scores (B,
+        heads_kv, group, n, slots)."""
+        raise NotImplementedError
+
+
+class Dense(Chosen):
+    def far_mask(self, scores: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+        return far[None, None]
+
+
+class WindowOnly(Chosen):
+    def far_mask(self, scores: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(far)[None, None]
+
+
+class OracleTopK(Chosen):
+    ROWS = 32
+
+    def far_mask(self, scores: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+        mass = scores.softmax(-1).sum(2).masked_fill_(~far, -1)
+        count = (self.budget * far.sum(1)).long()
+        best = mass.topk(max(1, int(count.max())), dim=-1).indices
+        rank = torch.arange(best.shape[-1], device=best.device)
+        within = (rank < count[:, None]).expand(best.shape)
+        return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best, within)
+
+
+class GpuCells(GpuMethod):
+    """GpuAttentionAdapter, one for each layer: with partitions[layer][kv_head] of all texts (each a list; may be
+    empty), and own[layer][text][kv_head] of each."""
+
+    def __init__(
+        self,
+        name: str,
+        cache: GpuCache,
+        model: SmolLM2,
+        partitions: Sequence[Sequence[list[fs.Partition]]],
+        own: Sequence[Sequence[Sequence[list[fs.Partition]]]],
+        split: Sequence[float],
+    ):
+        super().__init__(name, cache)
+        self.group = model.num_heads // model.num_kv_heads
+        self.prefilled, self.split = cache.length, list(split)
+        self.adapters, self.batches, self.sequences, self.views = [], [], [], []
+        heads = [h for layer in partitions for h in layer] + [h for layer in own for text in layer for h in text]
+        self.most_cells = max(p.ncell for head in heads for p in head)
+        bytes_of = lambda heads: sum(p.query.bytes_read() for head in heads for p in head)
+        of_text = lambda layer: bytes_of(layer[0]) if layer else 0
+        self._index_bytes = sum(map(bytes_of, partitions)) + sum(map(of_text, own))
+        for layer in range(model.num_layers):
+            adapter = GpuAttentionAdapter(
+                model.num_heads, model.num_kv_heads, model.head_dim, partitions[layer] if partitions else None,
+                sink=SINK, window=WINDOW,
+            )  # fmt: skip
+            views = [cache.view(layer, text) for text in range(cache.texts)]
+            numbers = [adapter.create(own[layer][t] if own else None, cache.capacity) for t in range(cache.texts)]
+            inputs = lambda tokens: [fs.SequenceInput(s, v, tokens) for s, v in zip(numbers, views)]
+            adapter.append(adapter.plan(inputs(cache.length)))
+            self.adapters.append(adapter)
+            self.batches.append(adapter.plan(inputs(1)))
+            self.sequences.append(numbers)
+            self.views.append(views)
+
+    def begin(self, budget: float) -> None:
+        super().begin(budget)
+        for adapter, numbers, views in zip(self.adapters, self.sequences, self.views):
+            for sequence, view in zip(numbers, views):
+                adapter.truncate(sequence, self.prefilled, view)
+        self._policy = fs.ProbePolicy(nprobe=self.most_cells, max_selectivity=budget, split=self.split)
+
+    def attend(self, layer: int, first: int, q: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        stats = torch.empty(*q.shape[:3], 4, dtype=torch.int64, device=q.device)
+        adapter, batch = self.adapters[layer], self.batches[layer]
+        for t in range(len(q)):
+            adapter.append(batch)
+            adapter.attend(batch, q[t], out[t], None, stats[t], self._policy)
+        adapter.check()
+        # the query heads of a KV head share their choice
+        self.counted += stats[:, :, :: self.group, 1:3].sum((0, 2))
+        return out
+
+    def index_bytes(self) -> int:
+        return self._index_bytes
+
+
+class GpuDecoding:
+    """As sparse_decoding.CpuDecoding, for as many texts at once as the device has room for."""
+
+    def __init__(self, model: SmolLM2, texts_at_once: int):
+        torch.backends.cuda.matmul.allow_tf32 = False
+        self.model, self.texts_at_once = model, texts_at_once
+        self.gpu = GpuModel(model, DEVICE)
+
+    def prefill(
+        self,
+        tokens: np.ndarray,
+        capacity: int,
+        like: Optional[np.ndarray] = None,
+        each_layer: Optional[Callable[[], object]] = None,
+    ) -> GpuCache:
+        cache = GpuCache(self.model, len(tokens), capacity, DEVICE)
+        for b, text in enumerate(tokens):
+
+            def attention(layer, q, k, v):
+                cache.write(layer, slice(b, b + 1), 0, k, v)
+                if each_layer:
+                    each_layer()
+                q, k, v = (x.transpose(1, 2).half() for x in (q, k, v))
+                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                return out.transpose(1, 2).float()
+
+            with torch.inference_mode():
+                self.gpu.forward(self._put(text[None]), 0, attention)
+        cache.length = tokens.shape[1]
+        return cache
+
+    def methods(
+        self,
+        names: Iterable[str],
+        cache: GpuCache,
+        trained: Optional[fs.PartitionSet],
+        keys_per_cell: int,
+        trained_share: float,
+    ) -> Iterable[GpuMethod]:
+        learnt: list = []
+
+        def own() -> list:
+            """k-means of each prefill's rotated keys."""
+            if not learnt:
+                ncell = max(1, (cache.length - SINK) // keys_per_cell)
+                heads = self.model.num_kv_heads
+                for layer in range(self.model.num_layers):
+                    keys = cache.k[layer, :, :, SINK : cache.length].float().flatten(0, 1)
+                    found = kmeans_partitions(keys, ncell)
+                    learnt.append([[[p] for p in found[t * heads : (t + 1) * heads]] for t in range(cache.texts)])
+            return learnt
+
+        for name in names:
+            if name in METHODS_OF_CELLS:
+                offline, blend, of_text = METHODS_OF_CELLS[name]
+                split = [trained_share, 1 - trained_share] if offline and of_text else []
+                partitions = offline_partitions(self.model, trained, blend) if offline else []
+                yield GpuCells(name, cache, self.model, partitions, own() if of_text else [], split)
+            else:
+                yield {"dense": Dense, "window": WindowOnly, "oracle_topk": OracleTopK}[name](name, cache)
+
+    def decode(
+        self,
+        method: GpuMethod,
+        tokens: np.ndarray,
+        first: int,
+        layers: Optional[Container[int]] = None,
+        kv_heads: Optional[Container[int]] = None,
+    ) -> torch.Tensor:
+        cache, model = method.cache, self.model
+        group = model.num_heads // model.num_kv_heads
+        others = [h for h in range(model.num_kv_heads) if kv_heads is not None and h not in kv_heads]
+        dense = Dense("dense", cache)
+        dense.begin(1.0)
+
+        def attention(layer, q, k, v):
+            cache.write(layer, slice(None), first, k, v)
+            queries = q.transpose(0, 1).half().contiguous()
+            by_method = layers is None or layer in layers
+            out = (method if by_method else dense).attend(layer, first, queries)
+            if by_method and others:
+                everywhere = dense.attend(layer, first, queries)
+                for head in others:
+                    out[:, :, head * group : (head + 1) * group] = everywhere[:, :, head * group : (head + 1) * group]
+            return out.transpose(0, 1)
+
+        with torch.inference_mode():
+            return self.gpu.forward(self._put(tokens), first, attention)
+
+    def nll(self, hidden: torch.Tensor, following: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            rows, targets = hidden.flatten(0, 1), self._put(following).flatten()
+            loss = [
+                torch.nn.functional.cross_entropy(h @ self.gpu.output.T, t, reduction="none")
+                for h, t in zip(rows.split(LOSS_TOKENS), targets.split(LOSS_TOKENS))
+            ]
+            return torch.cat(loss).view(following.shape).cpu().numpy()
+
+    def likeliest(self, hidden: torch.Tensor) -> np.ndarray:
+        with torch.inference_mode():
+            return (hidden @ self.gpu.output.T).argmax(-1).cpu().numpy()
+
+    def _put(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(DEVICE)
