@@ -10,10 +10,7 @@
 #include <faiss/IndexIVFFlat.h>
 #include <faiss/IndexScalarQuantizer.h>
 
-#include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/dtype.h>
-#include <faiss_saap/gpu/cell_means.h>
-#include <faiss_saap/gpu/kmeans.h>
 #include <faiss_saap/gpu/select_k.h>
 
 #include "CellScorer.h"
@@ -21,6 +18,7 @@
 #include "PagedLists.h"
 #include "StreamBuffer.h"
 #include "check_vectors.h"
+#include "learn_partitions.h"
 #include "lower.h"
 #include "scan_cells.h"
 
@@ -328,27 +326,42 @@ void GpuIndexAsymmetricIVF::copyFrom(const IndexAsymmetricIVF& index) {
     const StreamBuffer<int32_t> cells(memory, step);
     const StreamBuffer<int64_t> ids(memory, step);
     const StreamBuffer<uint32_t> locations(memory, step);
-    std::vector<float> decoded;
+    // Many cells at a time: each part costs some launches.
+    std::vector<float> host_x;
+    std::vector<int32_t> host_cells;
+    std::vector<int64_t> host_ids;
+    const auto flush = [&] {
+        const auto m = static_cast<int64_t>(host_ids.size());
+        copy_async(x.get(), host_x.data(), host_x.size(), memory.stream);
+        copy_async(cells.get(), host_cells.data(), m, memory.stream);
+        copy_async(ids.get(), host_ids.data(), m, memory.stream);
+        fresh->lists->place(m, cells.get(), locations.get());
+        fresh->lists->write(m, x.get(), ids.get(), 0, locations.get());
+        host_x.clear(), host_cells.clear(), host_ids.clear();
+    };
     for (int c = 0; c < index.ncell; c++) {
         const auto size = static_cast<int64_t>(from.list_size(c));
         faiss::InvertedLists::ScopedCodes codes(&from, c);
         faiss::InvertedLists::ScopedIds list_ids(&from, c);
-        for (int64_t i = 0; i < size; i += step) {
-            const int64_t m = std::min(step, size - i);
-            decoded.resize(m * dim);
+        for (int64_t i = 0; i < size;) {
+            const auto held = static_cast<int64_t>(host_ids.size());
+            const int64_t m = std::min(step - held, size - i);
+            host_x.resize((held + m) * dim);
             to_float(
                     params.float16 ? DType::float16 : DType::float32,
                     codes.get() + i * from.code_size,
                     m * dim,
-                    decoded.data());
-            copy_async(x.get(), decoded.data(), m * dim, memory.stream);
-            copy_async(ids.get(), list_ids.get() + i, m, memory.stream);
-            const std::vector<int32_t> cell(m, c);
-            copy_async(cells.get(), cell.data(), m, memory.stream);
-            fresh->lists->place(m, cells.get(), locations.get());
-            fresh->lists->write(m, x.get(), ids.get(), 0, locations.get());
+                    host_x.data() + held * dim);
+            host_ids.insert(
+                    host_ids.end(), list_ids.get() + i, list_ids.get() + i + m);
+            host_cells.resize(held + m, c);
+            if (held + m == step) {
+                flush();
+            }
+            i += m;
         }
     }
+    flush();
     FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(memory.stream));
     impl_ = std::move(fresh);
     d = index.d;
@@ -438,46 +451,18 @@ void GpuIndexAsymmetricIVF::train(idx_t n, const float* x) {
     const Input<float> vectors(
             x, n * dim, on_device(x, impl_->params.device, "x"), memory);
     check_finite(vectors.get(), n, dim, 0, "x", memory);
-    const size_t size = size_t(ncell) * dim;
-    const StreamBuffer<float> centroids(memory, size), means(memory, size);
-    const StreamBuffer<int32_t> cells(memory, n), counts(memory, ncell);
-
-    BatchedKMeansParams p;
-    p.n = n, p.d = dim, p.ncell = ncell;
-    p.niter = wanted.niter;
-    p.spherical = wanted.spherical;
-    p.seed = static_cast<unsigned>(wanted.seed);
-    p.x = vectors.get(), p.x_row_stride = dim;
-    p.centroids = centroids.get();
-    p.cells = cells.get();
-    CellMeansParams m;
-    m.n = n, m.d = dim, m.ncell = ncell;
-    m.x = vectors.get(), m.x_row_stride = dim;
-    m.cells = cells.get();
-    m.means = means.get();
-    m.counts = counts.get();
-    const StreamBuffer<char> workspace(
-            memory, std::max(kmeans_workspace(p), cell_means_workspace(m)));
-    kmeans(p, workspace.get(), memory.stream);
-    // An empty cell is represented by its centroid.
-    copy_async(means.get(), centroids.get(), size, memory.stream);
-    cell_means(m, workspace.get(), memory.stream);
-
-    std::vector<float> host(size);
-    const auto assigner = [&](const float* from, faiss::MetricType metric) {
-        copy_async(host.data(), from, size, memory.stream);
-        FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(memory.stream));
-        auto flat = std::make_shared<faiss::IndexFlat>(dim, metric);
-        flat->add(ncell, host.data());
-        return std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
-    };
-    Partition partition;
-    partition.key = assigner(
-            centroids.get(),
-            wanted.spherical ? faiss::METRIC_INNER_PRODUCT : faiss::METRIC_L2);
-    partition.query = training.asymmetric
-            ? assigner(means.get(), faiss::METRIC_INNER_PRODUCT)
-            : partition.key;
+    Partition partition = learn_partitions(
+            vectors.get(),
+            /*nhead=*/1,
+            n,
+            dim,
+            ncell,
+            NEEDS_POST_ROPE,
+            wanted,
+            memory)[0];
+    if (!training.asymmetric) {
+        partition = symmetric(partition);
+    }
     impl_->lower(partition);
     is_trained = true;
 }
@@ -652,6 +637,63 @@ void GpuIndexAsymmetricIVF::search(
         stats->cells_probed = static_cast<int64_t>(counted[0]);
         stats->vectors_read = static_cast<int64_t>(counted[1]);
     }
+}
+
+void GpuIndexAsymmetricIVF::range_search(
+        idx_t,
+        const float*,
+        float,
+        faiss::RangeSearchResult*,
+        const faiss::SearchParameters*) const {
+    FAISS_THROW_MSG(
+            "range_search is not built for the GPU: search with a large k, or "
+            "copyTo an index on the CPU");
+}
+
+void GpuIndexAsymmetricIVF::reconstruct(idx_t key, float* recons) const {
+    reconstruct_n(key, 1, recons);
+}
+
+void GpuIndexAsymmetricIVF::reconstruct_n(idx_t i0, idx_t ni, float* recons)
+        const {
+    FAISS_THROW_IF_NOT_FMT(
+            ni >= 0 && ni <= ntotal,
+            "ni = %" PRId64 " must be between 0 and ntotal = %" PRId64,
+            ni,
+            ntotal);
+    FAISS_THROW_IF_NOT_FMT(
+            i0 >= 0 && i0 <= INT64_MAX - ni,
+            "i0 = %" PRId64 " is outside the range of ids",
+            i0);
+    FAISS_THROW_IF_NOT_MSG(ni == 0 || recons, "recons is null");
+    if (ni == 0) {
+        return;
+    }
+    const int device = impl_->params.device;
+    const DeviceScope scope(device);
+    const StreamMemory& memory = impl_->memory;
+    const int dim = static_cast<int>(d);
+    const bool recons_on_device = on_device(recons, device, "recons");
+    const StreamBuffer<uint32_t> locations(memory, ni);
+    impl_->lists->find(i0, ni, locations.get());
+    std::vector<uint32_t> host(ni);
+    copy_async(host.data(), locations.get(), ni, memory.stream);
+    FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(memory.stream));
+    for (idx_t i = 0; i < ni; i++) {
+        FAISS_THROW_IF_NOT_FMT(
+                host[i] != kNowhere, "id %" PRId64 " is not in the index", i0 + i);
+    }
+    const int64_t step = impl_->part(ni, dim);
+    const StreamBuffer<float> own(memory, recons_on_device ? 0 : step * dim);
+    for (idx_t i = 0; i < ni; i += step) {
+        const int64_t m = std::min<int64_t>(step, ni - i);
+        float* const to = recons_on_device ? recons + i * dim : own.get();
+        impl_->lists->gather(m, locations.get() + i, to);
+        if (!recons_on_device) {
+            copy_async(recons + i * dim, to, m * dim, memory.stream);
+        }
+    }
+    FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(memory.stream));
 }
 
 size_t GpuIndexAsymmetricIVF::remove_ids(const faiss::IDSelector& sel) {

@@ -16,8 +16,8 @@ constexpr int kThreads = 128;
 /// The table of slabs has a fixed size, so that kernels in flight never see it
 /// move.
 constexpr size_t kMaxSlabs = 16384;
-/// Locations are 32 bits.
-constexpr int64_t kMaxPages = (int64_t(1) << 32) / kPage;
+/// Locations are below kNowhere.
+constexpr int64_t kMaxPages = (int64_t(1) << 32) / kPage - 1;
 
 unsigned blocks(int64_t items, int per_block = kThreads) {
     return static_cast<unsigned>((items + per_block - 1) / per_block);
@@ -273,6 +273,39 @@ __global__ void read_kernel(
             ids[at + threadIdx.x] = v.id(first + threadIdx.x);
         }
         page = v.next(page);
+    }
+}
+
+/// A thread per place of a slab.
+__global__ void find_kernel(
+        const int64_t* ids,
+        int places,
+        uint32_t first_location,
+        int64_t first,
+        int64_t n,
+        uint32_t* locations) {
+    const int64_t i = this_thread();
+    if (i < places && ids[i] >= first && ids[i] - first < n) {
+        atomicMin(
+                &locations[ids[i] - first],
+                first_location + static_cast<uint32_t>(i));
+    }
+}
+
+/// A warp per vector.
+template <class T>
+__global__ void gather_kernel(
+        ListsView v,
+        int64_t n,
+        const uint32_t* locations,
+        float* x) {
+    const int64_t i = this_thread() / 32;
+    if (i >= n) {
+        return;
+    }
+    const T* from = v.vector<T>(locations[i]);
+    for (int j = threadIdx.x % 32; j < v.d; j += 32) {
+        x[i * v.d + j] = static_cast<float>(from[j]);
     }
 }
 
@@ -639,6 +672,35 @@ void PagedLists::read(
     copy_async(static_cast<char*>(codes), code_buffer.get(), bytes, stream);
     copy_async(ids, id_buffer.get(), size, stream);
     FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+void PagedLists::find(int64_t first, int64_t n, uint32_t* locations) const {
+    FAISS_SAAP_CUDA_CHECK(cudaMemsetAsync(
+            locations, 0xff, n * sizeof(*locations), memory_.stream));
+    const int places = kPage << view_.slab_log2;
+    for (size_t s = 0; s < slabs_.size(); s++) {
+        if (slabs_[s]) {
+            find_kernel<<<blocks(places), kThreads, 0, memory_.stream>>>(
+                    reinterpret_cast<const int64_t*>(slabs_[s] + view_.ids_offset),
+                    places,
+                    static_cast<uint32_t>(s * places),
+                    first,
+                    n,
+                    locations);
+            FAISS_SAAP_CUDA_CHECK(cudaGetLastError());
+        }
+    }
+}
+
+void PagedLists::gather(int64_t n, const uint32_t* locations, float* x) const {
+    if (n == 0) {
+        return;
+    }
+    const auto kernel =
+            view_.float16 ? gather_kernel<__half> : gather_kernel<float>;
+    kernel<<<blocks(n * 32), kThreads, 0, memory_.stream>>>(
+            view_, n, locations, x);
+    FAISS_SAAP_CUDA_CHECK(cudaGetLastError());
 }
 
 std::vector<int32_t> PagedLists::sizes() const {

@@ -14,6 +14,9 @@ namespace faiss_saap::gpu {
 /// Vectors of a page.
 constexpr int kPage = 32;
 
+/// No location.
+constexpr uint32_t kNowhere = UINT32_MAX;
+
 /// Pages that so many vectors fill.
 inline __host__ __device__ int pages_of(int vectors) {
     return (vectors + kPage - 1) / kPage;
@@ -107,6 +110,16 @@ class PagedLists {
             int64_t size,
             void* codes,
             int64_t* ids) const;
+
+    /// Where the vectors with ids first .. first + n - 1 lie; of those with one
+    /// id, one of them.
+    /// @param first      not negative
+    /// @param locations  output, device memory, size n; kNowhere: there is none
+    void find(int64_t first, int64_t n, uint32_t* locations) const;
+    /// Copies of vectors.
+    /// @param locations  device memory, size n
+    /// @param x          output, device memory, size n * d
+    void gather(int64_t n, const uint32_t* locations, float* x) const;
 
     std::vector<int32_t> sizes() const;
     size_t memory() const {

@@ -157,4 +157,23 @@ LoweredPartition lower(
     return to;
 }
 
+DeviceView lower_view(const KvView& kv) {
+    const auto size = static_cast<int64_t>(element_size(kv.dtype));
+    DeviceView v;
+    v.k = static_cast<const char*>(kv.k);
+    v.v = static_cast<const char*>(kv.v);
+    v.k_token = kv.k_token_stride * size;
+    v.k_head = kv.k_head_stride * size;
+    v.k_page = kv.k_page_stride * size;
+    v.v_token = kv.v_token_stride * size;
+    v.v_head = kv.v_head_stride * size;
+    v.v_page = kv.v_page_stride * size;
+    v.page_table = kv.page_table;
+    v.page_size = kv.page_size;
+    v.npages = kv.npages;
+    v.length = kv.length;
+    v.bf16 = kv.dtype == DType::bfloat16;
+    return v;
+}
+
 } // namespace faiss_saap::gpu

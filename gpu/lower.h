@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include <faiss_saap/KvView.h>
 #include <faiss_saap/Partition.h>
 
 #include "DeviceBuffer.h"
@@ -30,5 +31,8 @@ LoweredPartition lower(
         int group,
         cudaStream_t stream,
         int most_cells = kMaxCells);
+
+/// A view of device memory, of float16 or bfloat16.
+DeviceView lower_view(const KvView& kv);
 
 } // namespace faiss_saap::gpu

@@ -55,9 +55,12 @@ SearchPlan plan_search(
 /// QueryClassifier of one query head. Others are refused.
 ///
 /// Every pointer to vectors, ids or results may be host memory or memory of the
-/// index's device. Calls return when their work is done. Results equal those of
-/// the CPU index, except that neighbours whose distances differ by rounding may
-/// change places.
+/// index's device, which is read and written in the order of the index's stream.
+/// Calls return when their work is done. Results equal those of the CPU index,
+/// except that neighbours whose distances differ by rounding may change places.
+///
+/// Not on the device: range_search and merge_from, which throw, and files: copyTo
+/// an index on the CPU and write that.
 ///
 /// Searches may run concurrently (they take turns on the stream); whatever
 /// changes the index needs exclusive access. Vectors that hold NaN or infinity
@@ -125,6 +128,22 @@ struct GpuIndexAsymmetricIVF : faiss::Index {
             float* distances,
             idx_t* labels,
             const faiss::SearchParameters* params = nullptr) const override;
+
+    /// Throws.
+    void range_search(
+            idx_t n,
+            const float* x,
+            float radius,
+            faiss::RangeSearchResult* result,
+            const faiss::SearchParameters* params = nullptr) const override;
+
+    /// Vectors as they are stored, float16 rounding included. Looks through the
+    /// ids of all vectors: ask for many at once.
+    /// @param recons  output, size ni * d
+    /// @throws faiss::FaissException when an id i0 .. i0 + ni - 1 is not in the
+    ///         index
+    void reconstruct_n(idx_t i0, idx_t ni, float* recons) const override;
+    void reconstruct(idx_t key, float* recons) const override;
 
     /// Any selector works: ids visit the host to be asked about. The order of
     /// the vectors that stay is kept, and empty pages are used again.

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <faiss_saap/gpu/GpuAttentionAdapter.h>
+#include <faiss_saap/gpu/sequence_partitions.h>
 
 using namespace faiss_saap;
 
@@ -17,14 +18,12 @@ int main() {
     for (auto* x : {&k, &q})
         for (float& f : *x) f = normal(random);
 
-    // A partition for each KV head; those of `read_partitions` would go here too.
-    std::vector<Partition> partitions;
-    for (int h = 0; h < heads_kv; h++)
-        partitions.push_back(kmeans_partition(2048, d, k.data(), ncell, NEEDS_POST_ROPE));
+    // An adapter for each layer. Partitions that were trained for the model
+    // (read_partitions) would be its second argument.
     AdapterParams params;
     params.heads_q = heads_q, params.heads_kv = heads_kv, params.d = d;
     params.policy.nprobe = ncell, params.policy.max_selectivity = 0.05;
-    gpu::GpuAttentionAdapter adapter(params, partitions);
+    gpu::GpuAttentionAdapter adapter(params);
 
     // Your engine's cache, on the device: room for n tokens, of type bfloat16.
     std::vector<char> bytes(2 * k.size());
@@ -37,10 +36,11 @@ int main() {
     from_float(DType::bfloat16, q.data(), q.size(), bytes.data());
     cudaMemcpy(queries, bytes.data(), 2 * q.size(), cudaMemcpyHostToDevice);
 
+    // Prefill of 8,000 tokens: cells learnt from their keys, lists with room for n.
     SequenceInput in;
     in.kv = KvView::token_major(cache, cache, DType::bfloat16, n, heads_kv, d, d);
-    in.sequence = adapter.create({}, n); // reserves lists for n tokens
-    in.q_len = 8000;                     // prefill: tokens appended at once
+    in.sequence = adapter.create(gpu::sequence_partitions(in.kv, 0, 8000, ncell), n);
+    in.q_len = 8000;
     adapter.append(*adapter.plan({in}));
 
     // A decode step appends one token and attends: kernels only, so it can be

@@ -7,9 +7,13 @@
 #include <thread>
 
 #include <faiss/IndexFlat.h>
+#include <faiss/IndexHNSW.h>
 #include <faiss/IndexIVFFlat.h>
 #include <faiss/IndexScalarQuantizer.h>
+#include <faiss/impl/AuxIndexStructures.h>
 #include <faiss/impl/IDSelector.h>
+#include <faiss/index_io.h>
+#include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/gpu/GpuIndexAsymmetricIVF.h>
@@ -36,7 +40,11 @@ struct IndexCase {
 };
 
 std::ostream& operator<<(std::ostream& os, const IndexCase& c) {
-    return os << c.name;
+    return os << c.name << ": d " << c.d << ", " << c.ncell << " cells, n " << c.n
+              << ", nprobe " << c.nprobe << ", k " << c.k
+              << (c.metric == faiss::METRIC_L2 ? ", L2" : ", IP")
+              << (c.float16 ? ", float16" : "") << ", " << c.queries << " queries"
+              << (c.classifier ? " by a classifier" : "");
 }
 
 std::vector<IndexCase> index_cases() {
@@ -67,6 +75,9 @@ std::vector<IndexCase> index_cases() {
     add("classifier", [](IndexCase& c) { c.classifier = true; });
     add("classifier, d 38, many queries", [](IndexCase& c) {
         c.classifier = true, c.d = 38, c.ncell = 100, c.queries = 1000;
+    });
+    add("nprobe 2048", [](IndexCase& c) {
+        c.nprobe = 2048, c.ncell = 4096, c.d = 16, c.n = 20000, c.queries = 20;
     });
     add("no vectors", [](IndexCase& c) { c.n = 0; });
     return cases;
@@ -147,20 +158,46 @@ struct Pair {
         return clear;
     }
 
+    /// Vectors that lie in other cells than on the CPU, being as near to two.
+    int64_t elsewhere() const {
+        IndexAsymmetricIVF copy(storage(c), partition);
+        device->copyTo(&copy);
+        const auto &a = *cpu->lists->invlists, &b = *copy.lists->invlists;
+        int64_t n = 0;
+        for (int cell = 0; cell < c.ncell; cell++) {
+            faiss::InvertedLists::ScopedIds ia(&a, cell), ib(&b, cell);
+            const std::set<idx_t> here(ia.get(), ia.get() + a.list_size(cell));
+            for (size_t i = 0; i < b.list_size(cell); i++) {
+                n += here.count(ib[i]) == 0;
+            }
+        }
+        return n;
+    }
+
     void expect_equal_search() const {
         const size_t size = size_t(c.queries) * c.k;
         std::vector<float> expected(size), got(size);
         std::vector<idx_t> expected_ids(size), ids(size);
-        cpu->search(
-                c.queries, queries.data(), c.k, expected.data(), expected_ids.data());
         SearchParametersAsymmetricIVF params;
-        SearchStats stats;
+        SearchStats stats, expected_stats;
         params.nprobe = c.nprobe;
+        params.stats = &expected_stats;
+        cpu->search(
+                c.queries,
+                queries.data(),
+                c.k,
+                expected.data(),
+                expected_ids.data(),
+                &params);
         params.stats = &stats;
         device->search(
                 c.queries, queries.data(), c.k, got.data(), ids.data(), &params);
         EXPECT_EQ(stats.queries, c.queries);
         const auto clear = clear_choices();
+        if (std::count(clear.begin(), clear.end(), false) == 0 && elsewhere() == 0) {
+            EXPECT_EQ(stats.cells_probed, expected_stats.cells_probed);
+            EXPECT_EQ(stats.vectors_read, expected_stats.vectors_read);
+        }
         int compared = 0;
         for (int q = 0; q < c.queries; q++) {
             if (!clear[q]) {
@@ -210,6 +247,109 @@ TEST_P(GpuIndexCases, SearchesAsTheCpu) {
     const auto sizes = p.device->list_sizes();
     EXPECT_EQ(std::accumulate(sizes.begin(), sizes.end(), int64_t(0)), p.c.n);
     p.expect_equal_search();
+}
+
+TEST_F(GpuIndex, RandomShapesEqualTheCpu) {
+    Random random;
+    for (int round = 0; round < 20; round++) {
+        IndexCase c;
+        c.name = "random";
+        c.d = static_cast<int>(4 + random.below(random.below(2) ? 300 : 40));
+        c.ncell = static_cast<int>(1 + random.below(200));
+        c.n = random.below(4000);
+        c.nprobe = static_cast<int>(1 + random.below(c.ncell));
+        c.k = static_cast<int>(1 + random.below(random.below(2) ? 2048 : 20));
+        c.queries = static_cast<int>(1 + random.below(60));
+        c.metric = random.below(2) ? faiss::METRIC_L2 : faiss::METRIC_INNER_PRODUCT;
+        c.float16 = random.below(2) == 1;
+        SCOPED_TRACE(c);
+        GpuIndexParams params;
+        params.slab_bytes = size_t(1) << (10 + random.below(12));
+        params.temporary_bytes = size_t(1) << (12 + random.below(14));
+        Pair p(c, random, params);
+        for (int64_t i = 0; i < c.n;) {
+            const int64_t to = std::min(c.n, i + 1 + random.below(2000));
+            p.add(i, to);
+            i = to;
+        }
+        ASSERT_LE(p.elsewhere(), 1 + c.n / 500);
+        p.device->copyTo(p.cpu.get());
+        p.expect_equal_search();
+        ASSERT_FALSE(HasFailure());
+    }
+}
+
+TEST_F(GpuIndex, ReconstructsWhatItHolds) {
+    Random random;
+    IndexCase c = index_cases()[0];
+    c.d = 37;
+    for (bool float16 : {false, true}) {
+        c.float16 = float16;
+        GpuIndexParams params;
+        params.slab_bytes = 1 << 16; // several slabs
+        params.temporary_bytes = 1000 * 37 * 4; // several parts
+        Pair p(c, random, params);
+        p.add(0, c.n);
+        std::vector<float> got(c.n * c.d), expected(c.n * c.d);
+        p.cpu->reconstruct_n(0, c.n, expected.data());
+        p.device->reconstruct_n(0, c.n, got.data());
+        EXPECT_EQ(got, expected);
+        const OnDevice<float> on_device(c.n * c.d);
+        p.device->reconstruct_n(0, c.n, on_device.data());
+        EXPECT_EQ(on_device.host(), expected);
+
+        const idx_t gone[] = {7, 2999};
+        p.device->remove_ids(faiss::IDSelectorBatch(2, gone));
+        EXPECT_SENTENCE(
+                p.device->reconstruct(7, got.data()), "id 7 is not in the index");
+        EXPECT_SENTENCE(
+                p.device->reconstruct_n(0, 10, got.data()), "id 7 is not in the index");
+        EXPECT_SENTENCE(p.device->reconstruct(-1, got.data()), "i0 = -1");
+        EXPECT_SENTENCE(p.device->reconstruct_n(0, c.n, got.data()), "ni = 3000");
+        EXPECT_SENTENCE(p.device->reconstruct_n(0, 5, nullptr), "recons is null");
+        p.device->reconstruct_n(5, 0, nullptr); // nothing to do
+        p.device->reconstruct(2998, got.data());
+        for (int j = 0; j < c.d; j++) {
+            EXPECT_EQ(got[j], expected[2998 * c.d + j]);
+        }
+        const int k = 5;
+        std::vector<float> distances(k), found(k * c.d);
+        std::vector<idx_t> ids(k);
+        p.device->search_and_reconstruct(
+                1, p.queries.data(), k, distances.data(), ids.data(), found.data());
+        for (int i = 0; i < k; i++) {
+            ASSERT_GE(ids[i], 0);
+            for (int j = 0; j < c.d; j++) {
+                EXPECT_EQ(found[i * c.d + j], expected[ids[i] * c.d + j]);
+            }
+        }
+    }
+}
+
+TEST_F(GpuIndex, WorksOnTheCallersStream) {
+    Random random;
+    cudaStream_t stream;
+    ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+    {
+        GpuIndexParams params;
+        params.stream = stream;
+        Pair p(index_cases()[0], random, params);
+        p.cpu->add(p.c.n, p.x.data());
+        const OnDevice<float> x(p.x.size());
+        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        // Filled on the stream, and nobody waits for it.
+        ASSERT_EQ(
+                cudaMemcpyAsync(
+                        x.data(),
+                        p.x.data(),
+                        p.x.size() * sizeof(float),
+                        cudaMemcpyHostToDevice,
+                        stream),
+                cudaSuccess);
+        p.device->add(p.c.n, x.data());
+        p.expect_equal_search();
+    }
+    cudaStreamDestroy(stream);
 }
 
 TEST_F(GpuIndex, TakesMemoryOfHostAndDevice) {
@@ -409,6 +549,60 @@ TEST_F(GpuIndex, RefusesWithASentenceAndIsAsBefore) {
     index.nprobe = 0;
     EXPECT_SENTENCE(search(1, p.x.data(), 1), "nprobe = 0");
     index.nprobe = p.c.nprobe;
+    GpuIndexAsymmetricIVF large_one(d, 4096, faiss::METRIC_L2);
+    large_one.nprobe = 2049;
+    EXPECT_SENTENCE(
+            large_one.search(1, p.x.data(), 1, distances.data(), ids.data()),
+            "nprobe = 2049 must be at most 2048 or all ncell = 4096 cells");
+
+    // Parameters of a search.
+    const auto search_with = [&](const faiss::SearchParameters& params) {
+        index.search(1, p.x.data(), 1, distances.data(), ids.data(), &params);
+    };
+    faiss::IDSelectorRange some(0, 10);
+    faiss::SearchParametersIVF given;
+    given.sel = &some;
+    EXPECT_SENTENCE(search_with(given), "params->sel");
+    given.sel = nullptr;
+    given.max_codes = 5;
+    EXPECT_SENTENCE(search_with(given), "params->max_codes = 5");
+    given.max_codes = 0;
+    faiss::SearchParameters none;
+    given.quantizer_params = &none;
+    EXPECT_SENTENCE(search_with(given), "params->quantizer_params");
+    struct Others : faiss::SearchParameters {};
+    EXPECT_SENTENCE(search_with(Others()), "params of type");
+
+    // What faiss::Index has and this has not.
+    faiss::RangeSearchResult result(1);
+    EXPECT_SENTENCE(
+            index.range_search(1, p.x.data(), 1, &result), "range_search is not built");
+    EXPECT_THROW(index.merge_from(large_one), faiss::FaissException);
+    const TemporaryFile file;
+    EXPECT_THROW(faiss::write_index(&index, file.path.c_str()), faiss::FaissException);
+
+    // Partitions and storages that have no kernel.
+    auto graph = std::make_shared<faiss::IndexHNSWFlat>(d, 8);
+    graph->add(20, p.x.data());
+    const auto by_graph = std::make_shared<QuantizerAssigner>(graph, NEEDS_POST_ROPE);
+    Partition strange = p.partition;
+    strange.query = std::make_shared<CellMeanAssigner>(d, p.c.ncell);
+    EXPECT_SENTENCE(
+            GpuIndexAsymmetricIVF(strange, faiss::METRIC_L2),
+            "reads statistics of a sequence's cells");
+    EXPECT_SENTENCE(index.set_query_assigner(strange.query), "reads statistics");
+    strange.key = strange.query = by_graph;
+    EXPECT_SENTENCE(
+            GpuIndexAsymmetricIVF(strange, faiss::METRIC_L2), "the key assigner");
+    EXPECT_SENTENCE(index.set_query_assigner(by_graph), "20");
+    auto* quantizer = new faiss::IndexFlat(d, p.c.metric);
+    auto coded = std::make_unique<faiss::IndexIVFScalarQuantizer>(
+            quantizer, d, p.c.ncell, faiss::ScalarQuantizer::QT_8bit, p.c.metric, false);
+    coded->own_fields = true;
+    IndexAsymmetricIVF bytes(std::move(coded), p.partition);
+    EXPECT_SENTENCE(index.copyFrom(bytes), "not trained");
+    bytes.train(p.c.n, p.x.data());
+    EXPECT_SENTENCE(index.copyFrom(bytes), "on the GPU storage must be");
     EXPECT_SENTENCE(index.reserveMemory(size_t(1) << 40), "2^31");
     // 2^31 - 4096 vectors of d 64 are 512 GiB: more than any device has, and more
     // slabs than an index has.
