@@ -15,6 +15,7 @@ class DeviceBuffer {
     /// @throws faiss::FaissException when the device has no room
     DeviceBuffer(size_t bytes, cudaStream_t stream) {
         if (bytes) {
+            FAISS_SAAP_CUDA_CHECK(cudaGetDevice(&device_));
             FAISS_SAAP_CUDA_CHECK(cudaMallocAsync(&data_, bytes, stream));
         }
         bytes_ = bytes;
@@ -27,11 +28,20 @@ class DeviceBuffer {
         return *this;
     }
     ~DeviceBuffer() {
-        // cudaFree alone does not wait for kernels that use such memory.
-        if (data_ && (cudaDeviceSynchronize() != cudaSuccess ||
-                      cudaFree(data_) != cudaSuccess)) {
-            cudaGetLastError(); // the context is gone, and the memory with it
+        if (!data_) {
+            return;
         }
+        int before = 0;
+        cudaGetDevice(&before);
+        cudaSetDevice(device_); // may be another one by now
+        // cudaFree alone does not wait for kernels that use such memory. Where it
+        // fails the context is gone, and the memory with it.
+        cudaError_t error = cudaDeviceSynchronize();
+        error = error == cudaSuccess ? cudaFree(data_) : error;
+        if (!loses_context(error)) {
+            cudaGetLastError();
+        }
+        cudaSetDevice(before);
     }
 
     char* data() const {
@@ -53,10 +63,12 @@ class DeviceBuffer {
     void swap(DeviceBuffer& other) {
         std::swap(data_, other.data_);
         std::swap(bytes_, other.bytes_);
+        std::swap(device_, other.device_);
     }
 
     void* data_ = nullptr;
     size_t bytes_ = 0;
+    int device_ = 0;
 };
 
 /// Makes a device current while it lives.

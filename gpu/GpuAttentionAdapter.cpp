@@ -39,25 +39,6 @@ void copy(
     }
 }
 
-DeviceView lower_view(const KvView& kv) {
-    const auto size = static_cast<int64_t>(element_size(kv.dtype));
-    DeviceView v;
-    v.k = static_cast<const char*>(kv.k);
-    v.v = static_cast<const char*>(kv.v);
-    v.k_token = kv.k_token_stride * size;
-    v.k_head = kv.k_head_stride * size;
-    v.k_page = kv.k_page_stride * size;
-    v.v_token = kv.v_token_stride * size;
-    v.v_head = kv.v_head_stride * size;
-    v.v_page = kv.v_page_stride * size;
-    v.page_table = kv.page_table;
-    v.page_size = kv.page_size;
-    v.npages = kv.npages;
-    v.length = kv.length;
-    v.bf16 = kv.dtype == DType::bfloat16;
-    return v;
-}
-
 } // namespace
 
 /// Partitions of one KV head.
@@ -198,6 +179,10 @@ GpuAttentionAdapter::GpuAttentionAdapter(
 GpuAttentionAdapter::~GpuAttentionAdapter() = default;
 
 void GpuAttentionAdapter::check() const {
+    const cudaError_t error = cudaPeekAtLastError();
+    if (loses_context(error)) {
+        throw_cuda("an earlier call", error);
+    }
     const FaultFlag word = *static_cast<volatile FaultFlag*>(fault_->host);
     const auto fault = static_cast<gpu::Fault>(static_cast<uint32_t>(word));
     if (fault == gpu::Fault::none) {

@@ -31,7 +31,10 @@ DeviceInfo device_info(int device) {
 }
 
 void require_device(int device) {
-    const DeviceInfo info = device_info(device);
+    require_capability(device, device_info(device));
+}
+
+void require_capability(int device, const DeviceInfo& info) {
     FAISS_THROW_IF_NOT_FMT(
             info.major >= 8,
             "device = %d (%s) has compute capability %d.%d, faiss_saap needs "

@@ -20,7 +20,8 @@
 
 namespace faiss_saap::tests {
 
-enum class CacheLayout { token_major, head_major, paged };
+/// strided: rows of a token lie apart, and values otherwise than keys.
+enum class CacheLayout { token_major, head_major, paged, strided };
 enum class QueryKind { quantizer, l2, means, classifier, blend };
 
 struct AdapterCase {
@@ -44,7 +45,22 @@ struct AdapterCase {
 };
 
 inline std::ostream& operator<<(std::ostream& out, const AdapterCase& c) {
-    return out << c.name;
+    constexpr const char* kLayouts[] = {"token-major", "head-major", "paged", "strided"};
+    constexpr const char* kQueries[] = {"quantizer", "l2", "means", "classifier", "blend"};
+    out << c.name << ": " << c.heads_q << " / " << c.heads_kv << " heads, d " << c.d
+        << ", " << name(c.dtype) << ", " << kLayouts[static_cast<int>(c.layout)]
+        << ", lengths";
+    for (int64_t n : c.lengths) {
+        out << " " << n;
+    }
+    return out << ", chunk " << c.chunk << ", q_len " << c.q_len << ", sink " << c.sink
+               << ", window " << c.window << ", " << c.ncell << " cells"
+               << (c.pre_rope ? " pre-RoPE" : " post-RoPE")
+               << (c.union_of_two ? " and others" : "") << ", queries by "
+               << kQueries[static_cast<int>(c.query)] << ", selectivity "
+               << c.selectivity << ", nprobe " << c.nprobe << ", dense_below "
+               << c.dense_below << (c.share_group ? "" : ", a choice per head")
+               << (c.attend_dense ? "" : ", far keys alone");
 }
 
 inline std::vector<AdapterCase> adapter_cases() {
@@ -119,6 +135,10 @@ inline std::vector<AdapterCase> adapter_cases() {
         c.q_len = 5;
         c.union_of_two = true;
     });
+    add("d 96 bfloat16, strided", [](C c) {
+        c.d = 96;
+        c.layout = CacheLayout::strided;
+    });
     add("no sink, no window", [](C c) { c.sink = c.window = 0; });
     add("the dense part is the caller's", [](C c) { c.attend_dense = false; });
     add("few far keys are all read", [](C c) {
@@ -133,6 +153,49 @@ inline std::vector<AdapterCase> adapter_cases() {
         c.selectivity = 0.05;
     });
     return cases;
+}
+
+/// A case drawn at random.
+inline AdapterCase random_case(Random& random) {
+    const auto coin = [&] { return random.below(2) == 1; };
+    const auto pick = [&](auto... x) {
+        const std::vector<std::common_type_t<decltype(x)...>> all = {x...};
+        return all[random.below(static_cast<int64_t>(all.size()))];
+    };
+    AdapterCase c;
+    c.name = "random";
+    c.heads_kv = static_cast<int>(1 + random.below(4));
+    c.heads_q = c.heads_kv * static_cast<int>(1 + random.below(16));
+    c.d = pick(64, 96, 128, 256);
+    c.dtype = pick(DType::float16, DType::bfloat16);
+    c.layout = pick(
+            CacheLayout::token_major,
+            CacheLayout::head_major,
+            CacheLayout::paged,
+            CacheLayout::strided);
+    c.lengths.clear();
+    for (int64_t i = random.below(4); i >= 0; i--) {
+        c.lengths.push_back(1 + random.below(pick(20, 100, 600)));
+    }
+    c.q_len = static_cast<int>(1 + random.below(4));
+    c.ncell = static_cast<int>(1 + random.below(pick(10, 100)));
+    c.sink = random.below(20);
+    c.window = random.below(100);
+    c.pre_rope = coin();
+    c.query = pick(
+            QueryKind::quantizer,
+            QueryKind::l2,
+            QueryKind::means,
+            QueryKind::classifier,
+            QueryKind::blend);
+    c.union_of_two = coin();
+    c.share_group = coin();
+    c.attend_dense = coin();
+    c.selectivity = pick(0.02, 0.2, 1.0);
+    c.nprobe = c.selectivity == 1 ? 1000 : static_cast<int>(pick(1, 8, 1000));
+    c.dense_below = pick(0, 150);
+    c.chunk = 1 + random.below(600);
+    return c;
 }
 
 /// The data of a case.
@@ -276,6 +339,14 @@ struct CaseWorld {
                             c.heads_kv,
                             c.d,
                             c.d);
+                case CacheLayout::strided: {
+                    KvView view = KvView::token_major(
+                            k_data, v_data, c.dtype, length, c.heads_kv, c.d, c.d);
+                    view.k_head_stride += 8;
+                    view.k_token_stride = c.heads_kv * view.k_head_stride + 24;
+                    view.v_token_stride += 16;
+                    return view;
+                }
                 default:
                     return KvView::token_major(
                             k_data, v_data, c.dtype, length, c.heads_kv, c.d, c.d);
@@ -299,7 +370,8 @@ struct CaseWorld {
                 cache.page_table.begin(), cache.page_table.end(), random.engine);
         const int64_t slots =
                 c.layout == CacheLayout::paged ? cache.npages * kPage : n;
-        cache.k.resize(slots * c.heads_kv * c.d * 2);
+        const int64_t row = c.heads_kv * (c.d + 8) + 24; // the widest layout's
+        cache.k.resize(slots * row * 2);
         cache.v.resize(cache.k.size());
         const KvView view = cache.view(n);
         for (int64_t i = 0; i < n; i++) {

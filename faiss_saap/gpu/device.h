@@ -24,5 +24,7 @@ DeviceInfo device_info(int device);
 /// @throws faiss::FaissException for a device that is not there or has a
 ///         compute capability below 8.0
 void require_device(int device);
+/// The second half: what device_info says is enough.
+void require_capability(int device, const DeviceInfo& info);
 
 } // namespace faiss_saap::gpu

@@ -9,6 +9,19 @@
 
 namespace faiss_saap::tests {
 
+/// At the end all memory has been given back: compute-sanitizer's leak check
+/// looks when the context ends.
+class ResetDevice : public ::testing::Environment {
+   public:
+    void TearDown() override {
+        if (gpu::device_count() > 0) {
+            cudaDeviceReset();
+        }
+    }
+};
+inline ::testing::Environment* const kResetDevice =
+        ::testing::AddGlobalTestEnvironment(new ResetDevice);
+
 /// Skips where there is no device, and says so.
 class DeviceTest : public ::testing::Test {
    protected:

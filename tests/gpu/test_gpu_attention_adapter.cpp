@@ -1,181 +1,14 @@
-#include <faiss_saap/gpu/GpuAttentionAdapter.h>
-
-#include <numeric>
-
-#include "../adapter_cases.h"
-#include "device_test.h"
+#include "device_adapter.h"
 
 namespace faiss_saap::tests {
 namespace {
-
-using gpu::GpuAttentionAdapter;
-using gpu::GpuBatch;
-using gpu::GpuProbedCells;
-
-/// Caches on the device.
-struct DeviceCache {
-    CaseWorld::Cache host;
-    OnDevice<char> k, v;
-    OnDevice<int32_t> pages;
-
-    explicit DeviceCache(CaseWorld::Cache from)
-            : host(std::move(from)), k(host.k), v(host.v), pages(host.page_table) {}
-    KvView view(int64_t length) const {
-        return host.view(k.data(), v.data(), pages.data(), length);
-    }
-};
-
-std::vector<char> as_type(DType type, const std::vector<float>& x) {
-    std::vector<char> bytes(x.size() * 2);
-    from_float(type, x.data(), static_cast<int64_t>(x.size()), bytes.data());
-    return bytes;
-}
-
-/// Rows of cells as ProbedCells has them.
-ProbedCells to_host(const GpuProbedCells& probed, int64_t rows) {
-    std::vector<int32_t> cells(rows * probed.stride), count(rows);
-    EXPECT_EQ(
-            cudaMemcpy(
-                    cells.data(), probed.cells, cells.size() * 4, cudaMemcpyDeviceToHost),
-            cudaSuccess);
-    EXPECT_EQ(
-            cudaMemcpy(
-                    count.data(), probed.count, count.size() * 4, cudaMemcpyDeviceToHost),
-            cudaSuccess);
-    ProbedCells host;
-    host.share_group = probed.share_group;
-    host.begin.push_back(0);
-    for (int64_t r = 0; r < rows; r++) {
-        const auto first = cells.begin() + r * probed.stride;
-        host.cells.insert(host.cells.end(), first, first + count[r]);
-        host.begin.push_back(static_cast<int64_t>(host.cells.size()));
-    }
-    return host;
-}
-
-CaseResult run_on_device(const CaseWorld& world, Random& random) {
-    const AdapterCase& c = world.c;
-    GpuAttentionAdapter adapter(world.params, world.partitions);
-    std::vector<DeviceCache> caches;
-    for (size_t s = 0; s < c.lengths.size(); s++) {
-        caches.emplace_back(world.cache(s, random));
-    }
-    CaseResult result;
-    std::vector<SequenceInput> batch;
-    for (size_t s = 0; s < c.lengths.size(); s++) {
-        SequenceInput in;
-        in.sequence = adapter.create({}, 64); // grows
-        in.kv = caches[s].view(c.lengths[s]);
-        for (int64_t n = 0; n < c.lengths[s]; n += in.q_len) {
-            in.q_len = n < c.chunk ? std::min(c.chunk, c.lengths[s] - n) : 1;
-            adapter.append(*adapter.plan({in}));
-        }
-        in.q_len = std::min<int64_t>(c.q_len, c.lengths[s]);
-        batch.push_back(in);
-        EXPECT_EQ(adapter.length(in.sequence), c.lengths[s]);
-        result.slots.emplace_back();
-        for (int h = 0; h < c.heads_kv; h++) {
-            result.slots.back().emplace_back();
-            for (int p = 0; p < adapter.npartition(in.sequence, h); p++) {
-                result.slots.back().back().push_back(
-                        adapter.lists(in.sequence, h, p).slots);
-            }
-        }
-    }
-    const OnDevice<char> queries(as_type(c.dtype, world.queries()));
-    const size_t rows = queries.size() / 2 / c.d;
-    OnDevice<float> output(rows * c.d), lse(rows);
-    OnDevice<AttendStats> stats(rows);
-    const auto plan = adapter.plan(batch);
-    const int64_t choices = c.share_group ? c.heads_q / c.heads_kv : 1;
-    const auto choice_rows = static_cast<int64_t>(rows) / choices;
-    GpuProbedCells probed;
-    probed.share_group = c.share_group;
-    probed.stride = plan->cells() + 3;
-    OnDevice<int32_t> cells(choice_rows * probed.stride), count(choice_rows);
-    probed.cells = cells.data();
-    probed.count = count.data();
-    adapter.route(*plan, queries.data(), probed);
-    AttendOutput out;
-    out.output = output.data();
-    out.lse = lse.data();
-    out.stats = stats.data();
-    adapter.attend_preassigned(*plan, queries.data(), probed, out);
-    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    adapter.check();
-    result.probed = to_host(probed, choice_rows);
-    result.output = output.host();
-    result.lse = lse.host();
-    result.stats = stats.host();
-
-    // Both halves in one call are the same.
-    OnDevice<float> again(rows * c.d);
-    out.output = again.data();
-    out.lse = nullptr;
-    out.stats = nullptr;
-    adapter.attend(*plan, queries.data(), out);
-    EXPECT_EQ(again.host(), result.output);
-    return result;
-}
 
 class GpuAdapterCases : public DeviceTest,
                         public ::testing::WithParamInterface<AdapterCase> {};
 
 TEST_P(GpuAdapterCases, EqualTheCpu) {
     Random random;
-    const CaseWorld world(GetParam(), random);
-    const AdapterCase& c = GetParam();
-    const CaseResult got = run_on_device(world, random);
-    check_case(world, got, c.dtype == DType::float16 ? 2e-3 : 1e-2, 1e-3);
-    const CaseResult cpu = run_on_cpu(world, random);
-    // Keys as near to one cell as to another may lie in either.
-    size_t same = 0, all = 0;
-    for (size_t s = 0; s < c.lengths.size(); s++) {
-        for (int h = 0; h < c.heads_kv; h++) {
-            for (size_t p = 0; p < cpu.slots[s][h].size(); p++) {
-                for (int cell = 0; cell < c.ncell; cell++) {
-                    const auto &x = cpu.slots[s][h][p][cell],
-                               &y = got.slots[s][h][p][cell];
-                    std::vector<int32_t> both;
-                    std::set_intersection(
-                            x.begin(),
-                            x.end(),
-                            y.begin(),
-                            y.end(),
-                            std::back_inserter(both));
-                    same += both.size();
-                    all += x.size();
-                }
-            }
-        }
-    }
-    EXPECT_GE(same, all - all / 1000);
-    if (same < all) {
-        return; // other lists, other choices
-    }
-    ASSERT_EQ(got.probed.begin.size(), cpu.probed.begin.size());
-    size_t rows_alike = 0;
-    for (size_t r = 0; r + 1 < cpu.probed.begin.size(); r++) {
-        const auto row = [&](const ProbedCells& p) {
-            return std::vector<int32_t>(
-                    p.cells.begin() + p.begin[r], p.cells.begin() + p.begin[r + 1]);
-        };
-        rows_alike += row(got.probed) == row(cpu.probed);
-    }
-    // Scores that rounding may swap are rare among random ones.
-    const size_t rows = cpu.probed.begin.size() - 1;
-    EXPECT_GE(rows_alike, rows - rows / 20 - 1) << rows;
-    if (rows_alike == rows) {
-        const double tolerance = c.dtype == DType::float16 ? 2e-3 : 1e-2;
-        for (size_t i = 0; i < cpu.lse.size(); i++) {
-            if (cpu.lse[i] > -INFINITY) {
-                EXPECT_NEAR(got.lse[i], cpu.lse[i], 1e-3);
-            }
-        }
-        for (size_t i = 0; i < cpu.output.size(); i++) {
-            EXPECT_NEAR(got.output[i], cpu.output[i], 4 * tolerance);
-        }
-    }
+    expect_equal_to_the_cpu(CaseWorld(GetParam(), random), random);
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -183,80 +16,6 @@ INSTANTIATE_TEST_SUITE_P(
         GpuAdapterCases,
         ::testing::ValuesIn(adapter_cases()),
         [](const auto& info) { return std::to_string(info.index); });
-
-/// A world of one sequence, on the CPU and on the device.
-struct Pair {
-    AdapterCase c;
-    Random random;
-    CaseWorld world;
-    CaseWorld::Cache host;
-    DeviceCache cache;
-    AttentionAdapter cpu;
-    GpuAttentionAdapter device;
-    int64_t on_cpu, on_device;
-    int64_t n;
-    bool identical = true; ///< all lists that were compared
-
-    explicit Pair(AdapterCase of, int64_t reserve = 64)
-            : c(of),
-              world(c, random),
-              host(world.cache(0, random)),
-              cache(host),
-              cpu(world.params, world.partitions),
-              device(world.params, world.partitions),
-              on_cpu(cpu.create()),
-              on_device(device.create({}, reserve)),
-              n(c.lengths[0]) {}
-
-    SequenceInput input(int64_t q_len, int64_t capacity) const {
-        SequenceInput in;
-        in.sequence = on_device;
-        in.kv = cache.view(capacity);
-        in.q_len = q_len;
-        return in;
-    }
-    void append(int64_t to) {
-        cpu.append(on_cpu, host.view(to));
-        const int64_t more = to - device.length(on_device);
-        device.append(*device.plan({input(more, to)}));
-    }
-    /// The same lists and means, of these sequences, but for keys so near to two
-    /// cells that rounding decides.
-    void expect_same(int64_t a, int64_t b) {
-        ASSERT_EQ(cpu.length(a), device.length(b));
-        device.check();
-        for (int h = 0; h < c.heads_kv; h++) {
-            for (int p = 0; p < cpu.npartition(a, h); p++) {
-                const CellLists& x = cpu.lists(a, h, p);
-                const gpu::GpuListsCopy y = device.lists(b, h, p);
-                int different = 0;
-                std::vector<int32_t> all;
-                const CellStats stats = x.stats();
-                for (int cell = 0; cell < x.ncell(); cell++) {
-                    all.insert(
-                            all.end(), y.slots[cell].begin(), y.slots[cell].end());
-                    if (x.slots(cell) != y.slots[cell]) {
-                        different++;
-                        continue;
-                    }
-                    // An empty cell's mean is nobody's.
-                    for (int j = 0; stats.count[cell] && !y.means.empty() && j < c.d;
-                         j++) {
-                        const int i = cell * c.d + j;
-                        ASSERT_NEAR(y.means[i], stats.mean_post_rope[i], 1e-5);
-                    }
-                }
-                std::sort(all.begin(), all.end());
-                ASSERT_EQ(static_cast<int64_t>(all.size()), x.size());
-                for (size_t i = 0; i < all.size(); i++) {
-                    ASSERT_EQ(all[i], c.sink + static_cast<int64_t>(i));
-                }
-                ASSERT_LE(different, 4);
-                identical = identical && different == 0;
-            }
-        }
-    }
-};
 
 AdapterCase with_means() {
     AdapterCase c;
@@ -528,8 +287,16 @@ TEST_F(GpuAdapter, OutOfMemoryLeavesAllAsItWas) {
     c.lengths = {200};
     Pair p(c);
     p.append(200);
-    size_t free_before = 0, total = 0;
-    ASSERT_EQ(cudaMemGetInfo(&free_before, &total), cudaSuccess);
+    const auto free_memory = [] {
+        cudaMemPool_t pool;
+        size_t bytes = 0, total = 0;
+        EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        EXPECT_EQ(cudaDeviceGetDefaultMemPool(&pool, 0), cudaSuccess);
+        EXPECT_EQ(cudaMemPoolTrimTo(pool, 0), cudaSuccess);
+        EXPECT_EQ(cudaMemGetInfo(&bytes, &total), cudaSuccess);
+        return bytes;
+    };
+    const size_t free_before = free_memory(), held = p.device.bytes_used();
     std::vector<int64_t> made;
     bool threw = false;
     for (int i = 0; i < 200 && !threw; i++) { // some GiB each
@@ -546,8 +313,10 @@ TEST_F(GpuAdapter, OutOfMemoryLeavesAllAsItWas) {
     for (int64_t s : made) {
         p.device.free(s);
     }
-    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    const int64_t more = p.device.create({}, 1 << 20); // there is room again
+    // Nothing has leaked: there is as much room as before.
+    EXPECT_GE(free_memory() + (size_t(64) << 20), free_before);
+    EXPECT_EQ(p.device.bytes_used(), held);
+    const int64_t more = p.device.create({}, 1 << 20);
     p.device.free(more);
     p.expect_same(p.on_cpu, p.on_device);
 }
