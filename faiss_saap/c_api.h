@@ -55,7 +55,23 @@ void saap_adapter_free(SaapAdapter* adapter);
 
 /** @return the sequence's number, or -1 */
 int64_t saap_create(SaapAdapter* adapter, int64_t reserve, void* stream);
+/** @return the copy's number, or -1 */
+int64_t saap_fork(SaapAdapter* adapter, int64_t sequence, void* stream);
 int saap_free(SaapAdapter* adapter, int64_t sequence, void* stream);
+int saap_reset(SaapAdapter* adapter, int64_t sequence, void* stream);
+int saap_reserve(
+        SaapAdapter* adapter,
+        int64_t sequence,
+        int64_t tokens,
+        void* stream);
+/** @param input  the sequence and its view; q_len is not read */
+int saap_truncate(
+        SaapAdapter* adapter,
+        int64_t length,
+        const SaapSequenceInput* input,
+        void* stream);
+/** @return tokens seen so far, or -1; synchronises */
+int64_t saap_length(SaapAdapter* adapter, int64_t sequence, void* stream);
 
 SaapBatch* saap_plan(
         SaapAdapter* adapter,

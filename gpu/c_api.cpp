@@ -43,6 +43,28 @@ cudaStream_t as_stream(void* stream) {
     return static_cast<cudaStream_t>(stream);
 }
 
+SequenceInput lower(const SaapSequenceInput& from, const AdapterParams& params) {
+    SequenceInput in;
+    in.sequence = from.sequence;
+    in.q_len = from.q_len;
+    in.kv.k = from.k;
+    in.kv.v = from.v;
+    in.kv.dtype = from.is_bfloat16 ? DType::bfloat16 : DType::float16;
+    in.kv.length = from.length;
+    in.kv.heads = params.heads_kv;
+    in.kv.d = in.kv.d_v = params.d;
+    in.kv.k_token_stride = from.k_token_stride;
+    in.kv.k_head_stride = from.k_head_stride;
+    in.kv.v_token_stride = from.v_token_stride;
+    in.kv.v_head_stride = from.v_head_stride;
+    in.kv.page_table = from.page_table;
+    in.kv.page_size = from.page_size;
+    in.kv.npages = from.npages;
+    in.kv.k_page_stride = from.k_page_stride;
+    in.kv.v_page_stride = from.v_page_stride;
+    return in;
+}
+
 } // namespace
 
 const char* saap_last_error(void) {
@@ -112,6 +134,53 @@ int saap_free(SaapAdapter* adapter, int64_t sequence, void* stream) {
     });
 }
 
+int64_t saap_fork(SaapAdapter* adapter, int64_t sequence, void* stream) {
+    return guarded<int64_t>(-1, [&] {
+        FAISS_THROW_IF_NOT_MSG(adapter, "adapter is null");
+        return adapter->adapter.fork(sequence, as_stream(stream));
+    });
+}
+
+int saap_reset(SaapAdapter* adapter, int64_t sequence, void* stream) {
+    return guarded(1, [&] {
+        FAISS_THROW_IF_NOT_MSG(adapter, "adapter is null");
+        adapter->adapter.reset(sequence, as_stream(stream));
+        return 0;
+    });
+}
+
+int saap_reserve(
+        SaapAdapter* adapter,
+        int64_t sequence,
+        int64_t tokens,
+        void* stream) {
+    return guarded(1, [&] {
+        FAISS_THROW_IF_NOT_MSG(adapter, "adapter is null");
+        adapter->adapter.reserve(sequence, tokens, as_stream(stream));
+        return 0;
+    });
+}
+
+int saap_truncate(
+        SaapAdapter* adapter,
+        int64_t length,
+        const SaapSequenceInput* input,
+        void* stream) {
+    return guarded(1, [&] {
+        FAISS_THROW_IF_NOT_MSG(adapter && input, "adapter or input is null");
+        const SequenceInput in = lower(*input, adapter->adapter.params());
+        adapter->adapter.truncate(in.sequence, length, in.kv, as_stream(stream));
+        return 0;
+    });
+}
+
+int64_t saap_length(SaapAdapter* adapter, int64_t sequence, void* stream) {
+    return guarded<int64_t>(-1, [&] {
+        FAISS_THROW_IF_NOT_MSG(adapter, "adapter is null");
+        return adapter->adapter.length(sequence, as_stream(stream));
+    });
+}
+
 SaapBatch* saap_plan(
         SaapAdapter* adapter,
         int32_t n,
@@ -124,27 +193,7 @@ SaapBatch* saap_plan(
         const AdapterParams& params = adapter->adapter.params();
         std::vector<SequenceInput> batch;
         for (int i = 0; i < n; i++) {
-            const SaapSequenceInput& from = inputs[i];
-            SequenceInput in;
-            in.sequence = from.sequence;
-            in.q_len = from.q_len;
-            in.kv.k = from.k;
-            in.kv.v = from.v;
-            in.kv.dtype =
-                    from.is_bfloat16 ? DType::bfloat16 : DType::float16;
-            in.kv.length = from.length;
-            in.kv.heads = params.heads_kv;
-            in.kv.d = in.kv.d_v = params.d;
-            in.kv.k_token_stride = from.k_token_stride;
-            in.kv.k_head_stride = from.k_head_stride;
-            in.kv.v_token_stride = from.v_token_stride;
-            in.kv.v_head_stride = from.v_head_stride;
-            in.kv.page_table = from.page_table;
-            in.kv.page_size = from.page_size;
-            in.kv.npages = from.npages;
-            in.kv.k_page_stride = from.k_page_stride;
-            in.kv.v_page_stride = from.v_page_stride;
-            batch.push_back(in);
+            batch.push_back(lower(inputs[i], params));
         }
         return new SaapBatch{adapter->adapter.plan(batch, as_stream(stream))};
     });
