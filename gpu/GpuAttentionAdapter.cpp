@@ -100,6 +100,7 @@ struct GpuBatch::State {
     bool keys_are_bf16 = true; ///< none is rotated back
     DType dtype = DType::bfloat16;
     DeviceBuffer memory;
+    bool released = false;
     // in memory
     BatchItem* d_items = nullptr;
     BatchList* d_lists = nullptr;
@@ -126,6 +127,12 @@ int64_t GpuBatch::cells() const {
 
 size_t GpuBatch::bytes_used() const {
     return state_->memory.size();
+}
+
+void GpuBatch::release(cudaStream_t stream) {
+    const DeviceScope scope(state_->device);
+    state_->released = true;
+    state_->memory.release(stream);
 }
 
 GpuAttentionAdapter::GpuAttentionAdapter(
@@ -729,6 +736,7 @@ void GpuAttentionAdapter::check_batch(const GpuBatch& batch, bool attends) const
             "the batch lies on device %d, the adapter on %d",
             b.device,
             device_);
+    FAISS_THROW_IF_NOT_MSG(!b.released, "the batch was released");
     for (int64_t sequence : b.sequences) {
         at(sequence);
     }

@@ -18,7 +18,7 @@ class GpuAttentionAdapter;
 /// Sequences that are appended to and attended together, laid down on the
 /// device once and used for any number of steps, also inside a CUDA graph. Made
 /// by GpuAttentionAdapter::plan; must outlive graphs that were captured with it.
-/// Its destructor waits for the device.
+/// Its destructor waits for the device, unless it was released before.
 class GpuBatch {
    public:
     ~GpuBatch();
@@ -32,6 +32,10 @@ class GpuBatch {
     int64_t cells() const;
     /// Device memory of its work space.
     size_t bytes_used() const;
+
+    /// Gives its memory back after the stream's work so far, without waiting: for
+    /// batches of another composition at every step. Cannot be used again.
+    void release(cudaStream_t stream);
 
    private:
     friend class GpuAttentionAdapter;
@@ -150,7 +154,7 @@ class GpuAttentionAdapter {
 
     /// Attention of the batch's queries.
     /// @param queries  post-RoPE, of the caches' type, size tokens * heads_q * d
-    /// @param out      device memory
+    /// @param out      device memory; outputs are float32
     /// @param policy   null: the adapter's
     /// @throws faiss::FaissException also when a q_len exceeds 64
     void attend(
