@@ -12,6 +12,18 @@
 
 namespace faiss_saap::gpu {
 
+namespace {
+
+/// Setting up and tearing down a pool may leave an error that nobody looked at,
+/// which the next launch would be blamed for.
+void forget_error() {
+    if (!loses_context(cudaPeekAtLastError())) {
+        cudaGetLastError();
+    }
+}
+
+} // namespace
+
 struct RaftSelectK::Impl {
     raft::device_resources resources;
     /// RAFT wants values even where the caller does not.
@@ -28,12 +40,16 @@ RaftSelectK::RaftSelectK(size_t pool) {
         impl_ = std::make_unique<Impl>();
         raft::resource::set_workspace_to_pool_resource(
                 impl_->resources, pool);
+        forget_error();
     } catch (const std::exception& e) {
         FAISS_THROW_FMT("RAFT: %s", e.what());
     }
 }
 
-RaftSelectK::~RaftSelectK() = default;
+RaftSelectK::~RaftSelectK() {
+    impl_.reset();
+    forget_error();
+}
 
 void RaftSelectK::operator()(const SelectKParams& p, cudaStream_t stream) {
     check_select_k(p);
@@ -82,6 +98,7 @@ void RaftSelectK::operator()(const SelectKParams& p, cudaStream_t stream) {
     } catch (const std::exception& e) {
         FAISS_THROW_FMT("RAFT: %s", e.what());
     }
+    FAISS_SAAP_CUDA_CHECK(cudaGetLastError());
 }
 
 } // namespace faiss_saap::gpu

@@ -31,6 +31,12 @@ class DeviceTest : public ::testing::Test {
         }
         gpu::require_device(0);
     }
+    /// No call leaves an error behind for the next one to be blamed for.
+    void TearDown() override {
+        if (!IsSkipped()) {
+            EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+        }
+    }
 };
 
 /// A copy on the device, and back.

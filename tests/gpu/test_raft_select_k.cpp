@@ -61,6 +61,7 @@ TEST_F(GpuRaft, IsCapturedAfterOneCall) {
     ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
     ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
     EXPECT_EQ(ids.host(), expected);
+    EXPECT_EQ(cudaPeekAtLastError(), cudaSuccess);
     cudaGraphExecDestroy(exec);
     cudaGraphDestroy(graph);
     cudaStreamDestroy(stream);
