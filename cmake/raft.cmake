@@ -1,6 +1,10 @@
 # Finds RAFT as its pip packages have it: headers, and two small libraries.
 set(FAISS_SAAP_WITH_RAFT OFF)
-if(NOT FAISS_SAAP_WITH_CUDA OR FAISS_SAAP_RAFT STREQUAL "OFF")
+if(NOT FAISS_SAAP_WITH_CUDA)
+  return()
+endif()
+if(FAISS_SAAP_RAFT STREQUAL "OFF")
+  message(STATUS "faiss_saap: our own select_k alone, as asked for")
   return()
 endif()
 

@@ -125,7 +125,9 @@ TEST_F(GpuAdapterRefusals, Views) {
 }
 
 TEST_F(GpuAdapterRefusals, Calls) {
-    Pair p(quiet());
+    AdapterCase two = quiet();
+    two.union_of_two = true;
+    Pair p(two);
     p.append(300);
     const size_t rows = p.c.heads_q;
     const auto plan = p.device.plan({p.input(1, 300)});
@@ -152,9 +154,9 @@ TEST_F(GpuAdapterRefusals, Calls) {
     policy.nprobe = 0;
     EXPECT_SENTENCE(attend(queries.data(), out, &policy), "policy.nprobe = 0");
     policy.nprobe = 1;
-    policy.split = {0.5, 0.5};
+    policy.split = {0.5, 0.3, 0.2};
     EXPECT_SENTENCE(
-            attend(queries.data(), out, &policy), "policy.split has 2 shares");
+            attend(queries.data(), out, &policy), "policy.split has 3 shares");
     policy.split.clear();
     policy.share_group = false;
 
@@ -192,7 +194,7 @@ TEST_F(GpuAdapterRefusals, Calls) {
             "probed.stride = 0");
 
     EXPECT_SENTENCE(p.device.lists(p.on_device, 2), "kv_head = 2");
-    EXPECT_SENTENCE(p.device.lists(p.on_device, 0, 1), "partition = 1");
+    EXPECT_SENTENCE(p.device.lists(p.on_device, 0, 2), "partition = 2");
     EXPECT_SENTENCE(p.device.npartition(p.on_device, -1), "kv_head = -1");
     EXPECT_SENTENCE(p.device.reserve(p.on_device, 0), "reserve = 0");
     EXPECT_SENTENCE(p.device.fork(99), "sequence = 99");

@@ -158,6 +158,50 @@ TEST_F(GpuAdapterStress, ManyStreams) {
     EXPECT_NE(expected[0], expected[1]);
 }
 
+/// Batches that live for one step, as where sequences come and go, are what one
+/// batch for all steps is.
+TEST_F(GpuAdapterStress, ABatchForEachStep) {
+    constexpr int64_t kFirst = 400, kSteps = 100;
+    AdapterCase c;
+    c.name = "";
+    c.lengths = {kFirst + kSteps};
+    Pair p(c, kFirst + kSteps);
+    const size_t size = size_t(c.heads_q) * c.d;
+    const OnDevice<char> queries(as_type(c.dtype, p.random.normal(kSteps * size, 2)));
+    cudaStream_t stream;
+    ASSERT_EQ(
+            cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+    const auto decode = [&](bool one_batch) {
+        SequenceInput in = p.input(kFirst, kFirst + kSteps);
+        in.sequence = p.device.create({}, kFirst + kSteps, stream);
+        const OnDevice<float> output(kSteps * size);
+        EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        auto batch = p.device.plan({in}, stream);
+        p.device.append(*batch, stream);
+        for (int64_t t = 0; t < kSteps; t++) {
+            if (t == 0 || !one_batch) {
+                batch->release(stream);
+                in.q_len = 1;
+                batch = p.device.plan({in}, stream);
+            }
+            p.device.append(*batch, stream);
+            AttendOutput out;
+            out.output = output.data() + t * size;
+            p.device.attend(
+                    *batch, queries.data() + t * size * 2, out, nullptr, stream);
+        }
+        batch->release(stream);
+        EXPECT_SENTENCE(p.device.append(*batch, stream), "the batch was released");
+        const auto outputs = output.host();
+        p.device.check();
+        p.device.free(in.sequence, stream);
+        return outputs;
+    };
+    EXPECT_EQ(decode(true), decode(false));
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    cudaStreamDestroy(stream);
+}
+
 /// Adapters of several threads do not disturb each other.
 TEST_F(GpuAdapterStress, AnAdapterForEachThread) {
     AdapterCase c;

@@ -16,6 +16,7 @@
 #include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
+#include <faiss_saap/dtype.h>
 #include <faiss_saap/gpu/GpuIndexAsymmetricIVF.h>
 
 #include "device_test.h"
@@ -290,8 +291,12 @@ TEST_F(GpuIndex, ReconstructsWhatItHolds) {
         params.temporary_bytes = 1000 * 37 * 4; // several parts
         Pair p(c, random, params);
         p.add(0, c.n);
-        std::vector<float> got(c.n * c.d), expected(c.n * c.d);
-        p.cpu->reconstruct_n(0, c.n, expected.data());
+        std::vector<float> got(c.n * c.d), expected = p.x;
+        if (float16) {
+            std::vector<char> half(c.n * c.d * 2);
+            from_float(DType::float16, p.x.data(), c.n * c.d, half.data());
+            to_float(DType::float16, half.data(), c.n * c.d, expected.data());
+        }
         p.device->reconstruct_n(0, c.n, got.data());
         EXPECT_EQ(got, expected);
         const OnDevice<float> on_device(c.n * c.d);
