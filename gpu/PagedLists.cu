@@ -424,6 +424,15 @@ void PagedLists::reserve(int64_t wanted) {
             slab_bytes_,
             kMaxSlabs);
     const int64_t capacity = pages() + fresh * per_slab;
+    size_t unused = 0, total = 0;
+    FAISS_SAAP_CUDA_CHECK(cudaMemGetInfo(&unused, &total));
+    FAISS_THROW_IF_NOT_FMT(
+            static_cast<size_t>(more) <= total / slab_bytes_,
+            "not enough device memory: %lld slabs of %zd bytes, the device has "
+            "%zd bytes",
+            static_cast<long long>(more),
+            slab_bytes_,
+            total);
     // Everything that may fail comes first.
     NewSlabs taken;
     std::vector<char*> slabs = slabs_;
