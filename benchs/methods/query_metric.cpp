@@ -27,7 +27,7 @@
 #include <faiss/impl/ProductQuantizer.h>
 
 #include <faiss_saap/ProbePolicy.h>
-#include <faiss_saap/faiss_compat.h>
+#include <faiss_saap/QuantizerAssigner.h>
 
 #include "CellMethod.h"
 #include "MethodList.h"
@@ -235,19 +235,15 @@ struct MetricCells : CellMethod {
 
     /// Of all cells so far, old ones too.
     std::vector<int32_t> nearest_cells(const std::vector<float>& keys) const {
-        const int r = metric.r;
-        std::vector<int32_t> nearest(keys.size() / r);
-        faiss::IndexFlatL2 all(r);
-        all.add(made, means.data());
-        std::vector<float> distances(nearest.size());
-        std::vector<idx_t> found(nearest.size());
-        all.search(
-                static_cast<idx_t>(nearest.size()),
-                keys.data(),
-                1,
-                distances.data(),
-                found.data());
-        std::copy(found.begin(), found.end(), nearest.begin());
+        auto all = std::make_shared<faiss::IndexFlatL2>(metric.r);
+        all->add(made, means.data());
+        RoutingInput input;
+        input.n = static_cast<int64_t>(keys.size()) / metric.r;
+        input.d = metric.r;
+        input.post_rope = keys.data();
+        std::vector<int32_t> nearest(input.n);
+        QuantizerAssigner(all, NEEDS_POST_ROPE)
+                .assign(input, nullptr, 1, nearest.data(), nullptr);
         return nearest;
     }
 
