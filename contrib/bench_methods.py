@@ -18,12 +18,14 @@ BUDGETS = "0.005,0.01,0.02,0.03,0.04,0.06,0.1,0.2"
 # Texts that no method was chosen or tuned on; kjv and python were what methods were developed on.
 TEXTS = {"8k": ["handbook", "kernel", "jargon", "headers"], "32k": ["handbook", "jargon"]}
 # Longer texts are generated: of this length, by its name, from these traces.
-GENERATED = {"32k": (32768, ["kjv_8k", "python_8k"]), "128k": (131072, ["handbook_32k", "jargon_32k", "kjv_32k"])}
+GENERATED = {"32k": (32768, ["kjv_8k", "python_8k"]), "128k": (131072, [f"{text}_8k" for text in TEXTS["8k"]])}
 WINDOW = {"8k": 256, "32k": 2048, "128k": 2048}
 CELLS = {"8k": 512, "32k": 2048, "128k": 8192}  # 16 keys a cell
 QUERIES = {"8k": 24, "32k": 16, "128k": 8}
 # Cells of 32 and 64 keys: a smaller index leaves more of the bytes for keys.
 COARSE = "ivf_rope_ip,ivf_rope_ip_group,ivf_rope_spherical_group"
+MORE = "hnsw,oracle_cells_group"  # slow to build or to probe: on the whole text only
+SEARCHED = {"8k": [("handbook", 9, 2), ("headers", 21, 2)]}  # heads shown as a search problem (bench_ann)
 # The best of each family, so that all of it takes minutes; `bench_recall --methods all` knows more.
 FAMILIES = (
     "oracle_topk,oracle_topk_group,ivf_rope_l2_group,ivf_rope_ip,ivf_rope_ip_group,ivf_norope_mean_group,"
@@ -67,6 +69,16 @@ class Run:
         return [str(x) for x in command]
 
 
+class SearchRun(Run):
+    """One call of bench_ann."""
+
+    def command(self, program: Path, out: Path) -> list[str]:
+        return [str(x) for x in (
+            program.with_name("bench_ann"), "--trace", self.trace, "--layer", self.layer, "--kv-head", self.kv_head,
+            "--ncell", CELLS[self.length], "--json", out,
+        )]  # fmt: skip
+
+
 def recorded(traces: Path, name: str) -> Path:
     trace = traces / "heads" / f"{name}.safetensors"
     if not trace.exists():
@@ -99,10 +111,14 @@ def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
             common = dict(length=length, trace=trace, layer=layer, kv_head=kv_head, partitions=partitions)
             families = FAMILIES + (FAMILIES_TRAINED if partitions else "")
             everything.append(Run(name, **common, methods=families))
+            coarse.append(Run(f"{name}-more", **common, methods=MORE))
             for keys in (32, 64):
                 coarse.append(Run(f"{name}-cells{keys}", **common, methods=COARSE, keys_per_cell=keys))
             blend = ",saap_blend_group" if partitions and length == "8k" else ""
             decoding.append(Run(f"{name}-prefix", **common, methods=families + blend, cluster_on="prefix"))
+        for text, layer, kv_head in SEARCHED.get(length, []):
+            name, trace = f"ann-{length}-{text}-{layer}-{kv_head}", recorded(traces, f"{text}_{length}")
+            coarse.append(SearchRun(name, length, trace, layer, kv_head, None, ""))
     generated = []
     if "32k" in lengths:
         # of the heads that are measured on recorded texts, so that both can be compared

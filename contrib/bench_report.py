@@ -43,7 +43,7 @@ def read(cache: Path) -> tuple[dict, dict, dict]:
     curves = defaultdict(lambda: defaultdict(dict))
     heads, environment = defaultdict(dict), {}
     for path in sorted(cache.glob("*.json")):
-        match = re.fullmatch(r"(\d+k)-(\w+)-(\d+)-(\d+)(?:-(cells\d+|prefix))?", path.stem)
+        match = re.fullmatch(r"(\d+k)-(\w+)-(\d+)-(\d+)(?:-(cells\d+|prefix|more))?", path.stem)
         if not match:
             continue
         length, text, layer, kv_head, variant = match.groups()
@@ -91,6 +91,37 @@ def summarise(curves: dict, heads: dict) -> dict:
             }
         settings[setting] = entry
     return settings
+
+
+def searches(cache: Path) -> dict:
+    """What bench_ann says: for each head its rows and the Pareto front."""
+    found = {}
+    for path in sorted(cache.glob("ann-*.json")):
+        report = json.loads(path.read_text())
+        _, length, text, layer, kv_head = path.stem.split("-")
+        found[f"{length} {text} {layer}.{kv_head}"] = {
+            "k": report["config"]["k"],
+            "rows": [[r["method"], r["parameters"], r["recall"], r["selectivity"], r["us_per_query"]] for r in report["rows"]],
+            "pareto": [[p["key"], p["recall"], p["us_per_query"]] for p in report["pareto"]],
+        }  # fmt: skip
+    return found
+
+
+def plot_search(head: str, found: dict, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for method in dict.fromkeys(row[0] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row[0] == method]
+        for a, x in ((axes[0], 3), (axes[1], 4)):
+            a.plot([row[x] for row in rows], [row[2] for row in rows], "o-", markersize=3, label=method)
+    for a, name in zip(axes, ("share of the keys read", "µs per query")):
+        a.set_xscale("log")
+        a.set_xlabel(name)
+        a.set_ylabel(f"recall@{found['k']}")
+        a.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(f"{head}: keys as a database, later queries")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def ranks(values: list[float]) -> np.ndarray:
@@ -290,6 +321,9 @@ def main() -> None:
     agreed = agreement(settings)
     if agreed:
         results["agreement"] = {"sentence": agreement_sentence(agreed), **agreed}
+    results["search"] = searches(options.cache)
+    for head, found in results["search"].items():
+        plot_search(head, found, options.out / f"search-{head.replace(' ', '-')}.png")
     text = json.dumps(results, separators=(",", ":"))
     (options.out / "results.json").write_text(text + "\n")
     (options.out / "README.md").write_text(

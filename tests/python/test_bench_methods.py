@@ -17,7 +17,7 @@ from trace_file import Trace, write_trace  # noqa: E402
 
 RECALL = {"oracle_topk_group": 0.9, "metric_codes_group": 0.8, "quest_64_group": 0.5, "streaming_llm": 0.2}
 
-# Stands for bench_recall and generate_trace: notes that it was called and answers as they do.
+# Stands for bench_recall, bench_ann and generate_trace: notes that it was called and answers as they do.
 STUB = """#!{python}
 import json, pathlib, sys
 o = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -28,11 +28,12 @@ if "--out" in sys.argv:
     sys.exit()
 rows = [
     dict(method=m, budget=b, query_head=h, bytes_fraction=b + 0.01, mass_recall=r * (b / 0.2) ** 0.1, output_error=1 - r,
-         us_per_query=5.0, selectivity=b)
-    for m, r in {recall!r}.items() if m in o["--methods"] for b in (0.01, 0.04, 0.2) for h in (0, 1)
+         us_per_query=5.0, selectivity=b, parameters="n=1", recall=r)
+    for m, r in {recall!r}.items() if m in o.get("--methods", m) for b in (0.01, 0.04, 0.2) for h in (0, 1)
 ]
 heads = [dict(keys_for_95=[i / 20 for i in range(21)]) for h in (0, 1)]
-json.dump(dict(rows=rows, heads=heads, environment=dict(cores=2, processor="a processor")), open(o["--json"], "w"))
+front = [dict(key="IVF n=1", recall=0.5, us_per_query=5.0)]
+json.dump(dict(rows=rows, heads=heads, config=dict(k=10), pareto=front, environment=dict(cores=2, processor="a processor")), open(o["--json"], "w"))
 """
 
 
@@ -42,13 +43,13 @@ def folder(tmp_path_factory):
     for name in ("bin", "traces/heads", "data"):
         (root / name).mkdir(parents=True)
     stub = STUB.format(python=sys.executable, log=str(root / "log"), recall=RECALL)
-    for program in ("bench_recall", "generate_trace"):
+    for program in ("bench_recall", "bench_ann", "generate_trace"):
         (root / "bin" / program).write_text(stub)
         (root / "bin" / program).chmod(0o755)
     texts_of = {"8k": ["kjv", "python", *bench_methods.TEXTS["8k"]], "32k": ["kjv", *bench_methods.TEXTS["32k"]]}
     for length, texts in texts_of.items():
         for text in texts:
-            x = {layer: np.zeros((3, 4, 2), np.float16) for layer in (1, 5, 9, 13)}
+            x = {layer: np.zeros((3, 4, 2), np.float16) for layer in (1, 5, 9, 13, 17, 21, 25, 29)}
             trace = Trace("m", text, np.zeros(4, np.int32), 1e4, q=x, k=x, v=x)
             write_trace(root / "traces" / "heads" / f"{text}_{length}.safetensors", trace)
     return root
@@ -100,10 +101,11 @@ def test_report(folder, tmp_path):
     # halfway between the budgets of 1 and 4 % lies 3.5 % of the bytes
     at = bench_report.at_share(entry["methods"]["quest_64_group"]["curve"], 0.035, 1)
     assert at == pytest.approx(0.5 * (0.05**0.1 + 0.2**0.1) / 2, abs=1e-4)
-    assert re.search("metric_codes_group has 0.88 of oracle_topk_group's recall.*4 of 4 KV heads", bench_report.verdict(entry))
+    assert re.search("metric_codes_group has 0.88 of oracle_topk_group's recall.*8 of 8 KV heads", bench_report.verdict(entry))
     assert results["agreement"]["of_means"] == 1 and set(results["agreement"]["of_heads"].values()) == {1}
     page = (tmp_path / "index.html").read_text()
     assert "/*DATA*/" not in page and "http" not in page.replace("http-equiv", "")
+    assert list(results["search"]) == [f"8k {t} {l}.{h}" for t, l, h in bench_methods.SEARCHED["8k"]]
     for name in ("curves-8k-all", "heads-8k-all", "keys-8k-all", "curves-128k-generated-all"):
         assert (tmp_path / f"{name}.png").stat().st_size > 0
 
