@@ -329,7 +329,7 @@ def main() -> None:
     (options.out / "README.md").write_text(
         "# Results\n\nMade by `./run.sh bench` (see `benchs/README.md`). Machine: "
         f"{environment['cores']} cores of a shared virtual machine ({environment['processor'].strip()}). Times are those "
-        "of a busy machine; recall and error do not depend on it. Methods of this library are bold; oracles know the true "
+        "of the computing thread; recall and error do not depend on the machine. Methods of this library are bold; oracles know the true "
         "weights and are shown without an index.\n\n" + table(settings) + (agreement_table(agreed) if agreed else "")
     )
     for setting, entry in settings.items():

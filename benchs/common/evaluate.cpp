@@ -107,18 +107,18 @@ void evaluate_query(
     for (const auto& method : methods) {
         for (double budget : evaluation.budgets) {
             const auto limit = static_cast<int64_t>(budget * far.size());
-            double start = seconds_now();
+            double start = thread_seconds_now();
             const Selection chosen = method->probe(step, limit);
-            const double choosing = (seconds_now() - start) / data.group;
+            const double choosing = (thread_seconds_now() - start) / data.group;
             const auto ceiling = method->ceiling(step, limit);
             std::fill(read_by_group.begin(), read_by_group.end(), 0);
             int64_t distinct = 0;
             for (int h = 0; h < data.group; h++) {
                 Sums& s = figures.sums[at + h];
                 const auto& slots = chosen.slots[h];
-                start = seconds_now();
+                start = thread_seconds_now();
                 const auto out = attend(step, h, chosen);
-                s.seconds += choosing + seconds_now() - start;
+                s.seconds += choosing + thread_seconds_now() - start;
                 s.queries++;
                 s.read += truth[h].mass_of(slots);
                 s.far += truth[h].mass_of(far.begin, far.end);

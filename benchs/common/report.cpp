@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
 #include <fstream>
 #include <stdexcept>
 #include <thread>
@@ -92,6 +93,12 @@ double seconds_now() {
     return std::chrono::duration<double>(
                    std::chrono::steady_clock::now().time_since_epoch())
             .count();
+}
+
+double thread_seconds_now() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
 double percentile(std::vector<double> x, double p) {

@@ -43,6 +43,10 @@ class Progress {
 
 double seconds_now();
 
+/// Seconds that this thread has computed: what others do on the machine at the
+/// same time does not count.
+double thread_seconds_now();
+
 /// The value that a share p of x lies below; .5 is the median.
 /// @param x  not empty
 double percentile(std::vector<double> x, double p);
