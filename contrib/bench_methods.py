@@ -16,11 +16,11 @@ from pathlib import Path
 
 BUDGETS = "0.005,0.01,0.02,0.03,0.04,0.06,0.1,0.2"
 # Texts that no method was chosen or tuned on; kjv and python were what methods were developed on.
-TEXTS = {"8k": ["handbook", "kernel", "jargon", "headers"], "32k": ["handbook", "jargon"]}
+TEXTS = {"8k": ["handbook", "kernel", "jargon", "headers"], "32k": ["handbook"]}
 # Longer texts are generated: of this length, by its name, from these traces.
 GENERATED = {"32k": (32768, ["kjv_8k", "python_8k"]), "128k": (131072, [f"{text}_8k" for text in TEXTS["8k"]])}
 WINDOW = {"8k": 256, "32k": 2048, "128k": 2048}
-CELLS = {"8k": 512, "32k": 2048, "128k": 8192}  # 16 keys a cell
+CELLS = {"8k": 512, "32k": 2048, "128k": 4096}  # 16 keys a cell, 32 where they are many
 QUERIES = {"8k": 24, "32k": 16, "128k": 8}
 # Cells of 32 and 64 keys: a smaller index leaves more of the bytes for keys.
 COARSE = "ivf_rope_ip,ivf_rope_ip_group,ivf_rope_spherical_group"
@@ -33,6 +33,10 @@ FAMILIES = (
     "metric_cells_group,metric_codes,metric_codes_group"
 )
 FAMILIES_TRAINED = ",saap,saap_group"
+FAMILIES_LONG = (
+    "oracle_topk_group,ivf_rope_l2_group,ivf_rope_ip_group,retroinfer_group,quest_64_group,pq_scan_4bit_group,"
+    "pqcache_group,streaming_llm,metric_codes_group"
+)
 
 
 @dataclass
@@ -87,16 +91,17 @@ def recorded(traces: Path, name: str) -> Path:
 
 
 def heads(traces: Path, length: str) -> list[tuple[str, Path, int, int]]:
-    """Text, trace, layer and KV head: every other layer of a trace, the others in the next text, and one head of each."""
-    sampled = []
+    """Text, trace, layer and KV head: one head of each layer, every other layer where there are several texts, the others
+    in the next one."""
+    sampled, step = [], min(2, len(TEXTS[length]))
     for t, text in enumerate(TEXTS[length]):
         trace = recorded(traces, f"{text}_{length}")
         with trace.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
         layers = [int(x) for x in header["layers"].split(",")]
         kv_heads = [int(x) for x in header.get("kv_heads", "0,1,2").split(",")]
-        for n, layer in list(enumerate(layers))[t % 2 :: 2]:
-            sampled.append((text, trace, layer, kv_heads[(n + t) % len(kv_heads)]))
+        for n, layer in list(enumerate(layers))[t % step :: step]:
+            sampled.append((text, trace, layer, kv_heads[(n + n % 2 + t // 2 * 2) % len(kv_heads)]))
     return sampled
 
 
@@ -127,7 +132,8 @@ def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
             for layer, kv_head in sampled:
                 generated.append(Run(
                     f"{length}-generated-{layer}-{kv_head}", length,
-                    traces / "generated" / f"{layer}.{kv_head}_{length}.safetensors", layer, kv_head, None, FAMILIES,
+                    traces / "generated" / f"{layer}.{kv_head}_{length}.safetensors", layer, kv_head, None,
+                    FAMILIES if length in TEXTS else FAMILIES_LONG,
                     sources=[recorded(traces, name) for name in sources],
                 ))  # fmt: skip
     return everything + decoding + generated + coarse

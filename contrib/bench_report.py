@@ -330,7 +330,8 @@ def main() -> None:
         "# Results\n\nMade by `./run.sh bench` (see `benchs/README.md`). Machine: "
         f"{environment['cores']} cores of a shared virtual machine ({environment['processor'].strip()}). Times are those "
         "of the computing thread; recall and error do not depend on the machine. Methods of this library are bold; oracles know the true "
-        "weights and are shown without an index.\n\n" + table(settings) + (agreement_table(agreed) if agreed else "")
+        "weights and are shown without an index. No method was chosen on these texts (`benchs/README.md`); `index.html` is the "
+        "same with curves to look at.\n\n" + table(settings) + (agreement_table(agreed) if agreed else "")
     )
     for setting, entry in settings.items():
         name = setting.replace(" ", "-")

@@ -59,7 +59,7 @@ bench_traces() { # tokens scale name texts...
   done
 }
 bench_8k() { bench_traces 8192 1 8k kjv handbook python kernel jargon headers; }
-bench_32k() { bench_traces 32768 4 32k handbook jargon kjv; }
+bench_32k() { bench_traces 32768 4 32k handbook; }
 export_trace() { # text tokens scale name
   [ -e "$4.safetensors" ] || "$root/build/venv/bin/python" "$root/contrib/export_trace.py" \
     --text "$1.txt" --tokens "$2" --rope-scale "$3" --layers 9,15,21 --kv-heads 0 --out "$4.safetensors"
