@@ -28,6 +28,7 @@ struct Options {
     std::string out, json, device = "cpu";
     bool resume = false, separate_trunks = false, fp32 = false;
     bool bf16_centroids = false;
+    double text_gib = 0;
     TrainingParams params;
 };
 
@@ -205,8 +206,10 @@ std::vector<TrainedPartition> train(
                 [&](const TrainingState&) { callback(states); })};
     }
 #ifdef FAISS_SAAP_WITH_CUDA
+    gpu::TrainingDevice device;
+    device.text_bytes = static_cast<size_t>(options.text_gib * (1u << 30));
     return gpu::train_partitions(
-            texts, layer, kv_heads, options.params, &states, callback);
+            texts, layer, kv_heads, options.params, &states, callback, device);
 #else
     FAISS_THROW_MSG("device = cuda: this is a build without CUDA");
 #endif
@@ -394,6 +397,13 @@ int main(int argc, char** argv) {
             "go on where an interrupted training with the same options was");
     app.add_option("--device", o.device, "where to train")
             ->check(CLI::IsMember({"cpu", "cuda"}))
+            ->capture_default_str();
+    app.add_option(
+               "--text-gib",
+               o.text_gib,
+               "GiB of a device's memory that a layer's texts may take, others "
+               "are read from the host; 0: as they fit")
+            ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);

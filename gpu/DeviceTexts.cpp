@@ -20,10 +20,12 @@ void copy(T* to, const T* from, size_t n, cudaStream_t stream) {
 
 /// Order of a text's keys by cell, and what goes with it.
 struct SortedCells {
-    std::vector<int32_t> order, cell, begin;
+    std::vector<int32_t> order, cell;
+    std::vector<int2> share;
 
-    SortedCells(const std::vector<int32_t>& cells, int ncell)
-            : order(cells.size()), cell(cells.size()), begin(ncell + 1) {
+    SortedCells(const std::vector<int32_t>& cells, int ncell, int nsplit)
+            : order(cells.size()), cell(cells.size()) {
+        std::vector<int32_t> begin(ncell + 1);
         for (int32_t c : cells) {
             begin[c + 1]++;
         }
@@ -34,6 +36,14 @@ struct SortedCells {
             order[at] = static_cast<int32_t>(i);
             cell[at] = cells[i];
         }
+        // A share ends with the cell that reaches its part of the keys.
+        for (int s = 0; s < nsplit; s++) {
+            const auto wanted = static_cast<int32_t>(
+                    static_cast<int64_t>(cells.size()) * s / nsplit);
+            const auto at = std::lower_bound(begin.begin(), begin.end(), wanted);
+            share.push_back({static_cast<int>(at - begin.begin()), *at});
+        }
+        share.push_back({ncell, begin.back()});
     }
 };
 
@@ -66,7 +76,8 @@ class TwoLayouts {
 /// A DeviceText that can be written.
 struct Room {
     __nv_bfloat16* keys = nullptr;
-    int32_t *position = nullptr, *cell = nullptr, *begin = nullptr;
+    int32_t *position = nullptr, *cell = nullptr;
+    int2* share = nullptr;
     float* queries = nullptr;
 };
 
@@ -89,6 +100,7 @@ PinnedBuffer::~PinnedBuffer() {
 
 DeviceTexts::DeviceTexts(
         const std::vector<std::unique_ptr<HeadTraining>>& heads,
+        int nsplit,
         size_t most,
         cudaStream_t stream) {
     const int ntext = heads.front()->training_texts;
@@ -106,7 +118,7 @@ DeviceTexts::DeviceTexts(
             r.keys = layouts.take<__nv_bfloat16>(n * 2 * split_cols(d));
             r.position = layouts.take<int32_t>(n);
             r.cell = layouts.take<int32_t>(n);
-            r.begin = layouts.take<int32_t>(ncell + 1);
+            r.share = layouts.take<int2>(nsplit + 1);
         });
         for_each([&](Room& r, int64_t n) {
             r.queries = layouts.take<float>(n * group * d);
@@ -123,10 +135,10 @@ DeviceTexts::DeviceTexts(
         for (int t = 0; t < ntext; t++) {
             const TrainingText& text = heads[h]->texts[t];
             const Room& room = rooms[h * ntext + t];
-            const SortedCells sorted(text.cells, ncell);
+            const SortedCells sorted(text.cells, ncell, nsplit);
             copy(room.position, sorted.order.data(), sorted.order.size(), stream);
             copy(room.cell, sorted.cell.data(), sorted.cell.size(), stream);
-            copy(room.begin, sorted.begin.data(), sorted.begin.size(), stream);
+            copy(room.share, sorted.share.data(), sorted.share.size(), stream);
             copy(room.queries, text.queries.data(), text.queries.size(), stream);
             const DeviceBuffer keys(
                     text.keys_post.size() * sizeof(float), stream);
@@ -146,7 +158,7 @@ DeviceTexts::DeviceTexts(
             of.keys = room.keys;
             of.position = room.position;
             of.cell = room.cell;
-            of.begin = room.begin;
+            of.share = room.share;
             of.queries = room.queries;
             table.push_back(of);
         }

@@ -33,10 +33,12 @@ class PinnedBuffer {
 /// in pinned memory.
 class DeviceTexts {
    public:
-    /// @param heads  trainings on the same texts, whose keys have cells
-    /// @param most   bytes on the device
+    /// @param heads   trainings on the same texts, whose keys have cells
+    /// @param nsplit  shares of a text's keys
+    /// @param most    bytes on the device
     DeviceTexts(
             const std::vector<std::unique_ptr<HeadTraining>>& heads,
+            int nsplit,
             size_t most,
             cudaStream_t stream);
 

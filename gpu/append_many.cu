@@ -97,6 +97,7 @@ __global__ void split_centroids(AppendParams p) {
 
 /// The leaving tokens first .. first + n - 1 as their partition sees them, and
 /// zeros up to `room`; by a block.
+template <bool kLow>
 __device__ void load_keys(
         const AppendParams& p,
         const BatchItem& item,
@@ -105,7 +106,7 @@ __device__ void load_keys(
         int64_t n,
         int room,
         __nv_bfloat16* to) {
-    const int cols = split_cols(p.d), stride = split_stride(cols);
+    const int cols = split_cols(p.d), stride = split_stride(cols, kLow);
     const bool rotated = list.key.input == RowInput::pre_rope &&
             list.rotary.inverse_frequency;
     const int units = rotated ? p.d / 2 : p.d / 8; // of a row: pairs, or pieces
@@ -121,17 +122,17 @@ __device__ void load_keys(
             const float b = from ? element(from, item.kv.bf16, at.y) : 0.0f;
             const float2 r = rotation(list.rotary, slot + p.position_offset, u);
             const float shrink = list.rotary.shrink;
-            store_split(row, cols, at.x, shrink * (a * r.x + b * r.y));
-            store_split(row, cols, at.y, shrink * (b * r.x - a * r.y));
+            store_split<kLow>(row, cols, at.x, shrink * (a * r.x + b * r.y));
+            store_split<kLow>(row, cols, at.y, shrink * (b * r.x - a * r.y));
         } else if (from) {
             const Piece piece(from, 8 * u);
 #pragma unroll
             for (int e = 0; e < 8; e++) {
-                store_split(row, cols, 8 * u + e, piece.at(item.kv.bf16, e));
+                store_split<kLow>(row, cols, 8 * u + e, piece.at(item.kv.bf16, e));
             }
         } else {
             for (int e = 0; e < 8; e++) {
-                store_split(row, cols, 8 * u + e, 0);
+                store_split<kLow>(row, cols, 8 * u + e, 0);
             }
         }
     }
@@ -151,8 +152,8 @@ __global__ void __launch_bounds__(kThreads) assign_tokens(AppendParams p) {
     if (item.bad || first >= item.end) {
         return;
     }
-    const int cols = split_cols(p.d), stride = split_stride(cols);
-    load_keys(p, item, list, first, item.end - first, tokens, shared);
+    const int cols = split_cols(p.d), stride = split_stride(cols, kLow);
+    load_keys<kLow>(p, item, list, first, item.end - first, tokens, shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const __nv_bfloat16* mine = shared + warp * 16 * M * stride;
     LargestOfRows<M> best;
@@ -323,8 +324,10 @@ bool assign_if_it_fits(
         size_t most,
         cudaStream_t stream) {
     const int tokens = warps * 16 * M;
-    const size_t bytes = size_t(tokens + 2 * N) *
-            split_stride(split_cols(p.d)) * sizeof(__nv_bfloat16);
+    const int cols = split_cols(p.d);
+    const size_t bytes = sizeof(__nv_bfloat16) *
+            (size_t(tokens) * split_stride(cols, kLow) +
+             size_t(2 * N) * split_stride(cols));
     if (bytes > most) {
         return false;
     }
@@ -343,7 +346,7 @@ void assign(const AppendParams& p, cudaStream_t stream) {
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(
             &most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    bool done = assign_if_it_fits<2, 64, kLow>(p, kThreads / 32, most, stream);
+    bool done = assign_if_it_fits<2, 32, kLow>(p, kThreads / 32, most, stream);
     for (int warps = kThreads / 32; !done && warps > 0; warps /= 2) {
         done = assign_if_it_fits<1, 32, kLow>(p, warps, most, stream);
     }

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t head = blockIdx.y;
     const int tile = static_cast<int>(blockDim.x) / 32 * 16 * M;
     const int64_t first = int64_t(blockIdx.x) * tile;
-    const int cols = split_cols(p.d), stride = split_stride(cols);
+    const int cols = split_cols(p.d), stride = split_stride(cols, false);
     const auto* x = static_cast<const __nv_bfloat16*>(p.x) +
             head * p.x_head_stride;
     const int pieces = cols / 8;
@@ -85,8 +85,10 @@ bool assign_if_it_fits(
         size_t most,
         cudaStream_t stream) {
     const int tile = warps * 16 * M;
-    const size_t bytes = size_t(tile + 2 * N) * split_stride(split_cols(p.d)) *
-            sizeof(__nv_bfloat16);
+    const int cols = split_cols(p.d);
+    const size_t bytes = sizeof(__nv_bfloat16) *
+            (size_t(tile) * split_stride(cols, false) +
+             size_t(2 * N) * split_stride(cols, kOtherLow));
     if (bytes > most) {
         return false;
     }
@@ -109,7 +111,7 @@ void assign(
     FAISS_SAAP_CUDA_CHECK(cudaGetDevice(&device));
     FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
             &most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    bool done = assign_if_it_fits<2, 64, kOtherLow>(
+    bool done = assign_if_it_fits<2, 32, kOtherLow>(
             p, centroids, kThreads / 32, most, stream);
     for (int warps = kThreads / 32; !done && warps > 0; warps /= 2) {
         done = assign_if_it_fits<1, 32, kOtherLow>(

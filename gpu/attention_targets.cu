@@ -29,28 +29,11 @@ struct Share {
         first_row = blockIdx.x * tile;
         text = p.texts + int64_t(head) * p.ntext +
                 p.text[head * p.nmember + member];
-        begin_cell = border(p, blockIdx.z);
-        end_cell = border(p, blockIdx.z + 1);
-        begin = text->begin[begin_cell];
-        end = text->begin[end_cell];
-    }
-    /// The first cell of share s: shares have about as many keys each.
-    __device__ int border(const TargetParams& p, int s) const {
-        if (s == p.nsplit) {
-            return p.ncell;
-        }
-        const auto wanted =
-                static_cast<int>(int64_t(text->tokens) * s / p.nsplit);
-        int low = 0, high = p.ncell;
-        while (low < high) {
-            const int middle = (low + high) / 2;
-            if (text->begin[middle] < wanted) {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        return low;
+        const int2 from = text->share[blockIdx.z], to = text->share[blockIdx.z + 1];
+        begin_cell = from.x;
+        begin = from.y;
+        end_cell = to.x;
+        end = to.y;
     }
     /// Token of a row of the part; -1 behind the last.
     __device__ int token(const TargetParams& p, int row) const {
@@ -75,6 +58,7 @@ __device__ void load_queries(
         __nv_bfloat16* to) {
     const int cols = split_cols(p.d), stride = split_stride(cols);
     const int half = p.d / 2;
+#pragma unroll 4
     for (int i = threadIdx.x; i < tile * half; i += blockDim.x) {
         const int r = i / half, pair = i % half;
         const int row = share.first_row + r;
@@ -293,12 +277,25 @@ __global__ void __launch_bounds__(32 * kMostWarps) sum_cells(TargetParams p) {
                 __syncwarp();
                 const int there = min(N, share.end - share.begin - first);
                 const float* mine = weights + min(lane, 16 * M - 1) * kPitch;
-                for (int i = 0; i < there; i++) {
-                    const int2 key = key_of[i];
-                    end_cells_before(key.y);
-                    const bool far = key.x >= p.sink && key.x < far_end;
-                    sum += far ? mine[i] : 0.0f;
-                    count += far;
+                constexpr int kAhead = 8; // loads that do not wait for each other
+                for (int i = 0; i < there; i += kAhead) {
+                    int2 key[kAhead];
+                    float weight[kAhead];
+#pragma unroll
+                    for (int k = 0; k < kAhead; k++) {
+                        key[k] = key_of[i + k];
+                        weight[k] = mine[i + k];
+                    }
+#pragma unroll
+                    for (int k = 0; k < kAhead; k++) {
+                        if (i + k < there) {
+                            end_cells_before(key[k].y);
+                            const bool far =
+                                    key[k].x >= p.sink && key[k].x < far_end;
+                            sum += far ? weight[k] : 0.0f;
+                            count += far;
+                        }
+                    }
                 }
             });
     end_cells_before(share.end_cell);
@@ -358,7 +355,7 @@ cudaError_t attention_targets(const TargetParams& p, cudaStream_t stream) {
             &most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     bool done = false;
     for (int warps = kMostWarps; !done && warps >= 4; warps /= 2) {
-        done = sum_if_it_fits<2, 64>(p, warps, most, stream);
+        done = sum_if_it_fits<2, 32>(p, warps, most, stream);
     }
     for (int warps = kMostWarps; !done && warps >= 1; warps /= 2) {
         done = sum_if_it_fits<1, 32>(p, warps, most, stream);

@@ -18,7 +18,9 @@ struct DeviceText {
     const __nv_bfloat16* keys = nullptr;
     const int32_t* position = nullptr; ///< of these, size tokens
     const int32_t* cell = nullptr;     ///< likewise
-    const int32_t* begin = nullptr;    ///< first key of each cell, size ncell + 1
+    /// Shares of about as many keys each: the first cell and its first key, and
+    /// those of the end, size nsplit + 1
+    const int2* share = nullptr;
     const float* queries = nullptr;    ///< pre-RoPE, size tokens * group * d
 };
 
@@ -41,7 +43,7 @@ struct TargetParams {
     int64_t sink = 0, window = 0;
     const float* mean = nullptr;   ///< of queries, size nhead * group * d
     const float* factor = nullptr; ///< 1 / deviation, likewise
-    int nsplit = 1; ///< blocks that share the keys of a text
+    int nsplit = 1; ///< shares of a text's keys, each a block's
 
     float* x = nullptr;         ///< output: queries standardised, rows of d
     float* mass = nullptr;      ///< output: rows of ncell

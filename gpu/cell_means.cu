@@ -56,15 +56,14 @@ __global__ void count_kernel(Steps s) {
         }
     }
     unsigned largest = 0;
-    const unsigned size = static_cast<unsigned>(last - first) * s.p.d;
-    for (unsigned at = threadIdx.x; at < size; at += blockDim.x) {
-        const float x = component(
-                s.p.type,
-                s.p.x,
-                head * s.p.x_head_stride +
-                        (first + at / s.p.d) * s.p.x_row_stride + at % s.p.d);
-        if (isfinite(x)) {
-            largest = max(largest, __float_as_uint(fabsf(x)));
+    for (int64_t i = first + threadIdx.x / 32; i < last; i += kThreads / 32) {
+        const int64_t row = head * s.p.x_head_stride + i * s.p.x_row_stride;
+#pragma unroll 4
+        for (int j = threadIdx.x % 32; j < s.p.d; j += 32) {
+            const float x = component(s.p.type, s.p.x, row + j);
+            if (isfinite(x)) {
+                largest = max(largest, __float_as_uint(fabsf(x)));
+            }
         }
     }
     largest = __reduce_max_sync(~0u, largest);
@@ -149,6 +148,7 @@ __global__ void sum_kernel(Steps s) {
     unsigned long long* sums = s.sums + head * s.p.ncell * s.p.d;
     for (int j = threadIdx.x; j < s.p.d; j += blockDim.x) {
         long long sum = 0;
+#pragma unroll 8
         for (int e = 0; e < count; e++) {
             const float x = component(
                     s.p.type,

@@ -200,6 +200,7 @@ ClassifierStep::ClassifierStep(
         const ClassifierShape& shape,
         int nhead,
         int batch,
+        bool tf32,
         cudaStream_t stream)
         : shape_(shape),
           layers_(classifier_layers(shape)),
@@ -227,6 +228,10 @@ ClassifierStep::ClassifierStep(
     lay(memory_.data());
     check(cublasCreate(&blas_), "cublasCreate");
     check(cublasSetStream(blas_, stream), "cublasSetStream");
+    check(cublasSetMathMode(
+                  blas_,
+                  tf32 ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_DEFAULT_MATH),
+          "cublasSetMathMode");
 }
 
 ClassifierStep::~ClassifierStep() {

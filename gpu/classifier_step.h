@@ -21,17 +21,19 @@ struct DeviceClassifierBatch {
     float mass_power = 1;
 };
 
-/// classifier_loss() on the device: the same network and loss, in float32, each
-/// layer one batched product of all KV heads. The same input gives the same bits.
+/// classifier_loss() on the device: the same network and loss, each layer one
+/// batched product of all KV heads. The same input gives the same bits.
 class ClassifierStep {
    public:
     /// @param nhead   KV heads, each with parameter_count(shape) parameters
     /// @param batch   tokens of a mini-batch
+    /// @param tf32    factors of products are rounded to 11 bits, sums are float32
     /// @throws faiss::FaissException when the device has no room
     ClassifierStep(
             const ClassifierShape& shape,
             int nhead,
             int batch,
+            bool tf32,
             cudaStream_t stream);
     ~ClassifierStep();
     ClassifierStep(const ClassifierStep&) = delete;

@@ -9,6 +9,8 @@
 namespace faiss_saap::gpu {
 
 /// Writes one number of a row.
+/// @tparam kLow  rows have low parts
+template <bool kLow = true>
 __device__ __forceinline__ void store_split(
         __nv_bfloat16* row,
         int cols,
@@ -16,30 +18,34 @@ __device__ __forceinline__ void store_split(
         float x) {
     const __nv_bfloat16 high = __float2bfloat16(x);
     row[j] = high;
-    row[cols + j] = __float2bfloat16(x - __bfloat162float(high));
+    if constexpr (kLow) {
+        row[cols + j] = __float2bfloat16(x - __bfloat162float(high));
+    }
 }
 
 /// c <- c + a b' of a warp's 16 * M rows of a and N rows of b, in shared memory.
 /// c[m][n] is laid out as multiply_add has it: lane l holds rows l / 4 and
 /// l / 4 + 8, columns 2 (l % 4) and one more.
-/// @tparam kLow       a has low parts that are not zero
-/// @tparam kOtherLow  those of b count
+/// @tparam kLow       a has low parts
+/// @tparam kOtherLow  b has
 template <int M, int N, bool kLow, bool kOtherLow = true>
 __device__ __forceinline__ void multiply_split(
         const __nv_bfloat16* a,
         const __nv_bfloat16* b,
         int cols,
         float (&c)[M][N / 8][4]) {
-    const int lane = threadIdx.x % 32, stride = split_stride(cols);
-    a += lane % 16 * stride + lane / 16 * 8;
-    b += (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
+    const int lane = threadIdx.x % 32;
+    const int a_stride = split_stride(cols, kLow);
+    const int b_stride = split_stride(cols, kOtherLow);
+    a += lane % 16 * a_stride + lane / 16 * 8;
+    b += (lane / 16 * 8 + lane % 8) * b_stride + lane / 8 % 2 * 8;
     for (int k = 0; k < cols; k += 16) {
         uint32_t high[M][4], low[M][4], other[N / 16][4];
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            load_matrices(high[m], a + m * 16 * stride + k);
+            load_matrices(high[m], a + m * 16 * a_stride + k);
             if constexpr (kLow) {
-                load_matrices(low[m], a + m * 16 * stride + cols + k);
+                load_matrices(low[m], a + m * 16 * a_stride + cols + k);
             }
         }
         const auto add = [&](const uint32_t(&rows)[M][4]) {
@@ -56,7 +62,7 @@ __device__ __forceinline__ void multiply_split(
         };
 #pragma unroll
         for (int n = 0; n < N / 16; n++) {
-            load_matrices(other[n], b + n * 16 * stride + k);
+            load_matrices(other[n], b + n * 16 * b_stride + k);
         }
         add(high);
         if constexpr (kLow) {
@@ -65,7 +71,7 @@ __device__ __forceinline__ void multiply_split(
         if constexpr (kOtherLow) {
 #pragma unroll
             for (int n = 0; n < N / 16; n++) {
-                load_matrices(other[n], b + n * 16 * stride + cols + k);
+                load_matrices(other[n], b + n * 16 * b_stride + cols + k);
             }
             add(high);
         }
@@ -84,7 +90,7 @@ __device__ void for_each_tile(
         int nrow,
         int cols,
         const Use& use) {
-    const int stride = split_stride(cols);
+    const int stride = split_stride(cols, kLow);
     const int pieces = cols / (kLow ? 4 : 8); // of 16 bytes
     const auto fetch = [&](int first, __nv_bfloat16* to) {
         for (int i = threadIdx.x; i < N * pieces; i += blockDim.x) {

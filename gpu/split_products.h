@@ -13,8 +13,9 @@ FAISS_SAAP_HOST_DEVICE inline int split_cols(int d) {
 
 /// Elements from row to row in shared memory, with 16 bytes that keep the rows of
 /// a matrix out of each other's banks. In global memory there is no gap.
-FAISS_SAAP_HOST_DEVICE inline int split_stride(int cols) {
-    return 2 * cols + 8;
+/// @param low  with low parts
+FAISS_SAAP_HOST_DEVICE inline int split_stride(int cols, bool low = true) {
+    return (low ? 2 : 1) * cols + 8;
 }
 
 } // namespace faiss_saap::gpu

@@ -66,23 +66,22 @@ using Heads = std::vector<std::unique_ptr<HeadTraining>>;
 /// Centroids of those that have none.
 void cluster(const Heads& all, cudaStream_t stream) {
     std::vector<HeadTraining*> heads;
-    std::vector<float> keys;
     for (const auto& head : all) {
         if (head->state.centroids.empty()) {
             heads.push_back(head.get());
-            const auto more = head->keys_to_cluster();
-            keys.insert(keys.end(), more.begin(), more.end());
         }
     }
     if (heads.empty()) {
         return;
     }
+    std::vector<std::vector<float>> keys(heads.size());
+    at_once(heads.size(), [&](size_t h) { keys[h] = heads[h]->keys_to_cluster(); });
     const TrainingParams& params = heads.front()->params;
     const int d = heads.front()->shape.d;
     const auto nhead = static_cast<int>(heads.size());
     BatchedKMeansParams p;
     p.nhead = nhead;
-    p.n = static_cast<int64_t>(keys.size()) / nhead / d;
+    p.n = static_cast<int64_t>(keys.front().size()) / d;
     p.d = d;
     p.ncell = params.ncell;
     p.niter = params.kmeans.niter;
@@ -98,7 +97,7 @@ void cluster(const Heads& all, cudaStream_t stream) {
     float* x = nullptr;
     const auto lay = [&](char* base) {
         Layout layout(base);
-        x = layout.take<float>(static_cast<int64_t>(keys.size()));
+        x = layout.take<float>(nhead * p.n * d);
         p.centroids = layout.take<float>(static_cast<int64_t>(centroids));
         p.cells = layout.take<int32_t>(nhead * p.n);
         scratch = layout.take<char>(static_cast<int64_t>(workspace));
@@ -107,7 +106,9 @@ void cluster(const Heads& all, cudaStream_t stream) {
     memory = DeviceBuffer(lay(nullptr), stream);
     lay(memory.data());
     p.x = x;
-    copy(x, keys.data(), keys.size(), stream);
+    for (int h = 0; h < nhead; h++) {
+        copy(x + h * p.n * d, keys[h].data(), keys[h].size(), stream);
+    }
     kmeans(p, scratch, stream);
     std::vector<float> result(centroids);
     copy(result.data(), p.centroids, centroids, stream);
@@ -161,22 +162,32 @@ void assign_keys(HeadTraining& head, cudaStream_t stream) {
 /// The mini-batches of some KV heads.
 class DeviceSteps {
    public:
-    DeviceSteps(const Heads& heads, size_t text_bytes, cudaStream_t stream)
+    DeviceSteps(
+            const Heads& heads,
+            const TrainingDevice& device,
+            cudaStream_t stream)
             : heads_(heads),
               first_(*heads.front()),
               nhead_(static_cast<int>(heads.size())),
               count_(parameter_count(first_.shape)),
               stream_(stream),
-              classifier_(first_.shape, nhead_, first_.params.batch, stream) {
+              classifier_(
+                      first_.shape,
+                      nhead_,
+                      first_.params.batch,
+                      device.tf32,
+                      stream) {
         lay_out();
         upload();
+        size_t text_bytes = device.text_bytes;
         if (text_bytes == 0) {
             size_t all = 0;
             FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(stream));
             FAISS_SAAP_CUDA_CHECK(cudaMemGetInfo(&text_bytes, &all));
             text_bytes = text_bytes / 4 * 3;
         }
-        texts_ = std::make_unique<DeviceTexts>(heads, text_bytes, stream);
+        texts_ = std::make_unique<DeviceTexts>(
+                heads, targets_.nsplit, text_bytes, stream);
         targets_.texts = texts_->texts();
     }
 
@@ -240,7 +251,7 @@ class DeviceSteps {
         FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
                 &processors, cudaDevAttrMultiProcessorCount, device));
         // As many blocks as run at once.
-        targets_.nsplit = std::max(1, processors / (nhead_ * kTrainingParts));
+        targets_.nsplit = std::max(1, 2 * processors / (nhead_ * kTrainingParts));
         const auto lay = [&](char* base) {
             Layout layout(base);
             targets_.x = layout.take<float>(rows * shape.d);
@@ -418,7 +429,7 @@ std::vector<TrainedPartition> train_partitions(
     at_once(heads.size(), [&](size_t h) { heads[h]->begin(); });
     int64_t step = common_step(heads);
     if (step >= 0) {
-        DeviceSteps steps(heads, device.text_bytes, stream);
+        DeviceSteps steps(heads, device, stream);
         while (step >= 0) {
             const int64_t due =
                     (step / params.evaluate_every + 1) * params.evaluate_every;

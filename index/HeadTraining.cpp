@@ -176,24 +176,23 @@ void HeadTraining::standardise() {
 
 std::vector<float> HeadTraining::keys_to_cluster() const {
     const int d = shape.d;
-    std::vector<float> keys;
+    // The i-th of n evenly spaced ones, over all texts in turn.
+    int64_t all = 0;
+    for (int t = 0; t < training_texts; t++) {
+        all += texts[t].end - params.sink;
+    }
+    const int64_t n = std::min(all, int64_t(params.keys_per_cell) * params.ncell);
+    std::vector<float> keys(n * d);
+    int64_t i = 0, first = 0; // of the text
     for (int t = 0; t < training_texts; t++) {
         const TrainingText& text = texts[t];
-        keys.insert(
-                keys.end(),
-                text.keys_pre.begin() + params.sink * d,
-                text.keys_pre.begin() + text.end * d);
-    }
-    const int64_t n = static_cast<int64_t>(keys.size()) / d;
-    const int64_t most = int64_t(params.keys_per_cell) * params.ncell;
-    if (n > most) {
-        for (int64_t i = 0; i < most; i++) {
+        const int64_t end = first + text.end - params.sink;
+        for (; i < n && i * all / n < end; i++) {
+            const int64_t token = params.sink + i * all / n - first;
             std::copy_n(
-                    keys.begin() + i * n / most * d,
-                    d,
-                    keys.begin() + i * d);
+                    text.keys_pre.data() + token * d, d, keys.data() + i * d);
         }
-        keys.resize(most * d);
+        first = end;
     }
     return keys;
 }

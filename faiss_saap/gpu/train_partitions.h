@@ -16,6 +16,9 @@ struct TrainingDevice {
     /// what is free. What does not fit stays in host memory, from where kernels
     /// read what a mini-batch asks for: the same result, later.
     size_t text_bytes = 0;
+    /// Products of the classifiers take their factors as TF32 (11 bits); false:
+    /// as float32, which takes longer.
+    bool tf32 = true;
 };
 
 /// Called after every evaluation, with the state of each KV head. What it throws
@@ -24,9 +27,9 @@ using LayerCallback = std::function<void(const std::vector<TrainingState>&)>;
 
 /// train_partition() for several KV heads of a layer at once, on the device: k-means,
 /// targets, mini-batches and optimiser; draws, held-out recall and weights of a
-/// blend are the host's, by the same code. The same tokens are drawn as there, and
-/// all is computed in float32 (attention scores to 2^-16 of |q| |k|), but k-means
-/// begins elsewhere, so partitions are as good and not the same.
+/// blend are the host's, by the same code. The same tokens are drawn as there and
+/// targets are as exact (scores to 2^-16 of |q| |k|), but k-means begins elsewhere
+/// and gradients are rounded more: partitions are as good and not the same.
 ///
 /// The same texts, parameters and seed give the same result on the same kind of
 /// device. Memory: on the host as train_partition() for each KV head, on the

@@ -36,9 +36,11 @@ TrainedPartition train(
         const TrainingParams& params,
         std::vector<TrainingState>* states = nullptr,
         const gpu::LayerCallback& callback = {},
-        size_t text_bytes = 0) {
+        size_t text_bytes = 0,
+        bool tf32 = true) {
     gpu::TrainingDevice device;
     device.text_bytes = text_bytes;
+    device.tf32 = tf32;
     return gpu::train_partitions(
                    texts, PlantedTrace::layer, {6}, params, states, callback, device)
             .at(0);
@@ -182,7 +184,7 @@ TEST_F(GpuTraining, FirstStepIsThatOfTheDefinitions) {
     params.learning_rate = 0;
     params.blend = false;
     std::vector<TrainingState> states;
-    train(texts, params, &states);
+    train(texts, params, &states, {}, 0, false);
     HeadTraining training(texts, PlantedTrace::layer, 6, params, states[0]);
     training.begin();
     const FirstStep expected = first_step(traces, training);
@@ -209,7 +211,7 @@ TEST_F(GpuTraining, StepsAreThoseOfTheCpu) {
             for (const size_t bytes : {size_t(0), size_t(1) << 19, size_t(1)}) {
                 std::vector<TrainingState> device(1);
                 device[0].centroids = cpu.centroids;
-                train(texts, params, &device, {}, bytes);
+                train(texts, params, &device, {}, bytes, false);
                 ASSERT_EQ(device[0].first.size(), cpu.first.size());
                 float largest = 0;
                 for (float g : cpu.first) {
