@@ -23,7 +23,7 @@ LOSS_TOKENS = 2048  # whose logits are held at once
 #: replaced in tests without a device, by what attends in main memory
 DEVICE = "cuda"
 GpuAttentionAdapter = getattr(fs, "GpuAttentionAdapter", None)
-kmeans_partitions = getattr(fs, "gpu_kmeans_partitions", None)
+sequence_partitions = getattr(fs, "gpu_sequence_partitions", None)
 
 
 class GpuModel:
@@ -286,12 +286,11 @@ class GpuDecoding:
         def own() -> list:
             """k-means of each prefill's rotated keys."""
             if not learnt:
-                ncell = max(1, (cache.length - SINK) // keys_per_cell)
-                heads = self.model.num_kv_heads
+                n = cache.length
+                ncell = max(1, (n - SINK) // keys_per_cell)
                 for layer in range(self.model.num_layers):
-                    keys = cache.k[layer, :, :, SINK : cache.length].float().flatten(0, 1)
-                    found = kmeans_partitions(keys, ncell)
-                    learnt.append([[[p] for p in found[t * heads : (t + 1) * heads]] for t in range(cache.texts)])
+                    views = [cache.view(layer, text) for text in range(cache.texts)]
+                    learnt.append([sequence_partitions(view, SINK, n, ncell) for view in views])
             return learnt
 
         for name in names:

@@ -56,5 +56,5 @@ class GpuAttentionAdapter:
         pass
 
 
-def gpu_kmeans_partitions(x, ncell, params=None, stream=None):
-    return [fs.kmeans_partition(head.numpy(), ncell, *([params] if params else [])) for head in x]
+def gpu_sequence_partitions(kv, begin, end, ncell, params=None, stream=None):
+    return fs.sequence_partitions(kv, begin, end, ncell, *([params] if params else []))

@@ -33,7 +33,7 @@ def device():
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setattr(gpu_decoding, "GpuAttentionAdapter", gpu_stand_in.GpuAttentionAdapter)
-            patch.setattr(gpu_decoding, "kmeans_partitions", gpu_stand_in.gpu_kmeans_partitions)
+            patch.setattr(gpu_decoding, "sequence_partitions", gpu_stand_in.gpu_sequence_partitions)
             patch.setattr(gpu_decoding, "DEVICE", "cpu")
             patch.setattr(end_to_end, "on_cuda", lambda options: options.device == "cuda")
             patch.setattr(torch.cuda, "get_device_name", lambda: "main memory")

@@ -34,7 +34,7 @@ def device():
         if not CUDA:
             patch.setattr(huggingface, "attends_on_device", lambda keys: True)
             patch.setattr(huggingface.fs, "GpuAttentionAdapter", gpu_stand_in.GpuAttentionAdapter, raising=False)
-            patch.setattr(huggingface.fs, "gpu_kmeans_partitions", gpu_stand_in.gpu_kmeans_partitions, raising=False)
+            patch.setattr(huggingface.fs, "gpu_sequence_partitions", gpu_stand_in.gpu_sequence_partitions, raising=False)
         yield
 
 

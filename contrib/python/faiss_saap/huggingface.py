@@ -261,7 +261,7 @@ class SaapLayer(CacheLayerMixin):
             if o.keys_per_cell and length >= enough:
                 # Cells of rotated keys age as a text grows: they are learnt again whenever it has doubled.
                 ncell = (length - o.sink) // o.keys_per_cell
-                own = self._adapter.learn(self._k[b, :, sequence.padding : self._length], self._view(b), ncell)
+                own = self._adapter.learn(self._view(b), length, ncell)
                 self._free(sequence)
                 sequence.number, sequence.learnt = self._adapter.create(own, length), length
             elif sequence.number is None and o.partitions:
@@ -345,9 +345,10 @@ class _CpuIndex:
         self._options = options
         self._adapter = fs.AttentionAdapter(*options.shape_of(keys), **options.adapter_options(layer, scaling))
 
-    def learn(self, keys: torch.Tensor, view: fs.KvView, ncell: int) -> list[list[fs.Partition]]:
-        view.length = keys.shape[1]
-        return fs.sequence_partitions(view, self._options.sink, view.length, ncell)
+    def learn(self, view: fs.KvView, length: int, ncell: int) -> list[list[fs.Partition]]:
+        """Cells of the first `length` tokens of a text."""
+        view.length = length
+        return fs.sequence_partitions(view, self._options.sink, length, ncell)
 
     def create(self, own: Optional[list[list[fs.Partition]]], tokens: int) -> int:
         return self._adapter.create(own)
@@ -391,8 +392,8 @@ class _GpuIndex(_CpuIndex):
         )
         self._planned: tuple[Any, Any] = None, None  #: what the batch that decodes was made of, and it
 
-    def learn(self, keys: torch.Tensor, view: fs.KvView, ncell: int) -> list[list[fs.Partition]]:
-        return [[p] for p in fs.gpu_kmeans_partitions(keys[:, self._options.sink :].float(), ncell)]
+    def learn(self, view: fs.KvView, length: int, ncell: int) -> list[list[fs.Partition]]:
+        return fs.gpu_sequence_partitions(view, self._options.sink, length, ncell)
 
     def create(self, own: Optional[list[list[fs.Partition]]], tokens: int) -> int:
         return self._adapter.create(own, max(4096, 2 * tokens))

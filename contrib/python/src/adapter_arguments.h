@@ -1,4 +1,4 @@
-/// What the adapters on CPU and GPU take from Python alike.
+/// What the adapters on CPU and GPU take from Python and give it alike.
 #pragma once
 
 #include <vector>
@@ -74,6 +74,18 @@ inline HeadPartitions head_partitions(const nb::object& given) {
         all.push_back(std::move(of_head));
     }
     return all;
+}
+
+inline nb::list to_python(const HeadPartitions& all) {
+    nb::list result;
+    for (const auto& of_head : all) {
+        nb::list head;
+        for (const Partition& p : of_head) {
+            head.append(nb::cast(p));
+        }
+        result.append(head);
+    }
+    return result;
 }
 
 } // namespace faiss_saap::python

@@ -122,18 +122,6 @@ Attention attend(
     return result;
 }
 
-nb::list to_python(const HeadPartitions& all) {
-    nb::list result;
-    for (const auto& of_head : all) {
-        nb::list head;
-        for (const Partition& p : of_head) {
-            head.append(nb::cast(p));
-        }
-        result.append(head);
-    }
-    return result;
-}
-
 } // namespace
 
 void bind_adapter(nb::module_& m) {

@@ -1,15 +1,10 @@
 /// The attention adapter on a CUDA device, and cells learnt there.
 #include <memory>
 
-#include <cuda_runtime_api.h>
-#include <faiss/IndexFlat.h>
-
 #include <nanobind/stl/vector.h>
 
-#include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/gpu/GpuAttentionAdapter.h>
-#include <faiss_saap/gpu/cell_means.h>
-#include <faiss_saap/gpu/kmeans.h>
+#include <faiss_saap/gpu/sequence_partitions.h>
 
 #include "adapter_arguments.h"
 #include "bind.h"
@@ -29,11 +24,6 @@ struct PlannedBatch {
     nb::object inputs; ///< a list of Asking
     DType dtype = DType::bfloat16;
 };
-
-void check_cuda(cudaError_t error, const char* what) {
-    FAISS_THROW_IF_NOT_FMT(
-            error == cudaSuccess, "%s: %s", what, cudaGetErrorString(error));
-}
 
 /// A stream as Python says it. None is the stream that torch works on, where
 /// torch has begun to use CUDA.
@@ -99,124 +89,6 @@ T* written(
             device);
     check_shape(AnyArray(array), name, shape);
     return array.data();
-}
-
-/// Device memory for one call.
-class WorkSpace {
-   public:
-    WorkSpace(size_t bytes, cudaStream_t stream) : stream_(stream) {
-        check_cuda(cudaMallocAsync(&data_, bytes, stream), "work space");
-    }
-    ~WorkSpace() {
-        if (cudaFreeAsync(data_, stream_) != cudaSuccess) {
-            cudaGetLastError(); // the context is gone, and the memory with it
-        }
-    }
-    WorkSpace(const WorkSpace&) = delete;
-    WorkSpace& operator=(const WorkSpace&) = delete;
-    template <class T>
-    T* as() const {
-        return static_cast<T*>(data_);
-    }
-
-   private:
-    void* data_ = nullptr;
-    cudaStream_t stream_;
-};
-
-nb::list kmeans_partitions(
-        const nb::object& x_object,
-        int ncell,
-        const KMeansParams& params,
-        const nb::object& stream_object) {
-    nb::ndarray<const float, nb::ndim<3>, nb::device::cuda> x;
-    FAISS_THROW_IF_NOT_MSG(
-            nb::try_cast(x_object, x, false) && x.stride(2) == 1,
-            "x must be an array of float32 on a CUDA device, of shape (heads, n, "
-            "d), the components of a vector contiguous");
-    const int device = x.device_id();
-    const cudaStream_t stream = stream_of(stream_object, device);
-    const size_t nhead = x.shape(0), d = x.shape(2);
-    gpu::BatchedKMeansParams k;
-    k.nhead = static_cast<int>(nhead);
-    k.n = static_cast<int64_t>(x.shape(1));
-    k.d = static_cast<int>(d);
-    k.ncell = ncell;
-    k.niter = params.niter;
-    k.spherical = params.spherical;
-    k.seed = params.seed;
-    k.x = x.data();
-    k.x_head_stride = x.stride(0);
-    k.x_row_stride = x.stride(1);
-    k.cells_head_stride = k.n;
-    gpu::CellMeansParams m;
-    m.nhead = k.nhead;
-    m.n = k.n;
-    m.d = k.d;
-    m.ncell = ncell;
-    m.x = x.data();
-    m.x_head_stride = k.x_head_stride;
-    m.x_row_stride = k.x_row_stride;
-    m.cells_head_stride = k.n;
-    const size_t size = nhead * static_cast<size_t>(ncell) * d;
-    std::vector<float> centroids(size), means(size);
-    {
-        nb::gil_scoped_release release;
-        int before = 0;
-        check_cuda(cudaGetDevice(&before), "kmeans");
-        check_cuda(cudaSetDevice(device), "kmeans");
-        const WorkSpace work(
-                std::max(gpu::kmeans_workspace(k), gpu::cell_means_workspace(m)),
-                stream);
-        const WorkSpace to_centroids(size * sizeof(float), stream);
-        const WorkSpace to_means(size * sizeof(float), stream);
-        const WorkSpace cells(nhead * k.n * sizeof(int32_t), stream);
-        const WorkSpace counts(nhead * ncell * sizeof(int32_t), stream);
-        k.centroids = to_centroids.as<float>();
-        k.cells = cells.as<int32_t>();
-        gpu::kmeans(k, work.as<void>(), stream);
-        m.cells = k.cells;
-        m.means = to_means.as<float>();
-        m.counts = counts.as<int32_t>();
-        // an empty cell keeps its centroid
-        check_cuda(
-                cudaMemcpyAsync(
-                        m.means,
-                        k.centroids,
-                        size * sizeof(float),
-                        cudaMemcpyDeviceToDevice,
-                        stream),
-                "kmeans");
-        gpu::cell_means(m, work.as<void>(), stream);
-        for (const auto& [to, from] :
-             {std::pair{&centroids, k.centroids}, std::pair{&means, m.means}}) {
-            check_cuda(
-                    cudaMemcpyAsync(
-                            to->data(),
-                            from,
-                            size * sizeof(float),
-                            cudaMemcpyDeviceToHost,
-                            stream),
-                    "kmeans");
-        }
-        check_cuda(cudaStreamSynchronize(stream), "kmeans");
-        check_cuda(cudaSetDevice(before), "kmeans");
-    }
-    nb::list partitions;
-    for (size_t h = 0; h < nhead; h++) {
-        const auto flat = [&](faiss::MetricType metric, const float* rows) {
-            auto index = std::make_shared<faiss::IndexFlat>(k.d, metric);
-            index->add(ncell, rows + h * ncell * d);
-            return std::make_shared<QuantizerAssigner>(index, NEEDS_POST_ROPE);
-        };
-        Partition p;
-        p.key = flat(
-                params.spherical ? faiss::METRIC_INNER_PRODUCT : faiss::METRIC_L2,
-                centroids.data());
-        p.query = flat(faiss::METRIC_INNER_PRODUCT, means.data());
-        partitions.append(nb::cast(p));
-    }
-    return partitions;
 }
 
 } // namespace
@@ -507,16 +379,38 @@ void bind_gpu(nb::module_& m) {
                     "None for the adapter's. merge: output and lse already hold "
                     "results over other keys and become those of the union.");
 
-    m.def("gpu_kmeans_partitions",
-          &kmeans_partitions,
-          "x"_a,
-          "ncell"_a,
-          "params"_a = KMeansParams(),
-          "stream"_a = nb::none(),
-          nb::sig("def gpu_kmeans_partitions(x: object, ncell: int, params: "
-                  "KMeansParams = ..., stream: object = None) -> list[Partition]"),
-          "A partition for each head of x (heads, n, d), float32 on a CUDA device: "
-          "as kmeans_partition with NEEDS_POST_ROPE, all heads at once.");
+    m.def(
+            "gpu_sequence_partitions",
+            [](const ArrayView& view,
+               int64_t begin,
+               int64_t end,
+               int ncell,
+               const KMeansParams& params,
+               const nb::object& stream) {
+                FAISS_THROW_IF_NOT_MSG(
+                        view.device != kMainMemory,
+                        "kv lies in main memory, expected arrays on a CUDA device "
+                        "(sequence_partitions takes the others)");
+                const cudaStream_t s = stream_of(stream, view.device);
+                HeadPartitions all;
+                {
+                    nb::gil_scoped_release release;
+                    all = gpu::sequence_partitions(
+                            view.kv, begin, end, ncell, params, view.device, s);
+                }
+                return to_python(all);
+            },
+            "kv"_a,
+            "begin"_a,
+            "end"_a,
+            "ncell"_a,
+            "params"_a = KMeansParams(),
+            "stream"_a = nb::none(),
+            nb::sig("def gpu_sequence_partitions(kv: KvView, begin: int, end: "
+                    "int, ncell: int, params: KMeansParams = ..., stream: object "
+                    "= None) -> list[list[Partition]]"),
+            "sequence_partitions of a cache on a CUDA device, float16 or "
+            "bfloat16. Waits for the device.");
 }
 
 } // namespace faiss_saap::python
