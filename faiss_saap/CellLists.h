@@ -91,6 +91,13 @@ class CellLists {
     /// @param n    at most the cell's count
     /// @param out  size n
     void copy_slots(int cell, int64_t n, int32_t* out) const;
+    /// Sets bit slot - first_slot of each slot below `end` of some cells.
+    /// @param bits  size (end - first_slot) / 64, rounded up
+    /// @returns how many slots that are
+    int64_t mark_slots(
+            const std::vector<int32_t>& cells,
+            int64_t end,
+            uint64_t* bits) const;
     /// Cell of a listed slot.
     int cell_of(int64_t slot) const {
         const int64_t i = slot - first_slot_;

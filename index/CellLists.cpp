@@ -292,6 +292,53 @@ void CellLists::copy_slots(int cell, int64_t n, int32_t* out) const {
     }
 }
 
+int64_t CellLists::mark_slots(
+        const std::vector<int32_t>& cells,
+        int64_t end,
+        uint64_t* bits) const {
+    struct Chain {
+        const SlotPool::Block* block;
+        int64_t left; ///< slots, up to and with this block
+    };
+    const SlotPool& pool = *pool_;
+    const auto fetch = [&pool](uint32_t block) {
+        __builtin_prefetch(&pool[block]);
+        __builtin_prefetch(&pool[block].slots[kPerBlock - 1]);
+        return &pool[block];
+    };
+    // Side by side, as following one chain is waiting for the memory.
+    std::vector<Chain> chains;
+    for (int32_t cell : cells) {
+        if (count_[cell] > 0) {
+            chains.push_back({fetch(tail_[cell]), count_[cell]});
+        }
+    }
+    int64_t marked = 0;
+    while (!chains.empty()) {
+        for (size_t i = 0; i < chains.size();) {
+            Chain& chain = chains[i];
+            const int64_t before = (chain.left - 1) / kPerBlock * kPerBlock;
+            for (int j = 0; j < chain.left - before; j++) {
+                const int32_t slot = chain.block->slots[j];
+                if (slot >= end) {
+                    break;
+                }
+                const uint64_t at = slot - first_slot_;
+                bits[at / 64] |= uint64_t(1) << (at % 64);
+                marked++;
+            }
+            if (before > 0) {
+                chain = {fetch(chain.block->previous), before};
+                i++;
+            } else {
+                chain = chains.back();
+                chains.pop_back();
+            }
+        }
+    }
+    return marked;
+}
+
 std::vector<int32_t> CellLists::slots(int cell) const {
     std::vector<int32_t> all(count_[cell]);
     copy_slots(cell, count_[cell], all.data());

@@ -81,6 +81,17 @@ std::vector<int32_t> take_cells(
         if (must || keys + counts[c] <= key_limit) {
             taken.push_back(c);
             keys += counts[c];
+        } else {
+            // Nor will others of its size: what is left only shrinks.
+            heap.erase(
+                    std::remove_if(
+                            heap.begin(),
+                            heap.end(),
+                            [&](int32_t other) {
+                                return keys + counts[other] > key_limit;
+                            }),
+                    heap.end());
+            std::make_heap(heap.begin(), heap.end(), worse);
         }
         if (keys >= key_limit) {
             break;

@@ -413,12 +413,8 @@ std::vector<int32_t> AttentionAdapter::far_slots(
     for (const auto& l : head) {
         first_cell.push_back(first_cell.back() + l.lists.ncell());
     }
-    // A bitmap puts the slots into ascending order, which is kinder to the
-    // memory, and drops those that two cells share, in one pass over the lists.
-    std::vector<uint64_t> bits((token.far_keys() + 63) / 64, 0);
     std::vector<bool> seen(first_cell.back(), false);
-    std::vector<int32_t> of_cell;
-    int64_t n = 0;
+    std::vector<std::vector<int32_t>> of_partition(head.size());
     *distinct = 0;
     for (; cells != cells_end; ++cells) {
         if (seen[*cells]) {
@@ -430,16 +426,16 @@ std::vector<int32_t> AttentionAdapter::far_slots(
         while (*cells >= first_cell[p + 1]) {
             p++;
         }
-        const CellLists& lists = head[p].lists;
-        const auto c = static_cast<int>(*cells - first_cell[p]);
-        of_cell.resize(lists.count_before(c, token.window_begin));
-        lists.copy_slots(
-                c, static_cast<int64_t>(of_cell.size()), of_cell.data());
-        n += static_cast<int64_t>(of_cell.size());
-        for (int32_t slot : of_cell) {
-            const uint64_t at = slot - token.sink_end;
-            bits[at / 64] |= uint64_t(1) << (at % 64);
-        }
+        of_partition[p].push_back(
+                static_cast<int32_t>(*cells - first_cell[p]));
+    }
+    // A bitmap puts the slots into ascending order, which is kinder to the
+    // memory, and drops those that two cells share, in one pass over the lists.
+    std::vector<uint64_t> bits((token.far_keys() + 63) / 64, 0);
+    int64_t n = 0;
+    for (size_t p = 0; p < head.size(); p++) {
+        n += head[p].lists.mark_slots(
+                of_partition[p], token.window_begin, bits.data());
     }
     std::vector<int32_t> slots;
     slots.reserve(n);

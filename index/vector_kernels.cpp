@@ -28,13 +28,14 @@ using D = hn::CappedTag<float, 16>;
 using V = hn::Vec<D>;
 
 /// Rows per tile: one maximum and one rescaling per tile, and sums short
-/// enough for float32. Keys and values of a tile stay in the first cache.
+/// enough for float32. Keys and values of a head's tile stay in the first
+/// cache.
 constexpr int kTile = 64;
+/// Keys and values of two tiles of all heads, the one at work and the next,
+/// stay in the second cache.
+constexpr int64_t kTileBytes = 256 << 10;
 /// Rows that share the loads of a query.
 constexpr int kRows = 4;
-/// Rows between one that is read and one that is prefetched: enough for the
-/// latency of the memory, and few enough for its queues.
-constexpr int kRowsAhead = 32;
 /// Queries that share the loads of a row: kRows * kQueries sums stay in
 /// registers, of which the older x86 sets have 16 instead of 32.
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4 || \
@@ -51,6 +52,59 @@ template <class T>
 HWY_INLINE V load(D d, const T* p) {
     const hn::Rebind<T, D> dt;
     return hn::PromoteTo(d, hn::LoadU(dt, p));
+}
+
+/// One of the two vectors that make a block of 2 * Lanes(d) components.
+/// Pairs of bfloat16 are widened in place, the odd one by a mask and the even
+/// one by a shift, which is cheaper than to bring them into order; queries and
+/// sums are kept in the order in which rows come out (see `arrange`).
+template <int kHalf, class T>
+HWY_INLINE V load_half(D d, const T* block) {
+#if HWY_TARGET != HWY_SCALAR
+    if constexpr (std::is_same_v<T, hwy::bfloat16_t>) {
+        const hn::Repartition<uint16_t, D> d16;
+        const hn::RebindToUnsigned<D> d32;
+        const auto pairs = hn::BitCast(
+                d32,
+                hn::LoadU(d16, reinterpret_cast<const uint16_t*>(block)));
+        return hn::BitCast(
+                d,
+                kHalf == 0 ? hn::ShiftLeft<16>(pairs)
+                           : hn::And(pairs, hn::Set(d32, 0xffff0000u)));
+    }
+#endif
+    return load(d, block + kHalf * static_cast<int>(hn::Lanes(d)));
+}
+
+/// Whether `load_half` takes components apart by their parity.
+template <class T>
+constexpr bool kByParity = HWY_TARGET != HWY_SCALAR &&
+        std::is_same_v<T, hwy::bfloat16_t>;
+
+/// Components into the order of `load_half`.
+template <class T>
+HWY_INLINE void arrange(int width, const float* from, float* to) {
+    const int lanes = static_cast<int>(hn::Lanes(D()));
+    std::copy_n(from, width, to);
+    for (int c = 0; kByParity<T> && c + 2 * lanes <= width; c += 2 * lanes) {
+        for (int i = 0; i < lanes; i++) {
+            to[c + i] = from[c + 2 * i];
+            to[c + lanes + i] = from[c + 2 * i + 1];
+        }
+    }
+}
+
+/// Back into their own order.
+template <class T>
+HWY_INLINE void restore(int width, const float* from, float* to) {
+    const int lanes = static_cast<int>(hn::Lanes(D()));
+    std::copy_n(from, width, to);
+    for (int c = 0; kByParity<T> && c + 2 * lanes <= width; c += 2 * lanes) {
+        for (int i = 0; i < lanes; i++) {
+            to[c + 2 * i] = from[c + i];
+            to[c + 2 * i + 1] = from[c + lanes + i];
+        }
+    }
 }
 
 HWY_INLINE float to_scalar(const float* p) {
@@ -109,32 +163,72 @@ HWY_INLINE void store_sums(V a, V b, V c, V e, float* to) {
 #endif
 }
 
-/// Asks the memory for columns of a row. Into the second cache: the first one
-/// is full of the tile at work.
+/// Asks the memory for rows, some lines at a time, while others are at work.
+/// Into the second cache: the first one is full of the tile at work.
+///
+/// A prefetch whose address must be translated holds up all that follows it,
+/// so the first lines of several rows go together and their translations
+/// overlap. The other lines are spread over the arithmetic: a burst of them
+/// would fill the queues of the memory, and the arithmetic would wait.
 template <class T>
-HWY_INLINE void prefetch(const T* row, int columns) {
-    constexpr int per_line = 64 / sizeof(T);
-    for (int c = 0; c < columns; c += per_line) {
-        __builtin_prefetch(row + c, 0, 2);
+class Prefetcher {
+   public:
+    Prefetcher(const T* const* begin, const T* const* end, int width)
+            : row_(begin), begun_(begin), end_(end), width_(width) {}
+    bool done() const {
+        return row_ == end_;
     }
-}
+    int lines_per_row() const { ///< without the first
+        return (width_ - 1) / kPerLine;
+    }
+    /// The next lines, at most to the end of a row.
+    HWY_INLINE void advance(int lines) {
+        if (done()) {
+            return;
+        }
+        if (begun_ - row_ < kBurst) {
+            const auto* to = begun_ + std::min<int64_t>(kBurst, end_ - begun_);
+            for (; begun_ != to; begun_++) {
+                __builtin_prefetch(*begun_, 0, 2);
+            }
+        }
+        for (int i = 0; i < lines && column_ < width_; i++) {
+            __builtin_prefetch(*row_ + column_, 0, 2);
+            column_ += kPerLine;
+        }
+        if (column_ >= width_) {
+            column_ = kPerLine;
+            row_++;
+        }
+    }
+
+   private:
+    static constexpr int kPerLine = 64 / sizeof(T);
+    static constexpr int kBurst = 16;
+
+    const T* const* row_;
+    const T* const* begun_; ///< rows before it have their first line
+    const T* const* end_;
+    int width_;
+    int column_ = kPerLine;
+};
 
 /// q.k of kRows rows and NQ queries.
-/// @param next      rows to prefetch meanwhile; may be null
-/// @param q         size NQ * width
+/// @param row       kRows pointers, `stride` apart
+/// @param q         size NQ * width, in the order of `load_half`
 /// @param products  output, NQ times kRows entries, kTile apart
 template <int NQ, class T>
 HWY_INLINE void inner_products_of_rows(
-        const T* const* row,
-        const T* const* next,
+        const T* const* rows,
+        int stride,
         int width,
         const float* q,
         float* products) {
     const D d;
     const int lanes = static_cast<int>(hn::Lanes(d));
-    const int whole = width / lanes * lanes;
-    for (int r = 0; next && r < kRows; r++) {
-        prefetch(next[r], width);
+    const T* row[kRows];
+    for (int r = 0; r < kRows; r++) {
+        row[r] = rows[r * stride];
     }
     V sum[NQ][kRows];
     for (int h = 0; h < NQ; h++) {
@@ -142,17 +236,31 @@ HWY_INLINE void inner_products_of_rows(
             sum[h][r] = hn::Zero(d);
         }
     }
-    for (int c = 0; c < whole; c += lanes) {
-        V k[kRows];
-        for (int r = 0; r < kRows; r++) {
-            k[r] = load(d, row[r] + c);
-        }
+    const auto add = [&](int column, const V* k) HWY_ATTR {
         for (int h = 0; h < NQ; h++) {
-            const V x = hn::LoadU(d, q + h * width + c);
+            const V x = hn::LoadU(d, q + h * width + column);
             for (int r = 0; r < kRows; r++) {
                 sum[h][r] = hn::MulAdd(k[r], x, sum[h][r]);
             }
         }
+    };
+    int c = 0;
+    V k[kRows];
+    for (; c + 2 * lanes <= width; c += 2 * lanes) {
+        for (int r = 0; r < kRows; r++) {
+            k[r] = load_half<0>(d, row[r] + c);
+        }
+        add(c, k);
+        for (int r = 0; r < kRows; r++) {
+            k[r] = load_half<1>(d, row[r] + c);
+        }
+        add(c + lanes, k);
+    }
+    for (; c + lanes <= width; c += lanes) {
+        for (int r = 0; r < kRows; r++) {
+            k[r] = load(d, row[r] + c);
+        }
+        add(c, k);
     }
     for (int h = 0; h < NQ; h++) {
         store_sums(
@@ -162,7 +270,7 @@ HWY_INLINE void inner_products_of_rows(
                 sum[h][3],
                 products + h * kTile);
     }
-    for (int c = whole; c < width; c++) {
+    for (; c < width; c++) {
         for (int h = 0; h < NQ; h++) {
             for (int r = 0; r < kRows; r++) {
                 products[h * kTile + r] +=
@@ -172,27 +280,27 @@ HWY_INLINE void inner_products_of_rows(
     }
 }
 
-/// x <- factor * x over a tile; returns 0, or NaN when a result is not finite.
-HWY_INLINE float multiply(float factor, float* x) {
+/// x <- factor * x over a tile; returns the maximum.
+/// @param poison  becomes NaN when a result is not finite: neither the maximum
+///                nor Highway's exponential lets a NaN through
+HWY_INLINE float scale_tile(float factor, int n, float* x, float& poison) {
     const D d;
+    const int lanes = static_cast<int>(hn::Lanes(d));
     const V f = hn::Set(d, factor);
-    V poison = hn::Zero(d);
-    for (int i = 0; i < kTile; i += static_cast<int>(hn::Lanes(d))) {
+    V zeros = hn::Zero(d);
+    V best = hn::Set(d, -INFINITY);
+    std::fill(x + n, x + kTile, 0.0f);
+    for (int i = 0; i < n; i += lanes) {
         const V product = hn::Mul(f, hn::LoadU(d, x + i));
+        zeros = hn::MulAdd(product, hn::Zero(d), zeros);
+        best = hn::Max(best, product);
         hn::StoreU(product, d, x + i);
-        poison = hn::MulAdd(product, hn::Zero(d), poison);
     }
-    return hn::GetLane(hn::SumOfLanes(d, poison));
-}
-
-HWY_INLINE float maximum_of(const float* x) {
-    const D d;
-    V best = hn::LoadU(d, x);
-    for (int i = static_cast<int>(hn::Lanes(d)); i < kTile;
-         i += static_cast<int>(hn::Lanes(d))) {
-        best = hn::Max(best, hn::LoadU(d, x + i));
-    }
-    return hn::GetLane(hn::MaxOfLanes(d, best));
+    poison += hn::GetLane(hn::SumOfLanes(d, zeros));
+    std::fill(x + n, x + kTile, -INFINITY);
+    // What stood in for missing rows must not count.
+    return n % lanes == 0 ? hn::GetLane(hn::MaxOfLanes(d, best))
+                          : *std::max_element(x, x + n);
 }
 
 /// weights <- exp(weights - maximum); returns their sum.
@@ -209,12 +317,16 @@ HWY_INLINE float exponentiate(float maximum, float* weights) {
 }
 
 /// output <- output * shrink + sum of weight * row over NV vectors of n rows,
-/// for NQ queries.
+/// for NQ queries; two vectors make a block, one is what is left of a row.
+/// @param rows     n pointers, `stride` apart
+/// @param output   in the order of `load_half`
 template <int NQ, int NV, class T>
 HWY_INLINE void add_value_columns(
         const T* const* rows,
+        int stride,
         int n,
-        const T* const* next,
+        Prefetcher<T>& ahead,
+        int lines,
         int column,
         int width,
         const float* weights,
@@ -231,12 +343,16 @@ HWY_INLINE void add_value_columns(
         }
     }
     for (int i = 0; i < n; i++) {
-        if (next) {
-            prefetch(next[i] + column, NV * lanes);
-        }
+        ahead.advance(lines);
+        const T* row = rows[i * stride] + column;
         V v[NV];
-        for (int j = 0; j < NV; j++) {
-            v[j] = load(d, rows[i] + column + j * lanes);
+        if constexpr (NV == 1) {
+            v[0] = load(d, row);
+        } else {
+            for (int j = 0; j < NV; j += 2) {
+                v[j] = load_half<0>(d, row + j * lanes);
+                v[j + 1] = load_half<1>(d, row + j * lanes);
+            }
         }
         for (int h = 0; h < NQ; h++) {
             const V w = hn::Set(d, weights[h * kTile + i]);
@@ -256,167 +372,198 @@ HWY_INLINE void add_value_columns(
 }
 
 /// The same over whole rows.
-/// @param next     rows to prefetch meanwhile; may be null
 /// @param weights  NQ times n entries, kTile apart
 /// @param output   size NQ * width
 template <int NQ, class T>
 HWY_INLINE void add_values(
         const T* const* rows,
+        int stride,
         int n,
-        const T* const* next,
+        Prefetcher<T> ahead,
         int width,
         const float* weights,
         const float* shrink,
         float* output) {
     const int lanes = static_cast<int>(hn::Lanes(D()));
+    const int passes = std::max(1, width / (4 * lanes));
+    const int lines = (ahead.lines_per_row() + passes - 1) / passes;
     int c = 0;
     for (; c + 4 * lanes <= width; c += 4 * lanes) {
         add_value_columns<NQ, 4>(
-                rows, n, next, c, width, weights, shrink, output);
+                rows, stride, n, ahead, lines, c, width, weights, shrink, output);
+    }
+    for (; c + 2 * lanes <= width; c += 2 * lanes) {
+        add_value_columns<NQ, 2>(
+                rows, stride, n, ahead, lines, c, width, weights, shrink, output);
     }
     for (; c + lanes <= width; c += lanes) {
         add_value_columns<NQ, 1>(
-                rows, n, next, c, width, weights, shrink, output);
+                rows, stride, n, ahead, lines, c, width, weights, shrink, output);
     }
     for (; c < width; c++) {
         for (int h = 0; h < NQ; h++) {
             float& o = output[h * width + c];
             o *= shrink[h];
             for (int i = 0; i < n; i++) {
-                o += weights[h * kTile + i] * to_scalar(rows[i] + c);
+                o += weights[h * kTile + i] * to_scalar(rows[i * stride] + c);
             }
         }
     }
 }
 
 /// An online softmax (Milakov and Gimelshein, arXiv 1805.02867) over tiles of
-/// tokens. Within a tile the heads take turns on a few tokens, because their
-/// rows are neighbours in the usual layout: read in this order, memory gives
-/// nearly what it gives to a sequential reader, and half of it head by head.
+/// tokens. Heads take turns; meanwhile the next tile is prefetched in the order
+/// of tokens, in which the rows of all heads are neighbours in the usual
+/// layout: read in this order, memory gives nearly what it gives to a
+/// sequential reader, and half of it head by head.
 template <class T>
 struct OnlineSoftmax {
     const AttendKernelParams& p;
+    const int d, d_v;
     const int queries; ///< of all heads
-    std::vector<float> maximum, sum, poison, shrink;
-    std::vector<float> weights; ///< of the tile, size queries * kTile
-    /// Rows of two tiles, the one at work and the next, as a ring; size heads *
-    /// kRing.
-    std::vector<const T*> keys, values;
-    static constexpr int kRing = 2 * kTile;
-    /// Tokens that a head reads in its turn.
-    const int turn;
+    const int tile;    ///< tokens
+    std::vector<float> q;      ///< in the order of `load_half`
+    std::vector<float> output; ///< likewise
+    std::vector<float> maximum, sum, poison;
+    /// Rows of a tile, size tile * heads; of no tile: empty.
+    struct Rows {
+        std::vector<const T*> keys, values;
+    };
+    Rows now, next;
+
     explicit OnlineSoftmax(const AttendKernelParams& params)
             : p(params),
+              d(p.kv->d),
+              d_v(p.kv->d_v),
               queries(p.heads * p.nq),
+              tile(tokens_per_tile()),
+              q(size_t(queries) * d),
+              output(size_t(queries) * d_v, 0.0f),
               maximum(queries, -INFINITY),
               sum(queries, 0.0f),
-              poison(queries, 0.0f),
-              shrink(queries),
-              weights(size_t(queries) * kTile),
-              keys(size_t(p.heads) * kRing),
-              values(size_t(p.heads) * kRing),
-              turn(std::max(kRows, kRowsAhead / p.heads / kRows * kRows)) {}
+              poison(queries, 0.0f) {
+        for (int i = 0; i < queries; i++) {
+            const int64_t at = int64_t(i) * d;
+            arrange<T>(d, p.queries + at, q.data() + at);
+        }
+    }
 
-    /// Pointers to the rows of the tile at `begin`; the last row stands in for
-    /// missing ones.
-    void resolve(int64_t begin) {
-        const int ring = static_cast<int>(begin % kRing);
-        for (int i = 0; p.n && i < kTile; i++) {
-            const int64_t at = std::min(begin + i, p.n - 1);
+    int tokens_per_tile() const {
+        const int64_t token = int64_t(p.heads) * (d + d_v) * sizeof(T);
+        const int64_t fit = kTileBytes / token / 16 * 16;
+        return static_cast<int>(std::clamp<int64_t>(fit, 16, kTile));
+    }
+
+    int tokens_at(int64_t begin) const {
+        return static_cast<int>(
+                std::clamp<int64_t>(p.n - begin, 0, tile));
+    }
+
+    /// Pointers to the rows of the tile at `begin`, token by token. Up to a
+    /// multiple of kRows the last token stands in for missing ones.
+    void resolve(int64_t begin, Rows& rows) const {
+        const int n = tokens_at(begin);
+        const int padded = (n + kRows - 1) / kRows * kRows;
+        rows.keys.resize(padded * p.heads);
+        rows.values.resize(padded * p.heads);
+        const KvView kv = *p.kv; // a copy that no store can change
+        const T** to_k = rows.keys.data();
+        const T** to_v = rows.values.data();
+        for (int i = 0; i < padded; i++) {
+            const int64_t at = begin + std::min(i, n - 1);
             const int64_t slot = p.slots ? p.slots[at] : p.begin + at;
+            const auto* k = static_cast<const T*>(kv.key(p.kv_head, slot));
+            const auto* v = static_cast<const T*>(kv.value(p.kv_head, slot));
             for (int h = 0; h < p.heads; h++) {
-                const int to = h * kRing + ring + i;
-                keys[to] =
-                        static_cast<const T*>(p.kv->key(p.kv_head + h, slot));
-                values[to] =
-                        static_cast<const T*>(p.kv->value(p.kv_head + h, slot));
+                *to_k++ = k + h * kv.k_head_stride;
+                *to_v++ = v + h * kv.v_head_stride;
             }
-        }
-    }
-    /// Calls body(query, count) for the queries of a head, in groups
-    /// that share the loads of a row.
-    template <class Body>
-    void for_queries(int head, const Body& body) {
-        int q = head * p.nq;
-        const int end = q + p.nq;
-        for (; q + kQueries <= end; q += kQueries) {
-            body(q, std::integral_constant<int, kQueries>());
-        }
-        for (; q < end; q++) {
-            body(q, std::integral_constant<int, 1>());
         }
     }
 
-    void add_tile(int64_t begin, int n) {
-        const int ring = static_cast<int>(begin % kRing);
-        // A turn ahead is prefetched; before the last turn, the next tile.
-        const auto next = [&](const std::vector<const T*>& rows, int h, int i) {
-            return rows.data() + h * kRing + (ring + i + turn) % kRing;
-        };
-        for (int first = 0; first < n; first += turn) {
-            for (int h = 0; h < p.heads; h++) {
-                for (int i = first; i < std::min(n, first + turn); i += kRows) {
-                    const T* const* ahead = next(keys, h, i);
-                    for_queries(h, [&](int q, auto count) {
-                        inner_products_of_rows<count>(
-                                keys.data() + h * kRing + ring + i,
-                                ahead,
-                                p.kv->d,
-                                p.queries + int64_t(q) * p.kv->d,
-                                weights.data() + q * kTile + i);
-                        ahead = nullptr;
-                    });
-                }
+    /// What the first queries of head h prefetch meanwhile: its share of the
+    /// next tile.
+    Prefetcher<T> share(
+            const std::vector<const T*>& rows,
+            int h,
+            int first,
+            int width) const {
+        const auto each = static_cast<int>(rows.size()) / p.heads;
+        const T* const* begin = rows.data() + h * each;
+        return {begin, first == h * p.nq ? begin + each : begin, width};
+    }
+
+    template <int NQ>
+    void add_tile(int n, int h, int first) {
+        alignas(64) float weights[NQ * kTile];
+        float shrink[NQ];
+        Prefetcher<T> keys = share(next.keys, h, first, d);
+        for (int i = 0; i < n; i += kRows) {
+            for (int r = 0; r < kRows; r++) {
+                keys.advance(keys.lines_per_row());
             }
+            inner_products_of_rows<NQ>(
+                    now.keys.data() + i * p.heads + h,
+                    p.heads,
+                    d,
+                    q.data() + int64_t(first) * d,
+                    weights + i);
         }
-        for (int q = 0; q < queries; q++) {
-            float* w = weights.data() + q * kTile;
-            std::fill(w + n, w + kTile, 0.0f);
-            // Neither the maximum nor Highway's exponential lets a NaN
-            // through.
-            poison[q] += multiply(p.scale, w);
-            std::fill(w + n, w + kTile, -INFINITY);
-            const float before = maximum[q];
-            const float now = std::max(before, maximum_of(w));
+        for (int j = 0; j < NQ; j++) {
+            float* w = weights + j * kTile;
+            float& top = maximum[first + j];
+            const float before = top;
+            top = std::max(before, scale_tile(p.scale, n, w, poison[first + j]));
             // exp(-inf - -inf) would be NaN
-            shrink[q] = before == now ? 1.0f : std::exp(before - now);
-            const float base = now == -INFINITY ? 0.0f : now;
-            sum[q] = sum[q] * shrink[q] + exponentiate(base, w);
-            maximum[q] = now;
+            shrink[j] = before == top ? 1.0f : std::exp(before - top);
+            sum[first + j] = sum[first + j] * shrink[j] +
+                    exponentiate(top == -INFINITY ? 0.0f : top, w);
         }
-        for (int first = 0; first < n; first += turn) {
-            for (int h = 0; h < p.heads; h++) {
-                const T* const* ahead = next(values, h, first);
-                for_queries(h, [&](int q, auto count) {
-                    add_values<count>(
-                            values.data() + h * kRing + ring + first,
-                            std::min(n - first, turn),
-                            ahead,
-                            p.kv->d_v,
-                            weights.data() + q * kTile + first,
-                            shrink.data() + q,
-                            p.output + int64_t(q) * p.kv->d_v);
-                    ahead = nullptr;
-                });
-            }
-            std::fill(shrink.begin(), shrink.end(), 1.0f);
-        }
+        add_values<NQ>(
+                now.values.data() + h,
+                p.heads,
+                n,
+                share(next.values, h, first, d_v),
+                d_v,
+                weights,
+                shrink,
+                output.data() + int64_t(first) * d_v);
     }
 
     void run() {
-        std::fill(p.output, p.output + int64_t(queries) * p.kv->d_v, 0.0f);
-        resolve(0);
-        for (int64_t begin = 0; begin < p.n; begin += kTile) {
-            resolve(begin + kTile);
-            add_tile(
-                    begin,
-                    static_cast<int>(std::min<int64_t>(kTile, p.n - begin)));
+        resolve(0, next);
+        for (const auto* rows : {&next.keys, &next.values}) {
+            Prefetcher<T> all(
+                    rows->data(),
+                    rows->data() + rows->size(),
+                    rows == &next.keys ? d : d_v);
+            while (!all.done()) {
+                all.advance(all.lines_per_row());
+            }
+        }
+        for (int64_t begin = 0; begin < p.n; begin += tile) {
+            std::swap(now, next);
+            resolve(begin + tile, next);
+            const int n = tokens_at(begin);
+            for (int h = 0; h < p.heads; h++) {
+                // Queries in groups that share the loads of a row.
+                int first = h * p.nq;
+                const int end = first + p.nq;
+                for (; first + kQueries <= end; first += kQueries) {
+                    add_tile<kQueries>(n, h, first);
+                }
+                for (; first < end; first++) {
+                    add_tile<1>(n, h, first);
+                }
+            }
         }
         for (int64_t i = 0; i < queries; i++) {
             const float norm =
                     (sum[i] > 0 ? 1 / sum[i] : 0.0f) + poison[i];
-            for (int j = 0; j < p.kv->d_v; j++) {
-                p.output[i * p.kv->d_v + j] *= norm;
+            float* o = p.output + i * d_v;
+            restore<T>(d_v, output.data() + i * d_v, o);
+            for (int j = 0; j < d_v; j++) {
+                o[j] *= norm;
             }
             p.lse[i] =
                     sum[i] > 0 ? maximum[i] + std::log(sum[i]) : -INFINITY;
@@ -453,7 +600,7 @@ void inner_products_of(
         for (int r = 0; r < kRows; r++) {
             row[r] = rows + (begin + std::min<int64_t>(r, count - 1)) * d;
         }
-        inner_products_of_rows<NQ, float>(row, nullptr, d, q, products);
+        inner_products_of_rows<NQ>(row, 1, d, q, products);
         for (int h = 0; h < NQ; h++) {
             std::copy_n(products + h * kTile, count, out + h * n + begin);
         }
