@@ -57,8 +57,16 @@ struct Sequence {
     }
 };
 
+// Narrow loads leave a sixth to a third of the bandwidth unused, as fewer of
+// them wait at a time.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WIDEST_LOADS __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define WIDEST_LOADS
+#endif
+
 /// Reads bytes without computing: what the memory system gives.
-uint64_t read_all(const char* data, size_t bytes) {
+WIDEST_LOADS uint64_t read_all(const char* data, size_t bytes) {
     const auto* words = reinterpret_cast<const uint64_t*>(data);
     uint64_t sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -169,9 +177,10 @@ void run(const DecodeOptions& o) {
                      const auto& slots = s.slots[h];
                      for (size_t i = 0; i < slots.size(); i++) {
                          const auto next = slots[std::min(i + kAhead, slots.size() - 1)];
-                         for (size_t b = 0; b < bytes; b += 64) {
-                             __builtin_prefetch(static_cast<const char*>(s.kv.key(h, next)) + b, 0, 2);
-                             __builtin_prefetch(static_cast<const char*>(s.kv.value(h, next)) + b, 0, 2);
+                         for (const void* row : {s.kv.key(h, next), s.kv.value(h, next)}) {
+                             for (size_t b = 0; b < bytes; b += 64) {
+                                 __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
+                             }
                          }
                          sum += read_all(static_cast<const char*>(s.kv.key(h, slots[i])), bytes);
                          sum += read_all(static_cast<const char*>(s.kv.value(h, slots[i])), bytes);

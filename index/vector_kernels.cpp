@@ -33,7 +33,7 @@ using V = hn::Vec<D>;
 constexpr int kTile = 64;
 /// Keys and values of two tiles of all heads, the one at work and the next,
 /// stay in the second cache.
-constexpr int64_t kTileBytes = 256 << 10;
+constexpr int64_t kTileBytes = 128 << 10;
 /// Rows that share the loads of a query.
 constexpr int kRows = 4;
 /// Queries that share the loads of a row: kRows * kQueries sums stay in
@@ -163,58 +163,45 @@ HWY_INLINE void store_sums(V a, V b, V c, V e, float* to) {
 #endif
 }
 
-/// Asks the memory for rows, some lines at a time, while others are at work.
-/// Into the second cache: the first one is full of the tile at work.
+/// Rows to ask the memory for while others are at work: one for each of them,
+/// the last one again where there are fewer. Scattered rows go into the second
+/// cache, as the first one is full of the tile at work; what is read in order
+/// is faster on its way through the first (both measured).
 ///
 /// A prefetch whose address must be translated holds up all that follows it,
 /// so the first lines of several rows go together and their translations
-/// overlap. The other lines are spread over the arithmetic: a burst of them
+/// overlap. The other lines are spread over the arithmetic: a burst of all
 /// would fill the queues of the memory, and the arithmetic would wait.
 template <class T>
-class Prefetcher {
-   public:
-    Prefetcher(const T* const* begin, const T* const* end, int width)
-            : row_(begin), begun_(begin), end_(end), width_(width) {}
-    bool done() const {
-        return row_ == end_;
-    }
-    int lines_per_row() const { ///< without the first
-        return (width_ - 1) / kPerLine;
-    }
-    /// The next lines, at most to the end of a row.
-    HWY_INLINE void advance(int lines) {
-        if (done()) {
-            return;
-        }
-        if (begun_ - row_ < kBurst) {
-            const auto* to = begun_ + std::min<int64_t>(kBurst, end_ - begun_);
-            for (; begun_ != to; begun_++) {
-                __builtin_prefetch(*begun_, 0, 2);
-            }
-        }
-        for (int i = 0; i < lines && column_ < width_; i++) {
-            __builtin_prefetch(*row_ + column_, 0, 2);
-            column_ += kPerLine;
-        }
-        if (column_ >= width_) {
-            column_ = kPerLine;
-            row_++;
-        }
-    }
-
-   private:
-    static constexpr int kPerLine = 64 / sizeof(T);
+struct RowsAhead {
+    const T* const* rows = nullptr;
+    int n = 0; ///< 0: nothing to ask for
+    bool in_order = false; ///< rows follow each other in the memory
     static constexpr int kBurst = 16;
 
-    const T* const* row_;
-    const T* const* begun_; ///< rows before it have their first line
-    const T* const* end_;
-    int width_;
-    int column_ = kPerLine;
+    /// Before row i: the first lines of this and the next rows.
+    HWY_INLINE void translate(int i) const {
+        if (i % kBurst == 0) {
+            for (int j = i; j < std::min(n, i + kBurst); j++) {
+                __builtin_prefetch(rows[j], 0, 2);
+            }
+        }
+    }
+    /// A whole row: in the order of the memory, other rows are its neighbours.
+    HWY_INLINE void fetch(int i, int width) const {
+        const T* row = rows[std::min(i, n - 1)];
+        for (int c = 0; c < width; c += 64 / static_cast<int>(sizeof(T))) {
+            if (in_order) {
+                __builtin_prefetch(row + c, 0, 3);
+            } else {
+                __builtin_prefetch(row + c, 0, 2);
+            }
+        }
+    }
 };
 
 /// q.k of kRows rows and NQ queries.
-/// @param row       kRows pointers, `stride` apart
+/// @param rows      kRows pointers, `stride` apart
 /// @param q         size NQ * width, in the order of `load_half`
 /// @param products  output, NQ times kRows entries, kTile apart
 template <int NQ, class T>
@@ -319,14 +306,16 @@ HWY_INLINE float exponentiate(float maximum, float* weights) {
 /// output <- output * shrink + sum of weight * row over NV vectors of n rows,
 /// for NQ queries; two vectors make a block, one is what is left of a row.
 /// @param rows     n pointers, `stride` apart
+/// @param pass     which of all passes over the rows
 /// @param output   in the order of `load_half`
 template <int NQ, int NV, class T>
 HWY_INLINE void add_value_columns(
         const T* const* rows,
         int stride,
         int n,
-        Prefetcher<T>& ahead,
-        int lines,
+        RowsAhead<T> ahead,
+        int pass,
+        int passes,
         int column,
         int width,
         const float* weights,
@@ -343,7 +332,12 @@ HWY_INLINE void add_value_columns(
         }
     }
     for (int i = 0; i < n; i++) {
-        ahead.advance(lines);
+        // Every pass over the rows asks for its share of those ahead.
+        if (ahead.n && i % passes == 0) {
+            const int next = (pass * n + i) / passes;
+            ahead.translate(next);
+            ahead.fetch(next, width);
+        }
         const T* row = rows[i * stride] + column;
         V v[NV];
         if constexpr (NV == 1) {
@@ -379,26 +373,38 @@ HWY_INLINE void add_values(
         const T* const* rows,
         int stride,
         int n,
-        Prefetcher<T> ahead,
+        RowsAhead<T> ahead,
         int width,
         const float* weights,
         const float* shrink,
         float* output) {
     const int lanes = static_cast<int>(hn::Lanes(D()));
-    const int passes = std::max(1, width / (4 * lanes));
-    const int lines = (ahead.lines_per_row() + passes - 1) / passes;
-    int c = 0;
-    for (; c + 4 * lanes <= width; c += 4 * lanes) {
-        add_value_columns<NQ, 4>(
-                rows, stride, n, ahead, lines, c, width, weights, shrink, output);
+    const int vectors = width / lanes;
+    const int passes = vectors / 4 + vectors % 4 / 2 + vectors % 2;
+    int c = 0, pass = 0;
+    const auto add = [&](auto count) HWY_ATTR {
+        add_value_columns<NQ, count>(
+                rows,
+                stride,
+                n,
+                ahead,
+                pass++,
+                passes,
+                c,
+                width,
+                weights,
+                shrink,
+                output);
+        c += count * lanes;
+    };
+    while (c + 4 * lanes <= width) {
+        add(std::integral_constant<int, 4>());
     }
-    for (; c + 2 * lanes <= width; c += 2 * lanes) {
-        add_value_columns<NQ, 2>(
-                rows, stride, n, ahead, lines, c, width, weights, shrink, output);
+    if (c + 2 * lanes <= width) {
+        add(std::integral_constant<int, 2>());
     }
-    for (; c + lanes <= width; c += lanes) {
-        add_value_columns<NQ, 1>(
-                rows, stride, n, ahead, lines, c, width, weights, shrink, output);
+    if (c + lanes <= width) {
+        add(std::integral_constant<int, 1>());
     }
     for (; c < width; c++) {
         for (int h = 0; h < NQ; h++) {
@@ -481,26 +487,24 @@ struct OnlineSoftmax {
         }
     }
 
-    /// What the first queries of head h prefetch meanwhile: its share of the
-    /// next tile.
-    Prefetcher<T> share(
-            const std::vector<const T*>& rows,
-            int h,
-            int first,
-            int width) const {
+    /// What the first queries of head h prefetch: its share of the next tile.
+    RowsAhead<T> share(const std::vector<const T*>& rows, int h, int first)
+            const {
         const auto each = static_cast<int>(rows.size()) / p.heads;
-        const T* const* begin = rows.data() + h * each;
-        return {begin, first == h * p.nq ? begin + each : begin, width};
+        return {rows.data() + h * each, first == h * p.nq ? each : 0, !p.slots};
     }
 
     template <int NQ>
     void add_tile(int n, int h, int first) {
         alignas(64) float weights[NQ * kTile];
         float shrink[NQ];
-        Prefetcher<T> keys = share(next.keys, h, first, d);
+        const RowsAhead<T> ahead = share(next.keys, h, first);
         for (int i = 0; i < n; i += kRows) {
-            for (int r = 0; r < kRows; r++) {
-                keys.advance(keys.lines_per_row());
+            if (ahead.n) {
+                ahead.translate(i);
+                for (int r = 0; r < kRows; r++) {
+                    ahead.fetch(i + r, d);
+                }
             }
             inner_products_of_rows<NQ>(
                     now.keys.data() + i * p.heads + h,
@@ -523,7 +527,7 @@ struct OnlineSoftmax {
                 now.values.data() + h,
                 p.heads,
                 n,
-                share(next.values, h, first, d_v),
+                share(next.values, h, first),
                 d_v,
                 weights,
                 shrink,
@@ -532,14 +536,14 @@ struct OnlineSoftmax {
 
     void run() {
         resolve(0, next);
-        for (const auto* rows : {&next.keys, &next.values}) {
-            Prefetcher<T> all(
-                    rows->data(),
-                    rows->data() + rows->size(),
-                    rows == &next.keys ? d : d_v);
-            while (!all.done()) {
-                all.advance(all.lines_per_row());
-            }
+        const auto rows = static_cast<int>(next.keys.size());
+        for (int i = 0; i < rows; i++) {
+            const RowsAhead<T> keys = {next.keys.data(), rows};
+            const RowsAhead<T> values = {next.values.data(), rows};
+            keys.translate(i);
+            values.translate(i);
+            keys.fetch(i, d);
+            values.fetch(i, d_v);
         }
         for (int64_t begin = 0; begin < p.n; begin += tile) {
             std::swap(now, next);
