@@ -53,8 +53,8 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     common.add_argument("--rope-scale", type=float, metavar="S",
                         help="NTK-aware stretch of the context (default: 1 up to 8,192 tokens, 2 beyond)")
     common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="where all is computed; cuda needs torch, and faiss_saap built with CUDA; auto takes it if "
-                             "it works (default: auto)")
+                        help="where all is computed; cuda needs torch, and faiss_saap built with CUDA; auto takes "
+                             "it if it works (default: auto)")
     common.add_argument("--texts-at-once", type=int, default=8, metavar="N",
                         help="of those of equal length, on a CUDA device (default: 8)")
     common.add_argument("--keys-per-cell", type=int, default=32, metavar="N",
@@ -129,7 +129,7 @@ def haystack_of(model: SmolLM2, file: Optional[Path]) -> np.ndarray:
 def on_cuda(options: argparse.Namespace) -> bool:
     works = fs.has_cuda and has_cuda()
     if options.device == "cuda" and not works:
-        raise ValueError("--device cuda: there is no torch with a CUDA device here, or faiss_saap was built without CUDA")
+        raise ValueError("--device cuda: no torch with a CUDA device is here, or faiss_saap was built without CUDA")
     return works and options.device != "cpu"
 
 
@@ -366,7 +366,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if options.command == "stream":
             stream(options)
             return 0
-        results = Results(options.json, config_of(options), environment(fs.__version__, on_cuda(options)), options.resume)
+        where = environment(fs.__version__, on_cuda(options))
+        results = Results(options.json, config_of(options), where, options.resume)
         (measure_loss if options.command == "loss" else measure_needles)(options, results)
     except (OSError, ValueError, fs.Error) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,8 +33,8 @@ def device():
     with pytest.MonkeyPatch.context() as patch:
         if not CUDA:
             patch.setattr(huggingface, "attends_on_device", lambda keys: True)
-            patch.setattr(huggingface.fs, "GpuAttentionAdapter", gpu_stand_in.GpuAttentionAdapter, raising=False)
-            patch.setattr(huggingface.fs, "gpu_sequence_partitions", gpu_stand_in.gpu_sequence_partitions, raising=False)
+            for name in ("GpuAttentionAdapter", "gpu_sequence_partitions"):
+                patch.setattr(huggingface.fs, name, getattr(gpu_stand_in, name), raising=False)
         yield
 
 

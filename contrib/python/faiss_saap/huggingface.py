@@ -454,8 +454,10 @@ class SaapCache(Cache):
         if partitions is None and keys_per_cell == 0:
             raise fs.Error("without partitions, keys_per_cell must be positive")
         if keys_per_cell < 0 or not 1 <= sparse_tokens <= GPU_QUERIES:
-            raise fs.Error(f"keys_per_cell = {keys_per_cell} must not be negative, sparse_tokens = {sparse_tokens} from "
-                           f"1 to {GPU_QUERIES}")  # fmt: skip
+            raise fs.Error(
+                f"keys_per_cell = {keys_per_cell} must not be negative, sparse_tokens = {sparse_tokens} from 1 to "
+                f"{GPU_QUERIES}"
+            )
         layers, heads = range(config.num_hidden_layers), range(config.num_key_value_heads)
         options = _Options(
             partitions=None,
