@@ -534,6 +534,18 @@ struct OnlineSoftmax {
                 output.data() + int64_t(first) * d_v);
     }
 
+    /// At most NQ of `count` queries.
+    template <int NQ>
+    void add_queries(int count, int n, int h, int first) {
+        if constexpr (NQ > 1) {
+            if (count < NQ) {
+                add_queries<NQ - 1>(count, n, h, first);
+                return;
+            }
+        }
+        add_tile<NQ>(n, h, first);
+    }
+
     void run() {
         resolve(0, next);
         const auto rows = static_cast<int>(next.keys.size());
@@ -551,13 +563,9 @@ struct OnlineSoftmax {
             const int n = tokens_at(begin);
             for (int h = 0; h < p.heads; h++) {
                 // Queries in groups that share the loads of a row.
-                int first = h * p.nq;
-                const int end = first + p.nq;
-                for (; first + kQueries <= end; first += kQueries) {
-                    add_tile<kQueries>(n, h, first);
-                }
-                for (; first < end; first++) {
-                    add_tile<1>(n, h, first);
+                const int end = (h + 1) * p.nq;
+                for (int first = h * p.nq; first < end; first += kQueries) {
+                    add_queries<kQueries>(end - first, n, h, first);
                 }
             }
         }
