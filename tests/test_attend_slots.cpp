@@ -252,6 +252,46 @@ TEST_P(AttendSlots, DenseOverAllHeads) {
             "1201");
 }
 
+/// Every type, layout, head dimension and group size, whatever kernels they
+/// take.
+TEST(AttendSlots, EveryCombination) {
+    tests::Random random;
+    const int heads = 2;
+    const int64_t length = 77; // a whole tile and a part of one
+    std::vector<int32_t> slots(length);
+    std::iota(slots.begin(), slots.end(), 0);
+    for (DType t : {DType::float32, DType::float16, DType::bfloat16}) {
+        for (Layout l :
+             {Layout::token_major, Layout::head_major, Layout::paged}) {
+            for (int d : {64, 80, 96, 128, 256}) {
+                const Cache c = make_cache(random, t, l, heads, d, d, length);
+                const float scale = 1 / std::sqrt(float(d));
+                for (int group : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
+                    const auto q = random.normal(heads * group * d);
+                    std::vector<float> out(q.size()), lse(heads * group);
+                    attend_dense(
+                            c.view, heads * group, q.data(), scale, 0, length,
+                            out.data(), lse.data());
+                    for (int h = 0; h < heads * group; h++) {
+                        std::vector<double> expected;
+                        double expected_lse;
+                        reference(
+                                c, h / group, q.data() + h * d, scale, slots,
+                                expected, expected_lse);
+                        const Inputs in = {t, l, d, d, group, 1};
+                        EXPECT_LT(
+                                relative_error(out.data() + h * d, expected),
+                                1e-5)
+                                << in << " query head " << h;
+                        EXPECT_NEAR(lse[h], expected_lse, 1e-4)
+                                << in << " query head " << h;
+                    }
+                }
+            }
+        }
+    }
+}
+
 TEST(AttendSlots, LongSumsStayExact) {
     // 200,000 equal logits: a naive float sum would lose three digits.
     const int64_t n = 200000;

@@ -49,6 +49,33 @@ TEST(CellLists, KeepsSlotsAndStatistics) {
     }
 }
 
+TEST(CellLists, MarksTheSlotsOfSomeCells) {
+    tests::Random random;
+    const int ncell = 9, n = 700, first = 16;
+    CellLists lists(ncell, 1, first, /*with_means=*/false);
+    for (int i = 0; i < n; i++) { // cell 4 stays empty
+        const auto cell = int32_t(random.below(ncell - 1));
+        lists.append(cell < 4 ? cell : cell + 1, nullptr, i);
+    }
+    for (const std::vector<int32_t>& cells :
+         {std::vector<int32_t>{}, {4}, {7}, {8, 4, 0, 3}}) {
+        for (int64_t end : {16, 17, 80, 300, 716}) {
+            std::vector<uint64_t> bits((end - first + 63) / 64, 0);
+            std::vector<uint64_t> expected(bits.size(), 0);
+            int64_t count = 0;
+            for (int32_t slot = first; slot < end; slot++) {
+                if (std::count(cells.begin(), cells.end(), lists.cell_of(slot))) {
+                    expected[(slot - first) / 64] |= uint64_t(1)
+                            << ((slot - first) % 64);
+                    count++;
+                }
+            }
+            EXPECT_EQ(lists.mark_slots(cells, end, bits.data()), count);
+            EXPECT_EQ(bits, expected);
+        }
+    }
+}
+
 /// Slots by cell, the way that anybody would keep them.
 using Model = std::vector<std::vector<int32_t>>;
 
