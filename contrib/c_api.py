@@ -62,6 +62,7 @@ def load(path):
         ("plan", ctypes.c_void_p, None),
         ("append", ctypes.c_int, 1),
         ("attend", ctypes.c_int, 1),
+        ("step", ctypes.c_int, 1),
         ("check", ctypes.c_int, 1),
     ):
         function = getattr(library, "saap_" + name)
@@ -106,6 +107,12 @@ class Adapter:
     def attend(self, batch, queries, output, stream):
         """queries of the caches' type, output float32, both (tokens, heads_q, d)."""
         self.library.saap_attend(
+            self.pointer, batch, ctypes.c_void_p(queries.data_ptr()), ctypes.c_void_p(output.data_ptr()), None, stream
+        )
+
+    def step(self, batch, queries, output, stream):
+        """append, then attend."""
+        self.library.saap_step(
             self.pointer, batch, ctypes.c_void_p(queries.data_ptr()), ctypes.c_void_p(output.data_ptr()), None, stream
         )
 

@@ -91,6 +91,15 @@ int saap_attend(
         float* output,
         float* lse,
         void* stream);
+/** saap_append, then saap_attend: in two launches where each sequence has one
+ * token. */
+int saap_step(
+        SaapAdapter* adapter,
+        const SaapBatch* batch,
+        const void* queries,
+        float* output,
+        float* lse,
+        void* stream);
 /** What kernels have raised; the caller synchronises first to hear of all. */
 int saap_check(SaapAdapter* adapter);
 

@@ -94,9 +94,12 @@ struct GpuBatch::State {
     std::vector<BatchRow> rows;
     int device = 0;
     int64_t tokens = 0, most_q_len = 0;
-    int most_cells = 0, most_cols = 0;
+    int most_cells = 0, most_cols = 0, most_post = 0, most_width = 0;
+    int nteam = 0, team_blocks = 1, most_team_rows = 1;
     int64_t stride = 1; ///< cells of a KV head's partitions
-    bool any_network = false, keeps_means = false, attends = false;
+    bool keeps_means = false, attends = false;
+    bool one_each = true; ///< token of each sequence
+    int most_partitions = 1;
     bool keys_are_bf16 = true; ///< none is rotated back
     DType dtype = DType::bfloat16;
     DeviceBuffer memory;
@@ -105,13 +108,16 @@ struct GpuBatch::State {
     BatchItem* d_items = nullptr;
     BatchList* d_lists = nullptr;
     BatchRow* d_rows = nullptr;
+    RowTeam* d_teams = nullptr;
+    int32_t* d_team_rows = nullptr;
     unsigned long long* best = nullptr; ///< of few tokens
-    __nv_bfloat16* centroids = nullptr;  ///< of many
+    __nv_bfloat16* centroids = nullptr; ///< of many
     int32_t* counts = nullptr;
-    float *hidden = nullptr, *scores = nullptr;
+    float* scores = nullptr;
     GpuProbedCells probed;
     RowWork work;
-    float *part = nullptr, *part_lse = nullptr, *part_dense = nullptr;
+    float *part = nullptr, *part_lse = nullptr;
+    int* blocks_done = nullptr;
 };
 
 GpuBatch::GpuBatch(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -157,6 +163,10 @@ GpuAttentionAdapter::GpuAttentionAdapter(
     DeviceScope scope(device);
     FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
             &processors_, cudaDevAttrMultiProcessorCount, device));
+    int major = 0;
+    FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
+            &major, cudaDevAttrComputeCapabilityMajor, device));
+    clusters_ = major >= 9;
     fault_ = std::make_unique<Fault>();
     for (size_t h = 0; h < partitions.size(); h++) {
         auto lowered = std::make_shared<Lowered>();
@@ -574,7 +584,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     GpuBatch::State& b = *state;
     b.device = device_;
     std::vector<BatchItem> items;
-    int64_t hidden = 0, scores = 0;
+    std::map<std::vector<const Lowered*>, std::vector<int32_t>> alike; ///< rows
+    int64_t scores = 0;
     b.attends = true;
     for (const SequenceInput& in : batch) {
         b.attends = b.attends && in.q_len <= kMostQueries;
@@ -616,20 +627,17 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             at.item = number;
             at.sequence = s.state();
             at.list = s.device_lists() + l;
-            at.hidden = hidden;
             at.scores = scores;
-            if (a.input == RowInput::hidden) {
-                b.any_network = true;
-                hidden += in.q_len * group_ * a.padded_width;
-            }
             scores += in.q_len * group_ * list.ncell;
             b.keeps_means = b.keeps_means || a.reads_means;
             b.keys_are_bf16 = b.keys_are_bf16 && in.kv.dtype == DType::bfloat16 &&
                     list.key.input == RowInput::post_rope;
             b.most_cells = std::max(b.most_cells, list.ncell);
-            b.most_cols = std::max(
-                    b.most_cols,
-                    a.padded_cols + (a.blend ? (params_.d + 7) / 8 * 8 : 0));
+            const bool networks = a.input == RowInput::hidden;
+            b.most_cols =
+                    std::max(b.most_cols, networks ? a.padded_d : a.padded_cols);
+            b.most_width = std::max(b.most_width, networks ? a.padded_width : 0);
+            b.most_post = std::max(b.most_post, a.blend ? params_.d : 0);
             b.lists.push_back(at);
         }
         for (int64_t t = 0; b.attends && t < in.q_len; t++) {
@@ -639,9 +647,19 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
                 row.sequence = s.state();
                 row.lists = s.device_lists() + s.first_list[h];
                 row.token = static_cast<int>(t);
+                row.q_len = item.q_len;
+                row.query = item.first_token + row.token;
+                row.view_length = in.kv.length;
                 row.kv_head = h;
                 row.first_list = first + s.first_list[h];
                 row.nlist = s.first_list[h + 1] - s.first_list[h];
+                b.most_partitions = std::max(b.most_partitions, row.nlist);
+                std::vector<const Lowered*> partitions;
+                for (size_t i = h; i < s.partitions.size(); i += params_.heads_kv) {
+                    partitions.push_back(s.partitions[i].get());
+                }
+                alike[std::move(partitions)].push_back(
+                        static_cast<int32_t>(b.rows.size()));
                 b.rows.push_back(row);
             }
         }
@@ -654,6 +672,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
         b.view_length.push_back(in.kv.length);
         b.tokens += in.q_len;
         b.most_q_len = std::max(b.most_q_len, in.q_len);
+        b.one_each = b.one_each && in.q_len == 1;
         b.dtype = in.kv.dtype;
         items.push_back(item);
     }
@@ -667,10 +686,55 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             nrow * group_,
             kMostRows);
 
+    int64_t tiles = 0;
+    for (const BatchRow& row : b.rows) {
+        tiles += (row.view_length / kTile + 2) * group_;
+    }
+    FAISS_THROW_IF_NOT_FMT(
+            tiles < INT32_MAX,
+            "the batch has up to %" PRId64 " tiles of %d keys, one launch numbers "
+            "%d",
+            tiles,
+            kTile,
+            INT32_MAX);
+    // So many rows a team that all teams of most blocks run at once.
+    int64_t all_teams = 0;
+    const auto teams_of = [&](int64_t rows) {
+        all_teams = 0;
+        for (const auto& entry : alike) {
+            all_teams += (static_cast<int64_t>(entry.second.size()) + rows - 1) / rows;
+        }
+        return all_teams;
+    };
+    const int64_t at_once = 2 * processors_;
+    const int most_rows = most_team_rows(
+            group_, params_.d, b.most_cols, b.most_post, b.most_width);
+    while (2 * b.most_team_rows <= most_rows &&
+           teams_of(b.most_team_rows) * kMaxTeam > at_once) {
+        b.most_team_rows *= 2;
+    }
+    b.nteam = static_cast<int>(teams_of(b.most_team_rows));
+    constexpr int kLeastCells = 64; // of a block
+    b.team_blocks = clusters_ ? kMaxTeam : 1;
+    while (b.team_blocks > 1 &&
+           (b.nteam * b.team_blocks > at_once ||
+            (b.team_blocks - 1) * kLeastCells >= b.most_cells)) {
+        b.team_blocks /= 2;
+    }
+    std::vector<RowTeam> teams;
+    std::vector<int32_t> team_rows;
+    for (const auto& entry : alike) {
+        const auto n = static_cast<int>(entry.second.size());
+        for (int i = 0; i < n; i += b.most_team_rows) {
+            teams.push_back(
+                    {static_cast<int>(team_rows.size()) + i,
+                     std::min(b.most_team_rows, n - i)});
+        }
+        team_rows.insert(team_rows.end(), entry.second.begin(), entry.second.end());
+    }
+
     DeviceScope scope(device_);
     const int64_t heads = nrow * group_;
-    // Of nq rows each: a row and its blocks, once for each choice.
-    const int64_t pieces = (nrow + processors_) * group_;
     b.work.stride = b.stride;
     b.work.probed_words = (b.stride + 31) / 32;
     b.probed.stride = b.stride;
@@ -679,6 +743,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
         b.d_items = layout.take<BatchItem>(items.size());
         b.d_lists = layout.take<BatchList>(b.lists.size());
         b.d_rows = layout.take<BatchRow>(nrow);
+        b.d_teams = layout.take<RowTeam>(b.nteam);
+        b.d_team_rows = layout.take<int32_t>(nrow);
         const auto nlist = static_cast<int>(b.lists.size());
         if (b.most_q_len <= kFewTokens) {
             b.best = layout.take<unsigned long long>(nlist * b.most_q_len);
@@ -689,16 +755,18 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
                     append_counts(nlist, b.most_q_len, b.most_cells));
         }
         if (b.attends) {
-            b.hidden = layout.take<float>(hidden);
             b.scores = layout.take<float>(scores);
             b.probed.cells = layout.take<int32_t>(heads * b.stride);
             b.probed.count = layout.take<int32_t>(heads);
             b.work.plans = layout.take<RowPlan>(heads);
             b.work.cells = layout.take<RowCell>(heads * b.stride);
             b.work.probed = layout.take<uint32_t>(heads * b.work.probed_words);
+            // Rows and blocks, of a group's queries each; a choice for each query
+            // head needs fewer.
+            const int64_t pieces = 2 * (nrow + processors_) * group_;
             b.part = layout.take<float>(pieces * params_.d);
             b.part_lse = layout.take<float>(pieces);
-            b.part_dense = layout.take<float>(pieces);
+            b.blocks_done = layout.take<int>(1);
         }
         return layout.size();
     };
@@ -726,6 +794,20 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
          nrow * sizeof(BatchRow),
          cudaMemcpyHostToDevice,
          stream);
+    copy(b.d_teams,
+         teams.data(),
+         teams.size() * sizeof(RowTeam),
+         cudaMemcpyHostToDevice,
+         stream);
+    copy(b.d_team_rows,
+         team_rows.data(),
+         team_rows.size() * sizeof(int32_t),
+         cudaMemcpyHostToDevice,
+         stream);
+    if (b.blocks_done) {
+        FAISS_SAAP_CUDA_CHECK(
+                cudaMemsetAsync(b.blocks_done, 0, sizeof(int), stream));
+    }
     return std::unique_ptr<GpuBatch>(new GpuBatch(std::move(state)));
 }
 
@@ -748,11 +830,10 @@ void GpuAttentionAdapter::check_batch(const GpuBatch& batch, bool attends) const
             kMostQueries);
 }
 
-void GpuAttentionAdapter::append(const GpuBatch& batch, cudaStream_t stream) {
-    check();
-    check_batch(batch, false);
+void GpuAttentionAdapter::prepare_append(
+        const GpuBatch& batch,
+        cudaStream_t stream) {
     const GpuBatch::State& b = *batch.state_;
-    DeviceScope scope(device_);
     if (capturing(stream)) {
         for (int64_t sequence : b.sequences) {
             at(sequence).length_known = false;
@@ -783,6 +864,14 @@ void GpuAttentionAdapter::append(const GpuBatch& batch, cudaStream_t stream) {
             s.length = after[i];
         }
     }
+}
+
+void GpuAttentionAdapter::append(const GpuBatch& batch, cudaStream_t stream) {
+    check();
+    check_batch(batch, false);
+    const GpuBatch::State& b = *batch.state_;
+    DeviceScope scope(device_);
+    prepare_append(batch, stream);
     if (b.most_q_len == 0) {
         return;
     }
@@ -848,6 +937,7 @@ void GpuAttentionAdapter::start_route(
         const GpuProbedCells& probed,
         const ProbePolicy& policy,
         bool plans,
+        bool appends,
         cudaStream_t stream) const {
     const GpuBatch::State& b = *batch.state_;
     policy.check();
@@ -858,12 +948,16 @@ void GpuAttentionAdapter::start_route(
     RouteParams p;
     p.items = b.d_items;
     p.lists = b.d_lists;
-    p.nlist = static_cast<int>(b.lists.size());
     p.rows = b.d_rows;
-    p.nrow = static_cast<int>(b.rows.size());
-    p.most_q_len = static_cast<int>(b.most_q_len);
+    p.teams = b.d_teams;
+    p.team_rows = b.d_team_rows;
+    p.nteam = b.nteam;
+    p.team_blocks = b.team_blocks;
+    p.most_team_rows = b.most_team_rows;
     p.most_cells = b.most_cells;
     p.most_cols = b.most_cols;
+    p.most_post = b.most_post;
+    p.most_width = b.most_width;
     p.heads_q = params_.heads_q;
     p.heads_kv = params_.heads_kv;
     p.d = params_.d;
@@ -873,8 +967,9 @@ void GpuAttentionAdapter::start_route(
     p.dense_below = params_.dense_below;
     p.scale = params_.scale;
     p.queries = queries;
-    p.hidden = b.hidden;
+    p.bf16 = b.dtype == DType::bfloat16;
     p.scores = b.scores;
+    p.appends = appends;
     p.share_group = policy.share_group;
     p.nprobe = policy.nprobe;
     p.max_keys = policy.max_keys;
@@ -889,7 +984,7 @@ void GpuAttentionAdapter::start_route(
         p.work = b.work;
     }
     p.flag = fault_->device;
-    FAISS_SAAP_CUDA_CHECK(gpu::route(p, b.any_network, stream));
+    FAISS_SAAP_CUDA_CHECK(gpu::route(p, stream));
 }
 
 void GpuAttentionAdapter::route(
@@ -915,7 +1010,14 @@ void GpuAttentionAdapter::route(
     FAISS_THROW_IF_NOT_MSG(probed.cells, "probed.cells is null");
     FAISS_THROW_IF_NOT_MSG(probed.count, "probed.count is null");
     DeviceScope scope(device_);
-    start_route(batch, queries, probed, chosen, /*plans=*/false, stream);
+    start_route(
+            batch,
+            queries,
+            probed,
+            chosen,
+            /*plans=*/false,
+            /*appends=*/false,
+            stream);
 }
 
 void GpuAttentionAdapter::attend_preassigned(
@@ -928,7 +1030,8 @@ void GpuAttentionAdapter::attend_preassigned(
     check_batch(batch, true);
     check_output(batch, queries, out);
     DeviceScope scope(device_);
-    start_attend(batch, queries, probed, /*planned=*/false, out, stream);
+    start_attend(
+            batch, queries, probed, /*planned=*/false, /*appends=*/false, out, stream);
 }
 
 void GpuAttentionAdapter::check_output(
@@ -957,6 +1060,7 @@ void GpuAttentionAdapter::start_attend(
         const void* queries,
         const GpuProbedCells& probed,
         bool planned,
+        bool appends,
         const AttendOutput& out,
         cudaStream_t stream) const {
     const GpuBatch::State& b = *batch.state_;
@@ -991,7 +1095,9 @@ void GpuAttentionAdapter::start_attend(
     p.blocks = processors_;
     p.part = b.part;
     p.part_lse = b.part_lse;
-    p.part_dense = b.part_dense;
+    p.pieces = p.nrow * (p.share_group ? 1 : group_) + processors_;
+    p.appends = appends;
+    p.blocks_done = b.blocks_done;
     p.out = out;
     p.flag = fault_->device;
     if (!planned) {
@@ -1013,8 +1119,49 @@ void GpuAttentionAdapter::attend(
     GpuProbedCells probed = batch.state_->probed;
     probed.share_group = chosen.share_group;
     DeviceScope scope(device_);
-    start_route(batch, queries, probed, chosen, /*plans=*/true, stream);
-    start_attend(batch, queries, probed, /*planned=*/true, out, stream);
+    start_route(
+            batch,
+            queries,
+            probed,
+            chosen,
+            /*plans=*/true,
+            /*appends=*/false,
+            stream);
+    start_attend(
+            batch, queries, probed, /*planned=*/true, /*appends=*/false, out, stream);
+}
+
+void GpuAttentionAdapter::step(
+        const GpuBatch& batch,
+        const void* queries,
+        const AttendOutput& out,
+        const ProbePolicy* policy,
+        cudaStream_t stream) {
+    check();
+    check_batch(batch, true);
+    check_output(batch, queries, out);
+    const GpuBatch::State& b = *batch.state_;
+    const ProbePolicy& chosen = policy ? *policy : params_.policy;
+    if (!b.one_each || b.keeps_means || !chosen.share_group ||
+        b.most_partitions > kMaxAppendPartitions) {
+        append(batch, stream);
+        attend(batch, queries, out, policy, stream);
+        return;
+    }
+    chosen.check();
+    DeviceScope scope(device_);
+    prepare_append(batch, stream);
+    const GpuProbedCells& probed = b.probed;
+    start_route(
+            batch,
+            queries,
+            probed,
+            chosen,
+            /*plans=*/true,
+            /*appends=*/true,
+            stream);
+    start_attend(
+            batch, queries, probed, /*planned=*/true, /*appends=*/true, out, stream);
 }
 
 GpuListsCopy GpuAttentionAdapter::lists(

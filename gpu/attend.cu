@@ -16,8 +16,8 @@ constexpr int kThreads = 128;
 /// Where the keys of each probed cell begin among the row's far keys. A block
 /// for each row; its first warp goes through the cells.
 __global__ void __launch_bounds__(kThreads) make_plans(AttendParams p) {
-    let_next_begin();
     wait_for_previous();
+    let_next_begin();
     const int group = p.heads_q / p.heads_kv;
     const int choices = p.share_group ? 1 : group;
     const BatchRow& row = p.rows[blockIdx.x];

@@ -30,11 +30,16 @@ struct AttendParams {
     // between the stages
     RowWork work;
     int blocks = 0; ///< that share all tiles of the batch
-    /// Normalised results of pieces: rows of blocks that a block has a part of,
-    /// each nq * d. Row r and block b share piece r + b.
+    /// Normalised results of pieces, each nq * d: what a block has read of a row's
+    /// sink and window, and what of its far keys. Row r and block b share pieces
+    /// r + b of the first and of the second `pieces`.
     float* part = nullptr;
-    float* part_lse = nullptr;   ///< nq for each
-    float* part_dense = nullptr; ///< LSE of sink and window alone, likewise
+    float* part_lse = nullptr; ///< nq for each
+    int pieces = 0;            ///< rows and blocks
+    /// The sequences' lengths lack the token of this step (RouteParams::appends);
+    /// the last block to end adds it.
+    int appends = 0;
+    int* blocks_done = nullptr; ///< 0 before and after
     AttendOutput out;
     FaultFlag* flag = nullptr;
 };

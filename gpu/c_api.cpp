@@ -229,6 +229,24 @@ int saap_attend(
     });
 }
 
+int saap_step(
+        SaapAdapter* adapter,
+        const SaapBatch* batch,
+        const void* queries,
+        float* output,
+        float* lse,
+        void* stream) {
+    return guarded(1, [&] {
+        FAISS_THROW_IF_NOT_MSG(adapter && batch, "adapter or batch is null");
+        AttendOutput out;
+        out.output = output;
+        out.lse = lse;
+        adapter->adapter.step(
+                *batch->batch, queries, out, nullptr, as_stream(stream));
+        return 0;
+    });
+}
+
 int saap_check(SaapAdapter* adapter) {
     return guarded(1, [&] {
         FAISS_THROW_IF_NOT_MSG(adapter, "adapter is null");

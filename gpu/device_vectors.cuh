@@ -95,8 +95,9 @@ __device__ inline float derotated(
 }
 
 /// A row as floats, before its rotation if `derotates`; by threads that take every
-/// `step`-th pair from `first` on. A null row is 0.
-__device__ inline void load_vector(
+/// `step`-th pair from `first` on. A null row is 0. A step's kernels run once and
+/// wait for their code as for data: what they use in several places is not inlined.
+static __device__ __noinline__ void load_vector(
         const DeviceRotary& rotary,
         int d,
         int64_t position,
@@ -123,14 +124,25 @@ __device__ inline void load_vector(
 
 enum class RowType { float32, bfloat16, float16 };
 
-/// 16 bytes of a row times as many components of a vector.
+__device__ __forceinline__ float4 load_shared(uint32_t at) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(at));
+    return x;
+}
+
+/// 16 bytes of a row times as many components of a vector, which lies at an address
+/// of shared memory.
 template <RowType Type>
-__device__ __forceinline__ float product_of_piece(const uint4& bits, const float* x) {
-    const auto* y = reinterpret_cast<const float4*>(x);
+__device__ __forceinline__ float product_of_piece(const uint4& bits, uint32_t x) {
+    float4 y[2];
+    y[0] = load_shared(x);
     if constexpr (Type == RowType::float32) {
         const auto* w = reinterpret_cast<const float*>(&bits);
         return w[0] * y[0].x + w[1] * y[0].y + w[2] * y[0].z + w[3] * y[0].w;
     } else {
+        y[1] = load_shared(x + 16);
         const auto* halves = reinterpret_cast<const uint32_t*>(&bits);
         float2 w[4];
 #pragma unroll
@@ -152,19 +164,22 @@ __device__ __forceinline__ float product_of_piece(const uint4& bits, const float
 /// four lanes share a row, and lane l gets the product of row l / 4 and vector
 /// l % N. `row` is that of the lane, null for one that is not there, which gives 0.
 /// Rows begin at multiples of 16 bytes, their length `cols` is a multiple of 8;
-/// vectors are x_stride floats apart and likewise aligned.
+/// vectors are x_stride floats apart and likewise aligned. Not inlined, as
+/// load_vector is not.
 template <RowType Type, int N>
-__device__ inline float warp_products(
+static __device__ __noinline__ float warp_products(
         const void* row,
         int cols,
         const float* x,
         int x_stride) {
     static_assert(N == 1 || N == 4);
     constexpr int kPiece = Type == RowType::float32 ? 4 : 8; // elements of 16 bytes
-    constexpr int kAtOnce = 8; // on their way: memory answers after 700 cycles
+    constexpr int kAtOnce = 4; // on their way: memory answers after 700 cycles
+    const auto vectors = static_cast<uint32_t>(__cvta_generic_to_shared(x));
     const int part = threadIdx.x % 4;
     const int pieces = cols / kPiece;
     float sum[N] = {};
+#pragma unroll 1
     for (int first = part; first < pieces; first += 4 * kAtOnce) {
         uint4 bits[kAtOnce];
 #pragma unroll
@@ -174,14 +189,14 @@ __device__ inline float warp_products(
                     ? static_cast<const uint4*>(row)[piece]
                     : make_uint4(0, 0, 0, 0);
         }
-        const float* y = x + first * kPiece;
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
-            if (first + 4 * i < pieces) {
+            const int piece = first + 4 * i;
+            if (piece < pieces) {
 #pragma unroll
                 for (int v = 0; v < N; v++) {
                     sum[v] += product_of_piece<Type>(
-                            bits[i], y + v * x_stride + 4 * i * kPiece);
+                            bits[i], vectors + 4 * (v * x_stride + piece * kPiece));
                 }
             }
         }
@@ -231,6 +246,11 @@ __device__ inline void prefetch_rows(
 __device__ inline uint32_t ordered(float x) {
     const uint32_t bits = __float_as_uint(x);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/// The inverse.
+__device__ inline float of_ordered(uint32_t x) {
+    return __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);
 }
 
 } // namespace faiss_saap::gpu

@@ -10,7 +10,7 @@ namespace faiss_saap::gpu {
 /// A query at slot window_end - 1 reads [0, sink_end) and [window_begin,
 /// window_end) densely, the slots between them through cells.
 struct Reach {
-    int64_t sink_end, window_begin, window_end;
+    int64_t sink_end = 0, window_begin = 0, window_end = 0;
 
     __device__ int64_t far_keys() const {
         return window_begin - sink_end;
@@ -35,6 +35,7 @@ __device__ inline Reach reach_of(
 /// The plan of a row before its cells: nothing, and a fault, where the caller's
 /// view lacks slots of the sequence.
 /// @param view_length  of the caller's cache
+/// @param flag         null: the fault is raised elsewhere
 __device__ inline RowPlan plan_dense(
         const Reach& reach,
         int64_t length,
@@ -47,7 +48,9 @@ __device__ inline RowPlan plan_dense(
     plan.window_begin = static_cast<int>(reach.window_begin);
     plan.far = static_cast<int>(reach.far_keys());
     if (length > view_length) {
-        raise(flag, Fault::attend_view, item);
+        if (flag) {
+            raise(flag, Fault::attend_view, item);
+        }
     } else if (attend_dense) {
         plan.dense = static_cast<int>(
                 reach.sink_end + reach.window_end - reach.window_begin);
@@ -57,18 +60,20 @@ __device__ inline RowPlan plan_dense(
 
 /// Far keys of each cell for a query, into shared memory; by a whole block. The
 /// newest listed slots may be in a window still, of a query before the last.
-__device__ inline void far_counts(
+static __device__ __noinline__ void far_counts(
         const ListState& list,
         int64_t length,
         const Reach& reach,
         int64_t sink,
         int64_t window,
         int32_t* counts) {
+#pragma unroll 2
     for (int c = threadIdx.x; c < list.ncell; c += blockDim.x) {
-        counts[c] = list.count[c];
+        counts[c] = __ldcg(list.count + c);
     }
     __syncthreads();
     const int64_t listed_end = max(sink, length - window);
+#pragma unroll 1
     for (int64_t slot = max(sink, reach.window_begin) + threadIdx.x;
          slot < listed_end;
          slot += blockDim.x) {

@@ -19,18 +19,20 @@ constexpr int kQueries = 16; ///< rows of a tensor-core tile
 /// Probed cells of a row that a block keeps at hand; others stay in memory.
 constexpr int kCellsAtHand = 192;
 
-/// Numbers of the keys of one row, in the order they are read, to slots. A
-/// thread asks for ascending numbers, so it walks the row's cells once.
+/// Numbers of a row's keys, of sink and window or of the far ones, in the order they
+/// are read, to slots. A thread asks for ascending numbers, so it walks the row's
+/// cells once.
 struct SlotReader {
+    bool far;
     RowPlan plan;
-    RowPlan* shared_plan; ///< counts what is dropped
+    RowPlan* shared_plan;   ///< counts what is dropped
     const ListState* lists; ///< of the row's KV head
     const RowCell* cells;
     const uint32_t* probed;
     int64_t sink;
-    int at = 0; ///< the cell that holds the last far key asked for
+    int at = 0; ///< the cell that holds the last key asked for
 
-    /// Moves to the cell of a far key.
+    /// Moves to the cell of a key.
     __device__ void seek(int far) {
         int low = 0, high = plan.cells - 1;
         while (low < high) {
@@ -46,23 +48,25 @@ struct SlotReader {
 
     /// -1: no key, or one that another partition's cell has read.
     __device__ int slot(int i) {
-        if (i < plan.dense) {
-            return i < plan.sinks ? i : plan.window_begin + i - plan.sinks;
+        if (!far) {
+            return i >= plan.dense ? -1
+                    : i < plan.sinks ? i
+                                     : plan.window_begin + i - plan.sinks;
         }
-        const int far = i - plan.dense;
-        if (far >= plan.keys) {
+        if (i >= plan.keys) {
             return -1;
         }
-        while (cells[at].end <= far) {
+        while (cells[at].end <= i) {
             at++;
         }
         const RowCell cell = cells[at];
         const ListState& list = lists[cell.list];
-        const auto entry = static_cast<uint32_t>(far - cell.begin);
+        const auto entry = static_cast<uint32_t>(i - cell.begin);
         const int e = extent_of(entry);
-        const int32_t slot = list.slots
-                [list.extents[int64_t(cell.cell) * kExtents + e] +
-                 (entry - extent_begin(e))];
+        const int32_t slot =
+                list.slots[list.extents[cell.cell * kExtents + e] +
+                           (entry - extent_begin(e))];
+#pragma unroll 1
         for (int other = 0; other < cell.list; other++) {
             const int c = lists[other].first_cell +
                     lists[other].cells[slot - sink];
@@ -75,104 +79,211 @@ struct SlotReader {
     }
 };
 
-/// The tiles of all rows, one row after the other, are one line, of which every
-/// block has an equal piece: a row with many keys holds up nobody.
+/// How tiles are shared out. There are two lines of them, of the dense tiles and of
+/// the far ones of all rows. With few rows each has blocks of its own, so that no block
+/// waits for the beginnings of two rows one after the other; with many, a line is cut
+/// into equal pieces wherever that falls, so that a row with many keys holds up nobody.
 struct Share {
-    int64_t each;       ///< tiles of a block; the last ones may have fewer or none
-    int64_t begin, end; ///< of this block
-    int row;            ///< that begin lies in
-    int64_t row_begin;  ///< its first tile
+    /// What a second row costs a block, in tiles: the chain of reads from its plan
+    /// to its first key.
+    static constexpr int kRestart = 12;
+
+    int each = 1;          ///< tiles of a block at most
+    bool whole = false;    ///< a block has tiles of one row
+    int row = 0;           ///< the first row of this block; none: past the last
+    int row_begin = 0;     ///< units before that row: blocks if whole, else tiles
+    int other_units = 0;   ///< and on the other line
+
+    __device__ int units(int tiles) const {
+        return whole ? (tiles + each - 1) / each : tiles;
+    }
+    /// Blocks of a row: the first of them and how many.
+    __device__ int2 blocks(int row_begin, int tiles) const {
+        if (whole || tiles == 0) {
+            return make_int2(row_begin, units(tiles));
+        }
+        const int first = row_begin / each;
+        return make_int2(first, (row_begin + tiles - 1) / each - first + 1);
+    }
+    /// This block's tiles of a row: begin and end.
+    __device__ int2 tiles(int row_begin, int tiles) const {
+        const int n = units(tiles), block = static_cast<int>(blockIdx.x);
+        if (whole) {
+            const int k = block - row_begin, of_each = n ? (tiles + n - 1) / n : 0;
+            return k < 0 || k >= n ? make_int2(0, 0)
+                                   : make_int2(
+                                             min(tiles, k * of_each),
+                                             min(tiles, (k + 1) * of_each));
+        }
+        const int begin = max(0, each * block - row_begin);
+        return make_int2(begin, max(begin, min(tiles, each * (block + 1) - row_begin)));
+    }
+    /// Whether a row that begins here begins after this block's tiles.
+    __device__ bool is_past(int row_begin) const {
+        const int block = static_cast<int>(blockIdx.x) + 1;
+        return row_begin >= (whole ? block : each * block);
+    }
 };
 
-/// Room of static variables of gather_attend_kernel and of what it calls.
-constexpr int kStaticBytes = 4096;
+/// Sums of the lanes before this one.
+__device__ inline int sum_before(int x) {
+    int end = x;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(0xffffffffu, end, step);
+        end += static_cast<int>(threadIdx.x % 32) >= step ? before : 0;
+    }
+    return end - x;
+}
 
 /// By each warp for itself: no barrier.
-__device__ Share find_share(const RowPlan* plans, int rows) {
-    const int lane = threadIdx.x % 32;
+/// @param least     tiles of a block at least, if there are so many
+/// @param tiles_of  a row's tiles, and its units on the other line
+template <class TilesOf>
+__device__ Share find_share(int rows, int least, const TilesOf& tiles_of) {
+    const int lane = threadIdx.x % 32, grid = static_cast<int>(gridDim.x);
     const int each = (rows + 31) / 32;
     const int first = min(rows, lane * each);
     const int last = min(rows, first + each);
-    int64_t mine = 0;
+    int mine = 0;
+#pragma unroll 1
     for (int r = first; r < last; r++) {
-        mine += tiles_of(plans[r]);
+        mine += tiles_of(r).x;
     }
-    int64_t end = mine; // of this lane's rows
-    for (int step = 1; step < 32; step *= 2) {
-        const int64_t before = __shfl_up_sync(0xffffffffu, end, step);
-        end += lane >= step ? before : 0;
-    }
+    const int total = __reduce_add_sync(0xffffffffu, mine);
     Share share;
-    const int64_t total = __shfl_sync(0xffffffffu, end, 31);
-    share.each = (total + gridDim.x - 1) / gridDim.x;
-    share.begin = min(total, share.each * blockIdx.x);
-    share.end = min(total, share.begin + share.each);
-    if (share.begin == total) {
-        return share;
+    const int cut = (total + grid - 1) / grid;
+    const int apart = rows < grid ? (total + grid - rows - 1) / (grid - rows) : 0;
+    share.whole = rows < grid && apart <= cut + Share::kRestart;
+    share.each = max(least, share.whole ? apart : cut);
+    int units = 0, other = 0;
+#pragma unroll 1
+    for (int r = first; r < last; r++) {
+        const int2 tiles = tiles_of(r);
+        units += share.units(tiles.x);
+        other += tiles.y;
     }
-    int64_t at = end - mine;
-    const bool here = at <= share.begin && share.begin < end;
+    int at = sum_before(units), other_at = sum_before(other);
+    const int begin = (share.whole ? 1 : share.each) * static_cast<int>(blockIdx.x);
+    const bool here = at <= begin && begin < at + units;
     int r = first;
-    for (; here && at + tiles_of(plans[r]) <= share.begin; r++) {
-        at += tiles_of(plans[r]);
+#pragma unroll 1
+    for (; here; r++) {
+        const int2 tiles = tiles_of(r);
+        if (at + share.units(tiles.x) > begin) {
+            break;
+        }
+        at += share.units(tiles.x);
+        other_at += tiles.y;
     }
     const int who = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, here))) - 1;
-    share.row = __shfl_sync(0xffffffffu, r, who);
-    share.row_begin = __shfl_sync(0xffffffffu, at, who);
+    share.row = who < 0 ? rows : __shfl_sync(0xffffffffu, r, who);
+    share.row_begin = __shfl_sync(0xffffffffu, at, max(0, who));
+    share.other_units = __shfl_sync(0xffffffffu, other_at, max(0, who));
     return share;
 }
 
+/// What a row reads of sink and window, which is known before its cells are.
+__device__ RowPlan dense_plan(const AttendParams& p, const BatchRow& row) {
+    const int64_t length = __ldcg(&row.sequence->length) + (p.appends ? 1 : 0);
+    return plan_dense(
+            reach_of(length, row.q_len, row.token, p.sink, p.window),
+            length,
+            row.view_length,
+            p.attend_dense,
+            row.item,
+            nullptr);
+}
+
+/// Units before a row on the dense line and on the far one. By each warp for itself.
+__device__ __noinline__ int2 row_begins(
+        const RowPlan* plans,
+        const Share& dense,
+        const Share& far,
+        int r) {
+    int of_dense = 0, of_far = 0;
+#pragma unroll 1
+    for (int q = threadIdx.x % 32; q < r; q += 32) {
+        of_dense += dense.units(dense_tiles(plans[q]));
+        of_far += far.units(far_tiles(plans[q]));
+    }
+    return make_int2(
+            __reduce_add_sync(0xffffffffu, of_dense),
+            __reduce_add_sync(0xffffffffu, of_far));
+}
+
 /// Merges the pieces of a row, and the caller's result; by the block that ends
-/// the row. `weights` is shared memory, nq * (blocks + 1).
+/// the row. `weights` is shared memory, nq for each piece and one for the caller's.
 __device__ void merge_pieces(
         const AttendParams& p,
-        const Share& share,
         const RowPlan& plan,
         int dropped,
-        int r,
-        int64_t row_begin,
+        int first_dense, ///< pieces
+        int ndense,
+        int first_far,
+        int nfar,
         int64_t first_out,
         int nq,
         float* weights) {
-    const int64_t first = row_begin / share.each;
-    const int64_t last = (row_begin + tiles_of(plan) - 1) / share.each;
-    const auto n = static_cast<int>(last - first + 1);
-    const int64_t piece0 = r + first;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const auto reduce = [](float x, bool sum) {
-        for (int step = 16; step; step /= 2) {
-            const float y = __shfl_xor_sync(0xffffffffu, x, step);
-            x = sum ? x + y : fmaxf(x, y);
-        }
-        return x;
+    const int n = ndense + nfar;
+    const int width = nq * p.d; // of a piece
+    const auto piece = [&](int s) {
+        return s < ndense ? first_dense + s : p.pieces + first_far + s - ndense;
     };
-    __shared__ float weight_given[kQueries];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Many at once, and before their weights are known: each takes long.
+    constexpr int kAtOnce = 8;
+    float4 parts[kAtOnce];
+    const auto load_parts = [&](int first, int i) {
+        const float* from = p.part + i;
+#pragma unroll
+        for (int k = 0; k < kAtOnce; k++) {
+            if (first + k < n) {
+                parts[k] = __ldcg(reinterpret_cast<const float4*>(
+                        from + int64_t(piece(first + k)) * width));
+            }
+        }
+    };
+    int i = 4 * threadIdx.x;
+    if (i < width) {
+        load_parts(0, i);
+    }
+#pragma unroll 1
     for (int q = warp; q < nq; q += blockDim.x / 32) {
-        const auto lse_of = [&](const float* lse, int s) {
-            return __ldcg(&lse[(piece0 + s) * nq + q]);
+        float* w = weights + q * (n + 1);
+        // The caller's comes last.
+        const auto lse_of = [&](int s) {
+            return s < n ? __ldcg(&p.part_lse[int64_t(piece(s)) * nq + q])
+                    : p.out.merge ? p.out.lse[first_out + q]
+                                  : -INFINITY;
         };
-        const float given = p.out.merge ? p.out.lse[first_out + q] : -INFINITY;
-        float largest = given;
-        for (int s = lane; s < n; s += 32) {
-            const float x = lse_of(p.part_lse, s);
-            weights[q * n + s] = x;
-            largest = fmaxf(largest, x);
+        float largest = -INFINITY;
+#pragma unroll 1
+        for (int s = lane; s <= n; s += 32) {
+            w[s] = lse_of(s);
+            largest = fmaxf(largest, w[s]);
         }
-        largest = reduce(largest, false);
+        largest = of_ordered(__reduce_max_sync(0xffffffffu, ordered(largest)));
         const float shift = largest == -INFINITY ? 0.0f : largest;
-        float sum = 0, dense = 0;
-        for (int s = lane; s < n; s += 32) {
-            sum += expf(weights[q * n + s] - shift);
-            dense += expf(lse_of(p.part_dense, s) - shift);
+        float sum = 0, dense_sum = 0;
+#pragma unroll 1
+        for (int s = lane; s <= n; s += 32) {
+            const float x = __expf(w[s] - shift);
+            w[s] = x;
+            sum += x;
+            dense_sum += s < ndense ? x : 0.0f;
         }
-        sum = reduce(sum, true) + expf(given - shift);
-        dense = reduce(dense, true);
+#pragma unroll
+        for (int step = 16; step; step /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, step);
+            dense_sum += __shfl_xor_sync(0xffffffffu, dense_sum, step);
+        }
         const float each = sum > 0 ? 1 / sum : 0.0f;
-        for (int s = lane; s < n; s += 32) {
-            weights[q * n + s] = each * expf(weights[q * n + s] - shift);
+#pragma unroll 1
+        for (int s = lane; s <= n; s += 32) {
+            w[s] *= each;
         }
         if (lane == 0) {
-            weight_given[q] = each * expf(given - shift);
             if (p.out.lse) {
                 p.out.lse[first_out + q] =
                         sum > 0 ? shift + logf(sum) : -INFINITY;
@@ -182,64 +293,124 @@ __device__ void merge_pieces(
                 stats.cells = plan.cells;
                 stats.keys_read = plan.keys - dropped;
                 stats.far_keys = plan.far;
-                stats.dense_mass = each * dense;
+                stats.dense_mass = each * dense_sum;
             }
         }
     }
     __syncthreads();
-    const int width = nq * p.d;
-    for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
-        const int q = i / p.d;
+#pragma unroll 1
+    while (i < width) {
+        const float* w = weights + i / p.d * (n + 1);
         auto* to = reinterpret_cast<float4*>(p.out.output + first_out * p.d + i);
         float4 o = make_float4(0, 0, 0, 0);
-        const auto add = [&](float w, const float4& x) {
-            o.x += w * x.x;
-            o.y += w * x.y;
-            o.z += w * x.z;
-            o.w += w * x.w;
+        const auto add = [&](float weight, const float4& x) {
+            o.x += weight * x.x;
+            o.y += weight * x.y;
+            o.z += weight * x.z;
+            o.w += weight * x.w;
         };
-        if (weight_given[q] > 0) { // else it may hold anything
-            add(weight_given[q], *to);
+        if (w[n] > 0) { // else it may hold anything
+            add(w[n], *to);
         }
-#pragma unroll 8
-        for (int s = 0; s < n; s++) {
-            const auto x = __ldcg(reinterpret_cast<const float4*>(
-                    p.part + (piece0 + s) * width + i));
-            add(weights[q * n + s], x);
+#pragma unroll 1
+        for (int first = 0; first < n; first += kAtOnce) {
+#pragma unroll
+            for (int k = 0; k < kAtOnce; k++) {
+                if (first + k < n) {
+                    add(w[first + k], parts[k]);
+                }
+            }
+            load_parts(first + kAtOnce, i);
         }
         *to = o;
+        i += 4 * blockDim.x;
+        if (i < width) {
+            load_parts(0, i);
+        }
     }
+}
+
+/// Notes that a block has read `here` of a row's tiles, and merges the row if it was
+/// the last.
+/// @param begins  units before the row on the dense line and on the far one
+__device__ __noinline__ void end_row(
+        const AttendParams& p,
+        const RowPlan& plan,
+        int r,
+        int here,
+        const Share& dense,
+        const Share& far,
+        int2 begins,
+        int64_t first_out,
+        int nq,
+        float* weights) {
+    RowPlan* shared_plan = p.work.plans + r;
+    const int all = dense_tiles(plan) + far_tiles(plan);
+    if (arrive(&shared_plan->tiles_done, here) + here == all && !plan.refused) {
+        const int2 of_dense = dense.blocks(begins.x, dense_tiles(plan));
+        const int2 of_far = far.blocks(begins.y, far_tiles(plan));
+        merge_pieces(
+                p,
+                plan,
+                __ldcg(&shared_plan->dropped),
+                r + of_dense.x,
+                of_dense.y,
+                r + of_far.x,
+                of_far.y,
+                first_out,
+                nq,
+                weights);
+    }
+    __syncthreads(); // before the next row's queries, cells and tiles
 }
 
 constexpr int kPadding = 8; ///< elements between rows, which spreads the banks
 constexpr int kStages = 2;
 constexpr uint32_t kNowhere = 0xffffffffu;
+/// Room of static variables of gather_attend_kernel and of what it calls.
+constexpr int kStaticBytes = 4096;
+/// Left for the blocks of the kernel before, beside which this one begins.
+constexpr int kRouteBytes = 48 << 10;
 
 constexpr int most_warps(int d) {
-    return d > 128 ? 3 : 6;
+    return d > 128 ? 2 : d > 64 ? 4 : 8;
 }
 
 constexpr int max_of(int a, int b) {
     return a > b ? a : b;
 }
 
-/// Each warp of a block reads tiles of 32 keys with an online softmax of its own,
-/// the next tile's rows on their way while one is computed. 16 query rows, of
-/// which the group fills some, are multiplied at a time.
+/// Where rows lie, in units of 16 bytes from the head's first.
+struct RowStrides {
+    uint32_t head, token, page;
+
+    __device__ RowStrides(int64_t head_bytes, int64_t token_bytes, int64_t page_bytes)
+            : head(head_bytes / 16), token(token_bytes / 16), page(page_bytes / 16) {}
+};
+
+/// A row's queries against tiles of its keys, by a block: each warp reads tiles of
+/// 32 keys with an online softmax of its own, the next tile's rows on their way
+/// while one is computed. 16 query rows, of which the group fills some, are
+/// multiplied at a time.
+/// @param shared  dynamic shared memory
+/// @param piece   where the result goes
 template <class T, int D>
-__global__ void __launch_bounds__(32 * most_warps(D))
-        gather_attend_kernel(AttendParams p) {
-    let_next_begin();
-    wait_for_previous();
+__device__ __forceinline__ void attend_tiles(
+        const AttendParams& p,
+        char* shared,
+        const DeviceView& kv,
+        int kv_head,
+        int item,
+        int64_t first_query,
+        int nq,
+        int tile_begin,
+        int tile_end,
+        SlotReader& reader,
+        int piece) {
     constexpr int kStride = D + kPadding;
     constexpr int kChunks = D / 8; // 16-byte pieces of a row
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warps = blockDim.x / 32;
-    const int group = p.heads_q / p.heads_kv;
-    const int choices = p.share_group ? 1 : group;
-    const int nq = group / choices;
-
-    extern __shared__ __align__(16) char shared[];
     T* queries = reinterpret_cast<T*>(shared); // kQueries * kStride
     T* all_tiles = queries + kQueries * kStride;
     T* tiles = all_tiles + warp * kStages * 2 * kTile * kStride;
@@ -249,67 +420,54 @@ __global__ void __launch_bounds__(32 * most_warps(D))
     const auto v_tile = [&](int stage) {
         return tiles + (stage * 2 + 1) * kTile * kStride;
     };
-    __shared__ RowCell at_hand[kCellsAtHand];
-
-    const Share share = find_share(p.work.plans, p.nrow * choices);
-    int64_t row_begin = share.row_begin;
-    int64_t next = share.begin;
-    for (int r = share.begin < share.end ? share.row : 0; next < share.end; r++) {
-        const BatchRow& row = p.rows[r / choices];
-        const BatchItem& item = p.items[row.item];
-        const DeviceView kv = item.kv;
-        SlotReader reader;
-        reader.shared_plan = p.work.plans + r;
-        reader.plan = *reader.shared_plan;
-        reader.lists = row.lists;
-        reader.probed = p.work.probed + r * p.work.probed_words;
-        reader.sink = p.sink;
-        const int all_of_row = tiles_of(reader.plan);
-        const auto tile_begin = static_cast<int>(next - row_begin);
-        const auto tile_end = static_cast<int>(
-                min(int64_t(all_of_row), share.end - row_begin));
-        const int64_t first_query =
-                int64_t(item.first_token + row.token) * p.heads_q +
-                row.kv_head * group + (p.share_group ? 0 : r % choices);
-        for (int i = threadIdx.x; i < kQueries * kChunks; i += blockDim.x) {
-            const int q = i / kChunks, c = i % kChunks;
-            uint4 bits = {0, 0, 0, 0};
-            if (q < nq) {
-                bits = reinterpret_cast<const uint4*>(
-                        static_cast<const T*>(p.queries) +
-                        (first_query + q) * D)[c];
-            }
-            *reinterpret_cast<uint4*>(queries + q * kStride + 8 * c) = bits;
+    const RowStrides k_stride(kv.k_head, kv.k_token, kv.k_page);
+    const RowStrides v_stride(kv.v_head, kv.v_token, kv.v_page);
+    const auto page_size = static_cast<uint32_t>(kv.page_size);
+    const int npages = static_cast<int>(kv.npages);
+    for (int i = threadIdx.x; i < kQueries * kChunks; i += blockDim.x) {
+        const int q = i / kChunks, c = i % kChunks;
+        uint4 bits = {0, 0, 0, 0};
+        if (q < nq) {
+            bits = __ldcg(
+                    reinterpret_cast<const uint4*>(
+                            static_cast<const T*>(p.queries) +
+                            (first_query + q) * D) +
+                    c);
         }
-        reader.cells = p.work.cells + r * p.work.stride;
-        if (reader.plan.cells <= kCellsAtHand) {
-            for (int i = threadIdx.x; i < reader.plan.cells; i += blockDim.x) {
-                at_hand[i] = reader.cells[i];
-            }
-            reader.cells = at_hand;
-        }
-        __syncthreads();
-
-        // Tiles are dealt to the warps in turn.
-        int tile = tile_begin + warp;
-        if (tile < tile_end && reader.plan.keys) {
-            const int far = tile * kTile + lane - reader.plan.dense;
-            reader.seek(max(0, min(far, reader.plan.keys - 1)));
-        }
-        const auto slot_of = [&](int t) { // of this lane
-            return t < tile_end ? reader.slot(t * kTile + lane) : -1;
-        };
-        const auto fetch = [&](int slot, int stage) {
-            // Where a lane's key lies, in units of 16 bytes from the head's first.
+        *reinterpret_cast<uint4*>(queries + q * kStride + 8 * c) = bits;
+    }
+    __syncthreads();
+    const float scale = p.scale * 1.44269504088896340736f; // exp2
+    float o[D / 8][4] = {};
+    float m[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    // Tiles are dealt to the warps in turn. A round asks for the slots of the tile
+    // after the next, sends for the rows of the next and computes one; the first
+    // two have nothing to compute yet. Of each there is one piece of code.
+    int stage = 0, slot = -1;
+    unsigned there = 0, next_there = 0;
+#pragma unroll 1
+    for (int tile = tile_begin + warp - 2 * warps; tile < tile_end;
+         tile += warps, stage ^= 1) {
+        if (__any_sync(0xffffffffu, slot >= 0)) {
             uint32_t k = kNowhere, v = kNowhere;
             if (slot >= 0) {
-                const char* row_k = key_row(kv, row.kv_head, slot);
-                const char* row_v = value_row(kv, row.kv_head, slot);
-                if (row_k) {
-                    k = static_cast<uint32_t>((row_k - kv.k) / 16);
-                    v = static_cast<uint32_t>((row_v - kv.v) / 16);
-                } else {
-                    raise(p.flag, Fault::attend_page, row.item);
+                uint32_t page = 0, in_page = slot;
+                if (kv.page_table) {
+                    const int at = kv.page_table[slot / page_size];
+                    page = at;
+                    in_page = slot % page_size;
+                    if (at < 0 || at >= npages) {
+                        slot = -1;
+                        raise(p.flag,
+                              p.appends ? Fault::append_page : Fault::attend_page,
+                              item);
+                    }
+                }
+                if (slot >= 0) {
+                    k = kv_head * k_stride.head + page * k_stride.page +
+                            in_page * k_stride.token;
+                    v = kv_head * v_stride.head + page * v_stride.page +
+                            in_page * v_stride.token;
                 }
             }
 #pragma unroll
@@ -318,201 +476,299 @@ __global__ void __launch_bounds__(32 * most_warps(D))
                 const int c = (32 * i + lane) % kChunks;
                 const uint32_t at_k = __shfl_sync(0xffffffffu, k, key);
                 const uint32_t at_v = __shfl_sync(0xffffffffu, v, key);
-                const bool there = at_k != kNowhere;
+                const bool is_there = at_k != kNowhere;
                 // An address must be valid even where nothing is read.
                 copy_16_bytes(
                         k_tile(stage) + key * kStride + 8 * c,
-                        there ? kv.k + (uint64_t(at_k) + c) * 16 : kv.k,
-                        there);
+                        kv.k + (is_there ? uint64_t(at_k) + c : 0) * 16,
+                        is_there);
                 copy_16_bytes(
                         v_tile(stage) + key * kStride + 8 * c,
-                        there ? kv.v + (uint64_t(at_v) + c) * 16 : kv.v,
-                        there);
+                        kv.v + (is_there ? uint64_t(at_v) + c : 0) * 16,
+                        is_there);
             }
-            return k != kNowhere;
-        };
-
-        const float scale = p.scale * 1.44269504088896340736f; // exp2
-        float o[D / 8][4] = {};
-        float m[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0},
-              dense_sum[2] = {0, 0};
-        int stage = 0;
-        bool valid = tile < tile_end && fetch(slot_of(tile), 0);
-        asm volatile("cp.async.commit_group;\n");
-        int next_slot = slot_of(tile + warps);
-        for (; tile < tile_end; tile += warps) {
-            bool next_valid = false;
-            if (tile + warps < tile_end) {
-                next_valid = fetch(next_slot, stage ^ 1);
-            }
-            asm volatile("cp.async.commit_group;\n");
-            next_slot = slot_of(tile + 2 * warps);
-            asm volatile("cp.async.wait_group 1;\n");
-            __syncwarp();
-            const unsigned there = __ballot_sync(0xffffffffu, valid);
-            const T* k = k_tile(stage);
-            const T* v = v_tile(stage);
-            float s[kTile / 8][4] = {};
-            const int eighth = lane / 8, in_eighth = lane % 8;
+        }
+        commit_copies();
+        there = next_there;
+        next_there = __ballot_sync(0xffffffffu, slot >= 0);
+        const int ahead = tile + 2 * warps;
+        slot = ahead < tile_end ? reader.slot(ahead * kTile + lane) : -1;
+        if (!there) {
+            continue;
+        }
+        wait_for_copies<1>();
+        __syncwarp();
+        const T* k = k_tile(stage ^ 1);
+        const T* v = v_tile(stage ^ 1);
+        float s[kTile / 8][4] = {};
+        const int eighth = lane / 8, in_eighth = lane % 8;
 #pragma unroll
-            for (int j = 0; j < D / 16; j++) {
-                uint32_t a[4];
-                load_matrices(
-                        a,
-                        queries + ((eighth & 1) * 8 + in_eighth) * kStride +
-                                16 * j + (eighth >> 1) * 8);
-#pragma unroll
-                for (int n = 0; n < kTile / 16; n++) {
-                    uint32_t b[4];
-                    load_matrices(
-                            b,
-                            k + (16 * n + (eighth >> 1) * 8 + in_eighth) * kStride +
-                                    16 * j + (eighth & 1) * 8);
-                    multiply_add<T>(s[2 * n], a, b[0], b[1]);
-                    multiply_add<T>(s[2 * n + 1], a, b[2], b[3]);
-                }
-            }
-            // This thread has queries lane / 4 and lane / 4 + 8, and of every
-            // eight keys 2 * (lane % 4) and the next.
-            const int key = lane % 4 * 2;
-            const int dense_keys = reader.plan.dense - tile * kTile;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float most = m[half];
-#pragma unroll
-                for (int i = 0; i < kTile / 4; i++) {
-                    float& x = s[i / 2][2 * half + i % 2];
-                    const int at = key + i / 2 * 8 + i % 2;
-                    x = there >> at & 1 ? x * scale : -INFINITY;
-                    most = fmaxf(most, x);
-                }
-                most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-                most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-                const float shift = most == -INFINITY ? 0.0f : most;
-                const float shrink = exp2f(m[half] - shift);
-                m[half] = most;
-                sum[half] *= shrink;
-                dense_sum[half] *= shrink;
-#pragma unroll
-                for (int i = 0; i < kTile / 4; i++) {
-                    float& x = s[i / 2][2 * half + i % 2];
-                    x = exp2f(x - shift);
-                    sum[half] += x;
-                    const int at = key + i / 2 * 8 + i % 2;
-                    dense_sum[half] += at < dense_keys ? x : 0.0f;
-                }
-#pragma unroll
-                for (int j = 0; j < D / 8; j++) {
-                    o[j][2 * half] *= shrink;
-                    o[j][2 * half + 1] *= shrink;
-                }
-            }
+        for (int j = 0; j < D / 16; j++) {
+            uint32_t a[4];
+            load_matrices(
+                    a,
+                    queries + ((eighth & 1) * 8 + in_eighth) * kStride + 16 * j +
+                            (eighth >> 1) * 8);
 #pragma unroll
             for (int n = 0; n < kTile / 16; n++) {
-                const float(*w)[4] = s + 2 * n;
-                const uint32_t weights[4] = {
-                        pack<T>(w[0][0], w[0][1]),
-                        pack<T>(w[0][2], w[0][3]),
-                        pack<T>(w[1][0], w[1][1]),
-                        pack<T>(w[1][2], w[1][3])};
-#pragma unroll
-                for (int j = 0; j < D / 16; j++) {
-                    uint32_t b[4];
-                    load_transposed(
-                            b,
-                            v + (16 * n + (eighth & 1) * 8 + in_eighth) * kStride +
-                                    16 * j + (eighth >> 1) * 8);
-                    multiply_add<T>(o[2 * j], weights, b[0], b[1]);
-                    multiply_add<T>(o[2 * j + 1], weights, b[2], b[3]);
-                }
+                uint32_t b[4];
+                load_matrices(
+                        b,
+                        k + (16 * n + (eighth >> 1) * 8 + in_eighth) * kStride +
+                                16 * j + (eighth & 1) * 8);
+                multiply_add<T>(s[2 * n], a, b[0], b[1]);
+                multiply_add<T>(s[2 * n + 1], a, b[2], b[3]);
             }
-            __syncwarp(); // the next round overwrites this stage
-            stage ^= 1;
-            valid = next_valid;
         }
-        asm volatile("cp.async.wait_group 0;\n");
-        __syncthreads(); // tiles become room for the warps' results
-
-        // m, sum and dense_sum of each warp and query, then their outputs.
-        float* all_m = reinterpret_cast<float*>(all_tiles);
-        float* all_sum = all_m + warps * kQueries;
-        float* all_dense = all_sum + warps * kQueries;
-        float* all_o = all_dense + warps * kQueries; // warps * kQueries * D
+        // This thread has queries lane / 4 and lane / 4 + 8, and of every eight
+        // keys 2 * (lane % 4) and the next.
+        const int key = lane % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            for (int step = 1; step < 4; step *= 2) {
-                sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], step);
-                dense_sum[half] +=
-                        __shfl_xor_sync(0xffffffffu, dense_sum[half], step);
+            float most = m[half];
+#pragma unroll
+            for (int i = 0; i < kTile / 4; i++) {
+                float& x = s[i / 2][2 * half + i % 2];
+                const int at = key + i / 2 * 8 + i % 2;
+                x = there >> at & 1 ? x * scale : -INFINITY;
+                most = fmaxf(most, x);
             }
-            const int q = lane / 4 + 8 * half;
-            if (q >= nq) {
-                continue;
-            }
-            const int at = warp * kQueries + q;
-            if (lane % 4 == 0) {
-                all_m[at] = m[half];
-                all_sum[at] = sum[half];
-                all_dense[at] = dense_sum[half];
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+            const float shift = most == -INFINITY ? 0.0f : most;
+            const float shrink = exp2f(m[half] - shift);
+            m[half] = most;
+            sum[half] *= shrink;
+#pragma unroll
+            for (int i = 0; i < kTile / 4; i++) {
+                float& x = s[i / 2][2 * half + i % 2];
+                x = exp2f(x - shift);
+                sum[half] += x;
             }
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {
-                *reinterpret_cast<float2*>(all_o + at * D + 8 * j + lane % 4 * 2) =
-                        make_float2(o[j][2 * half], o[j][2 * half + 1]);
+                o[j][2 * half] *= shrink;
+                o[j][2 * half + 1] *= shrink;
             }
         }
-        __syncthreads();
-        const int64_t piece = int64_t(r) + blockIdx.x;
-        for (int i = threadIdx.x; i < nq * (D / 4); i += blockDim.x) {
-            const int q = i / (D / 4), j = i % (D / 4) * 4;
-            float most = -INFINITY;
-            for (int w = 0; w < warps; w++) {
-                most = fmaxf(most, all_m[w * kQueries + q]);
-            }
-            const float shift = most == -INFINITY ? 0.0f : most;
-            float total = 0, dense = 0;
-            float4 x = make_float4(0, 0, 0, 0);
-            for (int w = 0; w < warps; w++) {
-                const int at = w * kQueries + q;
-                const float weight = exp2f(all_m[at] - shift);
-                total += weight * all_sum[at];
-                dense += weight * all_dense[at];
-                const auto y = *reinterpret_cast<const float4*>(all_o + at * D + j);
-                x.x += weight * y.x;
-                x.y += weight * y.y;
-                x.z += weight * y.z;
-                x.w += weight * y.w;
-            }
-            const float each = total > 0 ? 1 / total : 0.0f;
-            *reinterpret_cast<float4*>(p.part + (piece * nq + q) * D + j) =
-                    make_float4(each * x.x, each * x.y, each * x.z, each * x.w);
-            if (j == 0) {
-                constexpr float kLn2 = 0.693147180559945309417f;
-                p.part_lse[piece * nq + q] =
-                        total > 0 ? shift * kLn2 + logf(total) : -INFINITY;
-                p.part_dense[piece * nq + q] =
-                        dense > 0 ? shift * kLn2 + logf(dense) : -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kTile / 16; n++) {
+            const float(*w)[4] = s + 2 * n;
+            const uint32_t weights[4] = {
+                    pack<T>(w[0][0], w[0][1]),
+                    pack<T>(w[0][2], w[0][3]),
+                    pack<T>(w[1][0], w[1][1]),
+                    pack<T>(w[1][2], w[1][3])};
+#pragma unroll
+            for (int j = 0; j < D / 16; j++) {
+                uint32_t b[4];
+                load_transposed(
+                        b,
+                        v + (16 * n + (eighth & 1) * 8 + in_eighth) * kStride +
+                                16 * j + (eighth >> 1) * 8);
+                multiply_add<T>(o[2 * j], weights, b[0], b[1]);
+                multiply_add<T>(o[2 * j + 1], weights, b[2], b[3]);
             }
         }
-        // The block that ends a row merges its pieces.
-        const int here = tile_end - tile_begin;
-        const bool ends =
-                arrive(&reader.shared_plan->tiles_done, here) + here == all_of_row;
-        if (ends) {
-            merge_pieces(
-                    p,
-                    share,
-                    reader.plan,
-                    __ldcg(&reader.shared_plan->dropped),
+        __syncwarp(); // the next round overwrites this stage
+    }
+    wait_for_copies<0>();
+    __syncthreads(); // tiles become room for the warps' results
+
+    // m and sum of each warp and query, then their outputs.
+    float* all_m = reinterpret_cast<float*>(all_tiles);
+    float* all_sum = all_m + warps * kQueries;
+    float* all_o = all_sum + warps * kQueries; // warps * kQueries * D
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        for (int step = 1; step < 4; step *= 2) {
+            sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], step);
+        }
+        const int q = lane / 4 + 8 * half;
+        if (q >= nq) {
+            continue;
+        }
+        const int at = warp * kQueries + q;
+        if (lane % 4 == 0) {
+            all_m[at] = m[half];
+            all_sum[at] = sum[half];
+        }
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            *reinterpret_cast<float2*>(all_o + at * D + 8 * j + lane % 4 * 2) =
+                    make_float2(o[j][2 * half], o[j][2 * half + 1]);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < nq * (D / 4); i += blockDim.x) {
+        const int q = i / (D / 4), j = i % (D / 4) * 4;
+        float most = -INFINITY;
+        for (int w = 0; w < warps; w++) {
+            most = fmaxf(most, all_m[w * kQueries + q]);
+        }
+        const float shift = most == -INFINITY ? 0.0f : most;
+        float total = 0;
+        float4 x = make_float4(0, 0, 0, 0);
+        for (int w = 0; w < warps; w++) {
+            const int at = w * kQueries + q;
+            const float weight = exp2f(all_m[at] - shift);
+            total += weight * all_sum[at];
+            const auto y = *reinterpret_cast<const float4*>(all_o + at * D + j);
+            x.x += weight * y.x;
+            x.y += weight * y.y;
+            x.z += weight * y.z;
+            x.w += weight * y.w;
+        }
+        const float each = total > 0 ? 1 / total : 0.0f;
+        *reinterpret_cast<float4*>(p.part + (piece * nq + q) * D + j) =
+                make_float4(each * x.x, each * x.y, each * x.z, each * x.w);
+        if (j == 0) {
+            constexpr float kLn2 = 0.693147180559945309417f;
+            p.part_lse[piece * nq + q] =
+                    total > 0 ? shift * kLn2 + logf(total) : -INFINITY;
+        }
+    }
+    __syncthreads(); // before queries and tiles are overwritten
+}
+
+/// Attends to sink and window while the cells are still being taken, then to the
+/// far keys of the cells. The block that ends a row merges its pieces.
+template <class T, int D>
+__global__ void __launch_bounds__(32 * most_warps(D))
+        gather_attend_kernel(const __grid_constant__ AttendParams p) {
+    let_next_begin();
+    const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+    const int group = p.heads_q / p.heads_kv;
+    const int choices = p.share_group ? 1 : group;
+    const int nq = group / choices, rows = p.nrow * choices;
+    extern __shared__ __align__(16) char shared[];
+    __shared__ RowCell at_hand[kCellsAtHand];
+    const RowPlan* plans = p.work.plans;
+    const auto first_query = [&](const BatchRow& row, int r) {
+        return int64_t(row.query) * p.heads_q + row.kv_head * group +
+                (p.share_group ? 0 : r % choices);
+    };
+
+    // Of the dense tiles, and of the far ones; and the rows that they are of.
+    Share dense, share;
+    int dense_rows_end = 0, far_rows_end = 0;
+    int ended_before = 0;
+    // The kernel before this one lets it begin when all that came before has
+    // ended: for sink and window, queries, caches and lengths are there.
+#pragma unroll 1
+    for (int far = 0; far < 2; far++) {
+        if (far) {
+            __syncthreads(); // all have read what they need of the lengths
+            wait_for_previous();
+            // Answered long before it is asked for, at the end.
+            if (p.appends && threadIdx.x == 0) {
+                ended_before = atomicAdd(p.blocks_done, 1);
+            }
+        }
+        const auto plan_of = [&](int r) {
+            return far ? plans[r] : dense_plan(p, p.rows[r / choices]);
+        };
+        share = find_share(rows, warps, [&](int r) {
+            const RowPlan plan = plan_of(r);
+            return far ? make_int2(far_tiles(plan), dense.units(dense_tiles(plan)))
+                       : make_int2(dense_tiles(plan), 0);
+        });
+        int r = share.row, row_begin = share.row_begin;
+        int dense_begin = share.other_units;
+        if (!far) {
+            dense = share;
+        }
+#pragma unroll 1
+        for (; r < rows && !share.is_past(row_begin); r++) {
+            const BatchRow& row = p.rows[r / choices];
+            SlotReader reader;
+            reader.far = far;
+            reader.plan = plan_of(r);
+            reader.shared_plan = p.work.plans + r;
+            reader.lists = row.lists;
+            reader.probed = p.work.probed + r * p.work.probed_words;
+            reader.sink = p.sink;
+            reader.cells = p.work.cells + r * p.work.stride;
+            const int tiles = far ? far_tiles(reader.plan) : dense_tiles(reader.plan);
+            const int2 mine = share.tiles(row_begin, tiles);
+            if (far && reader.plan.keys) {
+                if (reader.plan.cells <= kCellsAtHand) {
+                    for (int i = threadIdx.x; i < reader.plan.cells; i += blockDim.x) {
+                        at_hand[i] = reader.cells[i];
+                    }
+                    reader.cells = at_hand;
+                    __syncthreads();
+                }
+                const int first =
+                        (mine.x + static_cast<int>(threadIdx.x) / 32) * kTile + lane;
+                reader.seek(min(first, reader.plan.keys - 1));
+            }
+            if (mine.x < mine.y) {
+                attend_tiles<T, D>(
+                        p,
+                        shared,
+                        p.items[row.item].kv,
+                        row.kv_head,
+                        row.item,
+                        first_query(row, r),
+                        nq,
+                        mine.x,
+                        mine.y,
+                        reader,
+                        (far ? p.pieces : 0) + r + blockIdx.x);
+            }
+            if (far) {
+                const int of_dense = dense_tiles(reader.plan);
+                const int2 also = dense.tiles(dense_begin, of_dense);
+                end_row(p,
+                        reader.plan,
+                        r,
+                        mine.y - mine.x + also.y - also.x,
+                        dense,
+                        share,
+                        make_int2(dense_begin, row_begin),
+                        first_query(row, r),
+                        nq,
+                        reinterpret_cast<float*>(shared));
+                dense_begin += dense.units(of_dense);
+            }
+            row_begin += share.units(tiles);
+        }
+        (far ? far_rows_end : dense_rows_end) = r;
+    }
+    // Rows of which this block has read sink and window alone.
+#pragma unroll 1
+    for (int r = dense.row; r < dense_rows_end; r++) {
+        if (r >= share.row && r < far_rows_end) {
+            continue;
+        }
+        const int2 begins = row_begins(plans, dense, share, r);
+        const RowPlan plan = plans[r];
+        const int2 mine = dense.tiles(begins.x, dense_tiles(plan));
+        if (mine.x < mine.y) {
+            end_row(p,
+                    plan,
                     r,
-                    row_begin,
-                    first_query,
+                    mine.y - mine.x,
+                    dense,
+                    share,
+                    begins,
+                    first_query(p.rows[r / choices], r),
                     nq,
-                    reinterpret_cast<float*>(all_tiles));
+                    reinterpret_cast<float*>(shared));
         }
-        __syncthreads(); // before the next row's queries, cells and tiles
-        next = row_begin + tile_end;
-        row_begin += all_of_row;
+    }
+    if (p.appends && threadIdx.x < 32 &&
+        __shfl_sync(0xffffffffu, ended_before, 0) == int(gridDim.x) - 1) {
+        for (int i = lane; i < p.nrow; i += 32) {
+            const BatchRow& row = p.rows[i];
+            if (row.kv_head == 0 && !plans[i].refused) {
+                row.sequence->length++;
+            }
+        }
+        if (lane == 0) {
+            *p.blocks_done = 0;
+        }
     }
 }
 
@@ -520,20 +776,25 @@ __global__ void __launch_bounds__(32 * most_warps(D))
 
 template <class T, int D>
 cudaError_t gather_attend(const AttendParams& p, cudaStream_t stream) {
-    int device = 0, room = 0;
+    int device = 0, room = 0, major = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
         error = cudaDeviceGetAttribute(
                 &room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
-    // As many warps as fit: each has its own tiles, and their results the same
-    // room.
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(
+                &major, cudaDevAttrComputeCapabilityMajor, device);
+    }
+    const int reserved = kStaticBytes + (major >= 9 ? kRouteBytes : 0);
+    // Each warp has its own tiles, and their results the same room.
     constexpr int kQueryBytes = kQueries * (D + kPadding) * int(sizeof(T));
     constexpr int kWarpBytes =
             max_of(kStages * 2 * kTile * (D + kPadding) * int(sizeof(T)),
-                   kQueries * (3 + D) * int(sizeof(float)));
+                   kQueries * (2 + D) * int(sizeof(float)));
     const int warps = std::min(
-            most_warps(D), (room - kStaticBytes - kQueryBytes) / kWarpBytes);
+            most_warps(D),
+            std::max(1, (room - reserved - kQueryBytes) / kWarpBytes));
     const int shared = kQueryBytes + warps * kWarpBytes;
     if (error == cudaSuccess) {
         error = cudaFuncSetAttribute(

@@ -6,9 +6,12 @@
 namespace faiss_saap::gpu {
 
 /// Launches a kernel that may begin while the one before it in the stream still
-/// runs, where the device knows how (compute capability 9.0 on). The kernel calls
-/// let_next_begin(), reads what no kernel of a step writes, and then
-/// wait_for_previous().
+/// runs, where the device knows how (compute capability 9.0 on). Before
+/// wait_for_previous() the kernel reads only what no kernel of a step writes. One
+/// that calls let_next_begin() after it promises more: when the next begins, all
+/// that came before this one has ended.
+/// @param cluster  blocks of a cluster, along the grid's x; 1 where the device has
+///                 no clusters
 template <class Params>
 cudaError_t launch(
         void (*kernel)(Params),
@@ -16,7 +19,8 @@ cudaError_t launch(
         int threads,
         size_t shared,
         cudaStream_t stream,
-        const Params& params) {
+        const Params& params,
+        int cluster = 1) {
     int device = 0, major = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
@@ -26,16 +30,28 @@ cudaError_t launch(
     if (error != cudaSuccess) {
         return error;
     }
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    // All kernels of a step divide a processor's memory alike, so that one can
+    // begin where another still runs.
+    error = cudaFuncSetAttribute(
+            kernel,
+            cudaFuncAttributePreferredSharedMemoryCarveout,
+            cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) {
+        return error;
+    }
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = major >= 9 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, params);
 }
 

@@ -16,7 +16,7 @@ __device__ __forceinline__ void copy_16_bytes(
         const void* from,
         bool there) {
     const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(at),
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(at),
                  "l"(from),
                  "r"(there ? 16 : 0));
 }

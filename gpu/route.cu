@@ -2,172 +2,172 @@
 
 #include <algorithm>
 
+#include "append_one.cuh"
 #include "device_vectors.cuh"
 #include "far_keys.cuh"
 #include "launch.h"
+#include "take_cells.cuh"
+#include "team.cuh"
 
 namespace faiss_saap::gpu {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kSelectThreads;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCellsPerBlock = 8 * kWarps;
-constexpr int kSelectThreads = 256;
-constexpr int kSelectWarps = kSelectThreads / 32;
+constexpr int kRows = 8; ///< rows of weights that a warp multiplies at once
 
-__device__ const char* query_row(
-        const RouteParams& p,
-        const BatchItem& item,
-        int token,
-        int head) {
-    return static_cast<const char*>(p.queries) +
-            (int64_t(item.first_token + token) * p.heads_q + head) * p.d * 2;
-}
+/// A team's row, as each of its blocks sees it.
+struct TeamRow {
+    // What never changes during a step.
+    BatchRow row;
+    int number = 0; ///< among the batch's rows
+    DeviceView kv;
+    ListState first_list;
+    BatchList first_in_batch;
+    // What does.
+    int64_t length = 0;  ///< of the sequence, with the token of this step
+    int64_t leaving = 0; ///< the slot that leaves the window in this step; -1: none
+    Reach reach;
+    bool asks = false;           ///< there is something to choose
+    Fault refused = Fault::none; ///< of the token; known to the block of the row
 
-/// Whether a token reads its far keys without a choice.
-__device__ bool reads_all(
-        const RouteParams& p,
-        int64_t length,
-        const BatchItem& item,
-        int token) {
-    return reach_of(length, item.q_len, token, p.sink, p.window).far_keys() <=
-            p.dense_below;
-}
+    __device__ const ListState& list(int partition) const {
+        return partition == 0 ? first_list : row.lists[partition];
+    }
+    /// Where the scores of a partition begin.
+    __device__ int64_t scores(const RouteParams& p, int partition, int group) const {
+        const BatchList& at = partition == 0 ? first_in_batch
+                                             : p.lists[row.first_list + partition];
+        return at.scores + int64_t(row.token) * group * list(partition).ncell;
+    }
+};
 
-/// The queries of a token for query heads first .. first + n - 1 of the list's
-/// group, `stride` floats apart and padded with zeros; by a whole block.
-__device__ void load_queries(
+/// What a team's blocks work with. Vectors are in shared memory, `padded_group` for
+/// each row, as they are multiplied four at a time.
+struct Team {
+    const TeamRow* rows;
+    int n;
+    int group, padded_group;
+    /// Scores go to the block that takes the row's cells, into its `staged`, instead
+    /// of into global memory.
+    bool direct;
+    float* staged;
+    float *x, *post;           ///< queries as rows want them, and after RoPE
+    float *hidden, *activated; ///< of networks
+    float* leaving;            ///< a key for each row
+
+    /// The block that takes the cells of a row, of the first query head at least.
+    __device__ unsigned block_of(int t, int choices) const {
+        return t * choices % gridDim.x;
+    }
+};
+
+/// Queries, and keys that leave their window, a pair of components for each thread,
+/// so that all are on their way at once.
+__device__ void load_vectors(
         const RouteParams& p,
-        const BatchItem& item,
-        int64_t length,
+        const Team& team,
         const ListState& list,
-        RowInput input,
-        int token,
-        int first,
-        int n,
-        int stride,
-        float* x) {
-    const int group = p.heads_q / p.heads_kv;
-    const int64_t position = length - item.q_len + token + p.position_offset;
-    const int half = p.d / 2;
-    for (int i = threadIdx.x; i < n * half; i += blockDim.x) {
-        const int g = i / half;
+        bool asks,
+        bool leaves) {
+    const DeviceAssigner& a = list.query;
+    const bool networks = a.input == RowInput::hidden;
+    const int half = p.d / 2, each = team.group * half;
+    const int stride = networks ? a.padded_d : a.padded_cols;
+    const int queries = asks ? team.n * each : 0;
+    // Queries as the rows want them, after RoPE, and then keys.
+    const int linear = a.input != RowInput::none ? queries : 0;
+    const int plain = a.blend ? queries : 0;
+    const int all = linear + plain + (leaves ? team.n * half : 0);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < all; i += kThreads) {
+        const bool is_key = i >= linear + plain, is_plain = i >= linear;
+        const int j = is_key ? i - linear - plain : is_plain ? i - linear : i;
+        const int v = j / half, pair = j % half;
+        const int t = is_key ? v : v / team.group, g = v % team.group;
+        const TeamRow& row = team.rows[t];
+        if (is_key && row.leaving < 0) {
+            continue;
+        }
+        const int64_t position = is_key
+                ? row.leaving
+                : row.length - row.row.q_len + row.row.token;
+        const int64_t head = int64_t(row.row.query) * p.heads_q +
+                row.row.kv_head * team.group + g;
+        const bool derotates = is_key ? list.key.input == RowInput::pre_rope
+                                      : !is_plain && a.input != RowInput::post_rope;
+        float* to = is_key ? team.leaving + t * p.d
+                : is_plain
+                ? team.post + (t * team.padded_group + g) * p.d
+                : team.x + (t * team.padded_group + g) * stride;
         load_vector(
                 list.rotary,
                 p.d,
-                position,
-                input == RowInput::pre_rope,
-                query_row(p, item, token, list.kv_head * group + first + g),
-                item.kv.bf16,
-                i % half,
+                position + p.position_offset,
+                derotates,
+                is_key ? key_row(row.kv, row.row.kv_head, row.leaving)
+                       : static_cast<const char*>(p.queries) + head * p.d * 2,
+                p.bf16,
+                pair,
                 half,
-                x + g * stride);
+                to);
     }
     const int padding = stride - p.d;
-    for (int i = threadIdx.x; i < n * padding; i += blockDim.x) {
-        x[i / padding * stride + p.d + i % padding] = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; linear && i < team.n * team.group * padding;
+         i += kThreads) {
+        const int v = i / padding;
+        team.x[(v / team.group * team.padded_group + v % team.group) * stride + p.d +
+               i % padding] = 0;
     }
 }
 
-/// y = W x + bias for one layer, a warp for eight rows.
-__device__ void dense(
+/// y = W x + bias for one layer of the networks, shared out over the team's warps;
+/// `to` gets it in every block, and `add`, which is added, is there.
+__device__ __noinline__ void run_layer(
+        const Team& team,
         const DeviceAssigner& a,
         int layer,
-        int network,
-        int padded_cols,
         const float* x,
         const float* add,
         bool relu,
-        float* y) {
-    const size_t bytes = size_t(padded_cols) * (a.bf16 ? 2 : 4);
-    const char* w = static_cast<const char*>(a.layer[layer]) +
-            size_t(network) * a.width * bytes;
-    const float* bias = a.layer_bias[layer] + size_t(network) * a.width;
-    const int lane = threadIdx.x % 32;
-    for (int r = threadIdx.x / 32 * 8; r < a.width; r += 8 * kWarps) {
-        const int mine = r + lane / 4;
-        const float s = warp_products_of_weights<1>(
-                mine < a.width ? w + mine * bytes : nullptr,
-                a.bf16,
-                padded_cols,
-                x,
-                0);
-        if (lane % 4 == 0 && mine < a.width) {
-            const float sum = s + bias[mine] + (add ? add[mine] : 0.0f);
-            y[mine] = relu ? fmaxf(sum, 0.0f) : sum;
+        float* to) {
+    const bool per_head = layer == 0 || a.networks > 1;
+    const int cols = layer == 0 ? a.padded_d : a.padded_width;
+    const size_t bytes = size_t(cols) * (a.bf16 ? 2 : 4);
+    const int heads = per_head ? team.group : team.padded_group / 4;
+    const int blocks = (a.width + kRows - 1) / kRows;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const auto* weights = static_cast<const char*>(a.layer[layer]);
+    const float* biases = a.layer_bias[layer];
+#pragma unroll 1
+    for (int item = warp * gridDim.x + blockIdx.x; item < team.n * heads * blocks;
+         item += kWarps * gridDim.x) {
+        const int unit = item % blocks * kRows + lane / 4;
+        const int h = item / blocks % heads, t = item / blocks / heads;
+        const int r = (per_head ? h : 0) * a.width + unit;
+        const bool there = unit < a.width;
+        const float bias = there ? biases[r] : 0.0f;
+        const int first = t * team.padded_group + (per_head ? h : 4 * h);
+        const float s = per_head
+                ? warp_products_of_weights<1>(
+                          there ? weights + r * bytes : nullptr,
+                          a.bf16,
+                          cols,
+                          x + first * cols,
+                          cols)
+                : warp_products_of_weights<4>(
+                          there ? weights + r * bytes : nullptr,
+                          a.bf16,
+                          cols,
+                          x + first * cols,
+                          cols);
+        const int at = (first + (per_head ? 0 : lane % 4)) * a.padded_width + unit;
+        if (there && (!per_head || lane % 4 == 0)) {
+            const float sum = s + bias + (add ? add[at] : 0.0f);
+            store_in_team(to + at, relu ? fmaxf(sum, 0.0f) : sum);
         }
-    }
-    __syncthreads();
-}
-
-/// Brings the layers of a network nearer.
-__device__ void prefetch_layers(const DeviceAssigner& a, int g) {
-    if (a.input != RowInput::hidden) {
-        return;
-    }
-    for (int l = 0; l < 1 + 2 * a.depth; l++) {
-        const int network = l == 0 || a.networks > 1 ? g : 0;
-        const int bytes = a.width * (l ? a.padded_width : a.padded_d) *
-                (a.bf16 ? 2 : 4);
-        const char* layer =
-                static_cast<const char*>(a.layer[l]) + int64_t(network) * bytes;
-        for (int i = 128 * threadIdx.x; i < bytes; i += 128 * kThreads) {
-            prefetch(layer + i);
-        }
-    }
-}
-
-/// The hidden layers of one network for one query: a block each.
-__global__ void __launch_bounds__(kThreads) run_networks(RouteParams p) {
-    let_next_begin();
-    const BatchList at = p.lists[blockIdx.y];
-    prefetch_layers(at.list->query, blockIdx.x % (p.heads_q / p.heads_kv));
-    wait_for_previous();
-    const BatchItem& item = p.items[at.item];
-    const int group = p.heads_q / p.heads_kv;
-    const int token = blockIdx.x / group, g = blockIdx.x % group;
-    if (token >= item.q_len) {
-        return;
-    }
-    const ListState& list = *at.list;
-    const DeviceAssigner& a = list.query;
-    const int64_t length = at.sequence->length;
-    if (a.input != RowInput::hidden || reads_all(p, length, item, token)) {
-        return;
-    }
-    extern __shared__ __align__(16) float shared[];
-    float* h = shared;
-    float* other = shared + max(a.padded_width, a.padded_d);
-    load_queries(
-            p,
-            item,
-            length,
-            list,
-            RowInput::pre_rope,
-            token,
-            g,
-            1,
-            a.padded_d,
-            other);
-    for (int j = a.width + threadIdx.x; j < a.padded_width; j += kThreads) {
-        h[j] = 0;
-    }
-    __syncthreads();
-    dense(a, 0, g, a.padded_d, other, nullptr, false, h);
-    for (int j = a.width + threadIdx.x; j < a.padded_width; j += kThreads) {
-        other[j] = 0;
-    }
-    const int network = a.networks > 1 ? g : 0;
-    for (int b = 0; b < a.depth; b++) {
-        dense(a, 1 + 2 * b, network, a.padded_width, h, nullptr, true, other);
-        // Row r of the sum reads row r of h alone, and its thread writes it.
-        dense(a, 2 + 2 * b, network, a.padded_width, other, h, false, h);
-    }
-    float* out = p.hidden + at.hidden +
-            (int64_t(token) * group + g) * a.padded_width;
-    for (int j = threadIdx.x; j < a.padded_width; j += kThreads) {
-        out[j] = h[j];
     }
 }
 
@@ -182,635 +182,536 @@ __device__ float newest_feature(float scale, float n, float mean, float newest) 
     return (fmaxf(x, y) + log1pf(expf(-fabsf(x - y))) - logf(n)) / scale;
 }
 
-/// Scores of a tile of cells for the query heads of a group: a warp for eight
-/// cells, whose rows it reads once for four heads.
-__global__ void __launch_bounds__(kThreads) score_cells(RouteParams p) {
-    let_next_begin();
-    const BatchList at = p.lists[blockIdx.y];
-    for (int n = 0; n < at.list->query.networks; n++) {
-        prefetch_rows(
-                at.list->query, n, int(blockIdx.x) * kCellsPerBlock, kCellsPerBlock);
-    }
-    wait_for_previous();
-    const BatchItem& item = p.items[at.item];
-    const int token = blockIdx.z;
-    const ListState& list = *at.list;
-    if (token >= item.q_len || int(blockIdx.x) * kCellsPerBlock >= list.ncell) {
-        return;
-    }
-    const int64_t length = at.sequence->length;
-    if (reads_all(p, length, item, token)) {
-        return;
-    }
-    const DeviceAssigner& a = list.query;
-    const int group = p.heads_q / p.heads_kv;
-    extern __shared__ __align__(16) float shared[];
-    const int cols = a.padded_cols;
-    // Vectors are multiplied four at a time, of which the last may be none.
-    const int padded_group = (group + 3) / 4 * 4;
-    float* linear = shared;                     // padded_group * cols
-    float* post = shared + padded_group * cols; // padded_group * d
-    const int lane = threadIdx.x % 32;
-    const int cell = int(blockIdx.x) * kCellsPerBlock +
-            static_cast<int>(threadIdx.x) / 4; // eight for each warp
+/// A linear score with what a blend adds to it, for one cell; N vectors q and
+/// lanes as in warp_products, g being the lane's query head.
+template <int N>
+__device__ __noinline__ float blended(
+        const RouteParams& p,
+        const TeamRow& row,
+        const ListState& list,
+        const DeviceAssigner& a,
+        int cell,
+        int g,
+        const float* q,
+        float score) {
     const bool there = cell < list.ncell;
     const int count = there ? list.count[cell] : 0;
-    const size_t row_bytes = size_t(cols) * (a.bf16 ? 2 : 4);
-    if (a.input == RowInput::hidden) {
-        const float* h = p.hidden + at.hidden + int64_t(token) * group * cols;
-        for (int j = threadIdx.x; j < group * cols; j += kThreads) {
-            linear[j] = h[j];
-        }
-    } else if (a.input != RowInput::none) {
-        load_queries(
-                p, item, length, list, a.input, token, 0, group, cols, linear);
+    const int32_t slot = a.reads_newest && count ? list.newest[cell] : 0;
+    const float mean = warp_products<RowType::float32, N>(
+            there ? list.means + int64_t(cell) * p.d : nullptr, p.d, q, p.d);
+    float newest = 0;
+    if (a.reads_newest) {
+        const char* key = count
+                ? key_row(row.kv, list.kv_head, slot)
+                : nullptr;
+        newest = p.bf16 ? warp_products<RowType::bfloat16, N>(key, p.d, q, p.d)
+                        : warp_products<RowType::float16, N>(key, p.d, q, p.d);
     }
-    if (a.blend) {
-        load_queries(
-                p,
-                item,
-                length,
-                list,
-                RowInput::post_rope,
-                token,
-                0,
-                group,
-                p.d,
-                post);
+    if (g >= p.heads_q / p.heads_kv || !count) {
+        return -INFINITY;
     }
-    __syncthreads();
-    const int32_t newest_slot =
-            a.reads_newest && count ? list.newest[cell] : 0;
-    float* scores = p.scores + at.scores + int64_t(token) * group * list.ncell;
+    const float* w = a.blend + 5 * g;
+    score = w[0] * score + w[1] * mean;
+    if (a.reads_newest) {
+        const auto n = static_cast<float>(count);
+        const int64_t query = row.length - row.row.q_len + row.row.token;
+        const float age =
+                -log1pf(static_cast<float>(max(int64_t(0), query - slot)));
+        score += w[2] * newest_feature(a.scale, n, mean, newest) + w[3] * age +
+                w[4] * logf(n);
+    }
+    return score;
+}
+
+/// Scores of one partition's cells for all rows and heads, shared out over warps
+/// first, first + 1, ... of each block; the rows one after the other, so that weights
+/// stay near.
+/// @param x  of the cells' rows: queries, or what networks make of them
+__device__ __noinline__ void score_cells(
+        const RouteParams& p,
+        const Team& team,
+        int partition,
+        const DeviceAssigner& a,
+        const float* x,
+        int warp,
+        int warps) {
+    const int cols = a.padded_cols, ncell = a.ncell;
+    const size_t bytes = size_t(cols) * (a.bf16 ? 2 : 4);
     const bool per_head = a.networks > 1;
-    for (int g0 = 0; g0 < group; g0 += per_head ? 1 : 4) {
-        const int nx = per_head ? 1 : min(4, group - g0);
-        const int g = g0 + lane % 4;
-        float score = 0;
-        if (a.input != RowInput::none) {
-            const int network = per_head ? g0 : 0;
-            const int64_t r = int64_t(network) * list.ncell + cell;
-            const char* row = there
-                    ? static_cast<const char*>(a.rows) + r * row_bytes
+    const int lane = threadIdx.x % 32;
+    const int blocks = (ncell + kRows - 1) / kRows;
+#pragma unroll 1
+    for (int block = warp * gridDim.x + blockIdx.x; block < blocks;
+         block += warps * gridDim.x) {
+        const int cell = block * kRows + lane / 4;
+        const bool there = cell < ncell;
+#pragma unroll 1
+        for (int g0 = 0; g0 < team.group; g0 += per_head ? 1 : 4) {
+            const int64_t r = int64_t(per_head ? g0 : 0) * ncell + cell;
+            const char* weights = there && a.input != RowInput::none
+                    ? static_cast<const char*>(a.rows) + r * bytes
                     : nullptr;
-            const float* x = linear + g0 * cols;
-            score = nx == 1
-                    ? warp_products_of_weights<1>(row, a.bf16, cols, x, cols)
-                    : warp_products_of_weights<4>(row, a.bf16, cols, x, cols);
-            score += a.bias && there ? a.bias[r] : 0.0f;
-        }
-        if (a.blend) {
-            const float* q = post + g0 * p.d;
-            const float mean = warp_products<RowType::float32, 4>(
-                    there ? list.means + int64_t(cell) * p.d : nullptr, p.d, q, p.d);
-            float newest = 0;
-            if (a.reads_newest) {
-                const char* key =
-                        count ? key_row(item.kv, list.kv_head, newest_slot) : nullptr;
-                newest = item.kv.bf16
-                        ? warp_products<RowType::bfloat16, 4>(key, p.d, q, p.d)
-                        : warp_products<RowType::float16, 4>(key, p.d, q, p.d);
-            }
-            if (lane % 4 < nx && there) {
-                const float* w = a.blend + 5 * g;
-                score = w[0] * score + w[1] * mean;
-                if (a.reads_newest) {
-                    const auto n = static_cast<float>(count);
-                    const int64_t query = length - item.q_len + token;
-                    const float age = -log1pf(static_cast<float>(
-                            max(int64_t(0), query - newest_slot)));
-                    score += w[2] * newest_feature(a.scale, n, mean, newest) +
-                            w[3] * age + w[4] * (count ? logf(n) : 0.0f);
+            const float bias = weights && a.bias ? a.bias[r] : 0.0f;
+            const int g = per_head ? g0 : g0 + lane % 4;
+#pragma unroll 1
+            for (int t = 0; t < team.n; t++) {
+                const TeamRow& row = team.rows[t];
+                if (!row.asks) {
+                    continue;
                 }
-                score = count ? score : -INFINITY;
-            }
-        }
-        if (lane % 4 < nx && there) {
-            if (!(score < INFINITY)) {
-                raise(p.flag, Fault::route_query, item.first_token + token);
-            }
-            scores[int64_t(g) * list.ncell + cell] = score;
-        }
-    }
-}
-
-// --- Selection ---------------------------------------------------------------
-
-/// log of the sum over all cells of count * exp(scale * score), for each head of
-/// a group, into `norm`; -inf for none. By a block, each head by some of its
-/// warps; `scratch` has room for two values
-/// of each warp or head.
-__device__ void find_norms(
-        const float* scores,
-        const int32_t* counts,
-        int ncell,
-        int heads,
-        float scale,
-        float* scratch,
-        float* norm) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int each = max(1, kSelectWarps / heads);
-    const int part = warp % each;
-    for (int g = warp / each; g < heads; g += kSelectWarps / each) {
-        const float* s = scores + int64_t(g) * ncell;
-        const int first = part * 32 + lane, step = 32 * each;
-        float largest = -INFINITY;
-#pragma unroll 4
-        for (int c = first; c < ncell; c += step) {
-            const float x = scale * s[c];
-            largest = counts[c] ? fmaxf(largest, x) : largest;
-        }
-        for (int i = 16; i; i /= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, i));
-        }
-        float sum = 0;
-        if (largest > -INFINITY) {
-#pragma unroll 4
-            for (int c = first; c < ncell; c += step) {
-                const float n = counts[c];
-                sum += n > 0 ? n * __expf(scale * s[c] - largest) : 0.0f;
-            }
-        }
-        for (int i = 16; i; i /= 2) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, i);
-        }
-        if (lane == 0) {
-            scratch[2 * (g * each + part)] = largest;
-            scratch[2 * (g * each + part) + 1] = sum;
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x < heads) {
-        const float* parts = scratch + 2 * each * threadIdx.x;
-        float most = -INFINITY, all = 0;
-        for (int i = 0; i < each; i++) {
-            most = fmaxf(most, parts[2 * i]);
-        }
-        for (int i = 0; i < each; i++) {
-            all += parts[2 * i] > -INFINITY
-                    ? parts[2 * i + 1] * __expf(parts[2 * i] - most)
-                    : 0.0f;
-        }
-        norm[threadIdx.x] = most + __logf(all);
-    }
-    __syncthreads();
-}
-
-/// The largest value of a block's threads.
-__device__ unsigned long long block_max(
-        unsigned long long x,
-        unsigned long long* scratch) {
-    for (int step = 16; step; step /= 2) {
-        x = max(x, __shfl_xor_sync(0xffffffffu, x, step));
-    }
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) {
-        scratch[threadIdx.x / 32] = x;
-    }
-    __syncthreads();
-    x = scratch[0];
-    for (int w = 1; w < kSelectWarps; w++) {
-        x = max(x, scratch[w]);
-    }
-    return x;
-}
-
-/// Sorts n = 2^k keys, largest first.
-__device__ void sort_descending(unsigned long long* keys, int n) {
-    for (int size = 2; size <= n; size *= 2) {
-        for (int stride = size / 2; stride; stride /= 2) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < n / 2; i += kSelectThreads) {
-                const int low = 2 * i - (i & (stride - 1));
-                const int high = low + stride;
-                const bool descending = (low & size) == 0;
-                const auto a = keys[low], b = keys[high];
-                if ((a < b) == descending) {
-                    keys[low] = b;
-                    keys[high] = a;
+                const int first = t * team.padded_group + g0;
+                float score = bias;
+                if (a.input != RowInput::none) {
+                    score += per_head ? warp_products_of_weights<1>(
+                                                weights,
+                                                a.bf16,
+                                                cols,
+                                                x + first * cols,
+                                                cols)
+                                      : warp_products_of_weights<4>(
+                                                weights,
+                                                a.bf16,
+                                                cols,
+                                                x + first * cols,
+                                                cols);
+                }
+                if (a.blend) {
+                    const ListState& list = row.list(partition);
+                    const float* q = team.post + first * p.d;
+                    score = per_head
+                            ? blended<1>(p, row, list, a, cell, g, q, score)
+                            : blended<4>(p, row, list, a, cell, g, q, score);
+                }
+                if (there && g < team.group && (!per_head || lane % 4 == 0)) {
+                    if (!(score < INFINITY)) {
+                        raise(p.flag, Fault::route_query, row.row.query);
+                    }
+                    const int at = g * ncell + cell;
+                    if (team.direct) {
+                        store_in_block(team.staged + at, team.block_of(t, 1), score);
+                    } else {
+                        p.scores[row.scores(p, partition, team.group) + at] = score;
+                    }
                 }
             }
         }
     }
-    __syncthreads();
 }
 
-/// Keys and cells, counted together.
-struct Tally {
-    uint64_t packed; ///< cells, of which there are at most kMaxCells, below keys
-
-    static constexpr int kCellBits = 14;
-    static_assert(kMaxCells < 1 << kCellBits);
-
-    __device__ static Tally of(int keys, int cells) {
-        return {static_cast<uint64_t>(keys) << kCellBits | cells};
+/// Brings `bytes` bytes nearer, shared out over the team.
+__device__ __noinline__ void prefetch_bytes(const void* from, int64_t bytes) {
+    const int64_t step = int64_t(128) * kThreads * gridDim.x;
+#pragma unroll 1
+    for (int64_t i = 128 * (int64_t(threadIdx.x) * gridDim.x + blockIdx.x); i < bytes;
+         i += step) {
+        prefetch(static_cast<const char*>(from) + i);
     }
-    __device__ int keys() const {
-        return static_cast<int>(packed >> kCellBits);
-    }
-    __device__ int cells() const {
-        return static_cast<int>(packed & ((1 << kCellBits) - 1));
-    }
-};
-
-/// Sums of the threads before this one in a block, and of all.
-struct BlockScan {
-    Tally before, total;
-};
-
-/// `scratch` has room for a value of each warp; free again after the next barrier.
-__device__ BlockScan block_scan(Tally x, uint64_t* scratch) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const auto scan = [&](uint64_t end, int n) {
-        for (int step = 1; step < n; step *= 2) {
-            const uint64_t y = __shfl_up_sync(0xffffffffu, end, step);
-            end += lane >= step ? y : 0;
-        }
-        return end;
-    };
-    const uint64_t end = scan(x.packed, 32);
-    if (lane == 31) {
-        scratch[warp] = end;
-    }
-    __syncthreads();
-    const uint64_t warps = scan(lane < kSelectWarps ? scratch[lane] : 0, kSelectWarps);
-    const uint64_t before = __shfl_sync(0xffffffffu, warps, max(0, warp - 1));
-    return {{end - x.packed + (warp ? before : 0)},
-            {__shfl_sync(0xffffffffu, warps, kSelectWarps - 1)}};
 }
 
-/// What take_cells keeps in shared memory.
-struct TakeCells {
-    static constexpr int kBits = 10;
-    static constexpr int kBins = 1 << kBits;
-    static constexpr int kRanked = 256; ///< cells put in order without a sort
-    unsigned long long scratch[kSelectWarps];
-    unsigned long long ranked[kRanked];
-    uint32_t taken[kMaxCells / 32]; ///< a bit per cell
-    int keys_of[kBins], cells_of[kBins];
-    uint64_t sums[kSelectWarps];
-    int ntaken, crossing, keys_above, cells_above;
-};
-
-/// Where, from the largest down, the bins' keys exceed `limit` or their cells
-/// `nprobe`; t.crossing stays -1 if nowhere.
-__device__ void find_crossing(TakeCells& t, int limit, int nprobe) {
-    constexpr int kEach = TakeCells::kBins / kSelectThreads;
-    const int high = TakeCells::kBins - 1 - kEach * static_cast<int>(threadIdx.x);
-    int keys = 0, cells = 0;
-    for (int i = 0; i < kEach; i++) {
-        keys += t.keys_of[high - i];
-        cells += t.cells_of[high - i];
+/// Brings what an assigner multiplies with nearer. Weights never change: this may be
+/// done before the kernels before have ended.
+__device__ __noinline__ void prefetch_weights(const DeviceAssigner& a, int group) {
+    const int64_t element = a.bf16 ? 2 : 4;
+    if (a.rows) {
+        prefetch_bytes(a.rows, element * a.networks * a.ncell * a.padded_cols);
     }
-    const Tally before = block_scan(Tally::of(keys, cells), t.sums).before;
-    int keys_above = before.keys(), cells_above = before.cells();
-    const auto crosses = [&](int keys, int cells) {
-        return keys > limit || cells > nprobe;
-    };
-    if (crosses(keys_above, cells_above) ||
-        !crosses(keys_above + keys, cells_above + cells)) {
-        return;
+#pragma unroll 1
+    for (int l = 0; a.input == RowInput::hidden && l < 1 + 2 * a.depth; l++) {
+        const int networks = l == 0 ? group : a.networks;
+        prefetch_bytes(
+                a.layer[l],
+                element * networks * a.width * (l ? a.padded_width : a.padded_d));
     }
-    int i = 0;
-    while (!crosses(
-            keys_above + t.keys_of[high - i], cells_above + t.cells_of[high - i])) {
-        keys_above += t.keys_of[high - i];
-        cells_above += t.cells_of[high - i];
-        i++;
-    }
-    t.crossing = high - i;
-    t.keys_above = keys_above;
-    t.cells_above = cells_above;
 }
 
-/// take_cells (ProbePolicy.h), by a block. keys[i] is the score of cell i above
-/// ~i, 0 for a cell that is never taken; n is a power of two. Most cells are found
-/// by a radix search for the score at which a limit is crossed, the few beyond it
-/// that still fit one by one. Changes the keys.
-/// @return how many cells were written to `out`, best first
-__device__ int take_cells(
-        TakeCells& t,
-        unsigned long long* keys,
-        int n,
-        const int32_t* counts,
-        int nprobe,
-        int limit,
-        bool at_least_one,
-        int32_t first_cell,
-        int32_t* out) {
-    const auto cell_of = [](unsigned long long key) {
-        return static_cast<int32_t>(~static_cast<uint32_t>(key));
-    };
-    const auto is_taken = [&](int32_t cell) {
-        return t.taken[cell / 32] >> (cell % 32) & 1;
-    };
-    unsigned long long most = 0, least_inverted = 0;
-    for (int i = threadIdx.x; i < n; i += kSelectThreads) {
-        if (keys[i]) {
-            most = max(most, keys[i]);
-            least_inverted = max(least_inverted, ~keys[i]);
-        }
-    }
-    for (int i = threadIdx.x; i < kMaxCells / 32; i += kSelectThreads) {
-        t.taken[i] = 0;
-    }
-    if (threadIdx.x == 0) {
-        t.ntaken = 0;
-    }
-    most = block_max(most, t.scratch);
-    const auto least = static_cast<uint32_t>(
-            ~block_max(least_inverted, t.scratch) >> 32);
-    if (most == 0) {
-        return 0;
-    }
-    // The class holds the scores whose bits from `low` on are `prefix`. Bits that
-    // all scores share are no use to the search.
-    int low = 32 - __clz(static_cast<int>(static_cast<uint32_t>(most >> 32) ^ least));
-    uint64_t prefix = most >> 32 >> low;
-    bool all = false;
-    int in_class = 0;
-    do {
-        const int shift = max(0, low - TakeCells::kBits);
-        for (int i = threadIdx.x; i < TakeCells::kBins; i += kSelectThreads) {
-            t.keys_of[i] = t.cells_of[i] = 0;
-        }
-        if (threadIdx.x == 0) {
-            t.crossing = -1;
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < n; i += kSelectThreads) {
-            const uint64_t score = keys[i] >> 32;
-            if (keys[i] && score >> low == prefix) {
-                const auto bin = static_cast<int>(
-                        (score >> shift) - (prefix << (low - shift)));
-                atomicAdd(&t.keys_of[bin], counts[i]);
-                atomicAdd(&t.cells_of[bin], 1);
-            }
-        }
-        __syncthreads();
-        find_crossing(t, limit, nprobe);
-        __syncthreads();
-        const int crossing = t.crossing;
-        if (crossing < 0) { // in the first round alone
-            all = true;
-            break;
-        }
-        in_class = t.cells_of[crossing];
-        limit -= t.keys_above;
-        nprobe -= t.cells_above;
-        prefix = (prefix << (low - shift)) + crossing;
-        low = shift;
-        __syncthreads(); // before the next round clears what was read
-    } while (low > 0 && in_class > 1);
-    const auto take = [&](unsigned long long key) {
-        const int32_t cell = cell_of(key);
-        atomicOr(&t.taken[cell / 32], 1u << (cell % 32));
-        const int at = atomicAdd(&t.ntaken, 1);
-        if (at < TakeCells::kRanked) {
-            t.ranked[at] = key;
-        }
-    };
-    for (int i = threadIdx.x; i < n; i += kSelectThreads) {
-        if (keys[i] && (all || keys[i] >> 32 >> low > prefix)) {
-            take(keys[i]);
-        }
-    }
-    __syncthreads();
-    while (!all && nprobe > 0) {
-        const bool must = at_least_one && t.ntaken == 0;
-        unsigned long long best = 0;
-        for (int i = threadIdx.x; i < n; i += kSelectThreads) {
-            if (keys[i] && (must || counts[i] <= limit) && !is_taken(i)) {
-                best = max(best, keys[i]);
-            }
-        }
-        best = block_max(best, t.scratch);
-        if (best == 0) {
-            break;
-        }
-        limit -= counts[cell_of(best)];
-        nprobe--;
-        if (threadIdx.x == 0) {
-            take(best);
-        }
-        __syncthreads();
-    }
-    const int ntaken = t.ntaken;
-    if (ntaken <= TakeCells::kRanked) {
-        // A warp for each cell counts those before it.
-        for (int i = threadIdx.x / 32; i < ntaken; i += kSelectWarps) {
-            int rank = 0;
-            for (int j = threadIdx.x % 32; j < ntaken; j += 32) {
-                rank += t.ranked[j] > t.ranked[i];
-            }
-            for (int step = 16; step; step /= 2) {
-                rank += __shfl_xor_sync(0xffffffffu, rank, step);
-            }
-            out[rank] = first_cell + cell_of(t.ranked[i]);
-        }
-    } else {
-        for (int i = threadIdx.x; i < n; i += kSelectThreads) {
-            keys[i] = keys[i] && is_taken(i) ? keys[i] : 0;
-        }
-        sort_descending(keys, n);
-        for (int i = threadIdx.x; i < ntaken; i += kSelectThreads) {
-            out[i] = first_cell + cell_of(keys[i]);
-        }
-    }
-    return ntaken;
-}
-
-/// A block takes the cells of one row: of a token and a KV head, or of one
-/// query head of it.
-__global__ void __launch_bounds__(kSelectThreads) select_cells(RouteParams p) {
-    let_next_begin();
-    const BatchRow row = p.rows[blockIdx.x];
-    const BatchItem& item = p.items[row.item];
-    wait_for_previous();
-    const int group = p.heads_q / p.heads_kv;
-    const int choices = p.share_group ? 1 : group;
-    const int64_t r = int64_t(blockIdx.x) * choices + blockIdx.y;
+/// Takes the cells of one row: of a token and a KV head, or of one query head of
+/// it. By a block.
+__device__ void select_row(
+        const RouteParams& p,
+        const Team& team,
+        const TeamRow& row,
+        int choice,
+        const unsigned long long* found,
+        unsigned long long* keys) {
+    const int group = team.group;
+    const int64_t r =
+            int64_t(row.number) * (p.share_group ? 1 : group) + choice;
     int32_t* out = p.cells + r * p.stride;
-    const int64_t length = row.sequence->length;
-    const Reach reach =
-            reach_of(length, item.q_len, row.token, p.sink, p.window);
-    const int64_t far = reach.far_keys();
-    extern __shared__ __align__(16) unsigned long long keys[];
-    __shared__ float scratch[2 * (kSelectWarps > kMaxGroup ? kSelectWarps : kMaxGroup)];
-    __shared__ float norm[kMaxGroup];
-    __shared__ TakeCells taking;
-    RowPlan plan;
+    __shared__ Selection s;
+    const bool refused = row.refused != Fault::none;
+    const auto far = static_cast<int>(refused ? 0 : row.reach.far_keys());
     const bool plans = p.work.plans;
-    if (plans && threadIdx.x == 0) {
-        plan = plan_dense(
-                reach, length, item.kv.length, p.attend_dense, row.item, p.flag);
-    }
-    const bool shares_keys = plans && row.nlist > 1;
+    const bool shares_keys = plans && row.row.nlist > 1;
     uint32_t* probed = p.work.probed + r * p.work.probed_words;
-    for (int64_t i = threadIdx.x; shares_keys && i < p.work.probed_words;
-         i += kSelectThreads) {
+#pragma unroll 1
+    for (int i = threadIdx.x; shares_keys && i < p.work.probed_words; i += kThreads) {
         probed[i] = 0;
     }
     int taken = 0, taken_keys = 0;
-    for (int i = 0; i < row.nlist && far > 0; i++) {
-        const BatchList& at = p.lists[row.first_list + i];
-        const ListState& list = row.lists[i];
+#pragma unroll 1
+    for (int i = 0; i < row.row.nlist && !refused; i++) {
+        const ListState& list = row.list(i);
         const int n = list.ncell;
         int padded = 32;
         while (padded < n) {
             padded *= 2;
         }
         auto* counts = reinterpret_cast<int32_t*>(keys + padded);
-        __syncthreads(); // the partition before is done with both
-        far_counts(list, length, reach, p.sink, p.window, counts);
+        // Scores of all heads, or of the one that chooses; at hand if they fit.
+        const int heads = p.share_group ? group : 1;
         const bool all = far <= p.dense_below;
-        const double share = p.nsplit ? p.split[i] : 1.0 / row.nlist;
-        if (all ? i > 0 : share == 0) {
-            continue;
-        }
-        const float* scores = p.scores + at.scores +
-                int64_t(row.token) * group * n +
-                (p.share_group ? 0 : int64_t(blockIdx.y) * n);
-        // log of the mass per key, of which the group's heads are summed.
-        if (p.share_group && !all) {
-            find_norms(scores, counts, n, group, p.scale, scratch, norm);
-        }
-        for (int c = threadIdx.x; c < padded; c += kSelectThreads) {
-            float score = -INFINITY;
-            if (c < n && counts[c]) {
-                if (all) {
-                    score = 0;
-                } else if (!p.share_group) {
-                    score = scores[c];
-                } else {
-                    const auto of_head = [&](int g) {
-                        return p.scale * scores[int64_t(g) * n + c] - norm[g];
-                    };
-#pragma unroll 4
-                    for (int g = 0; g < group; g++) {
-                        score = fmaxf(score, of_head(g)); // passes over NaN
-                    }
-                    float sum = 0;
-#pragma unroll 4
-                    for (int g = 0; g < group; g++) {
-                        const float s = of_head(g);
-                        sum += s > -INFINITY ? __expf(s - score) : 0.0f;
-                    }
-                    score = score > -INFINITY ? score + __logf(sum) : score;
-                }
+        const float* scores = team.staged;
+        __syncthreads(); // the partition before is done with all this
+        if (!team.direct && !all) {
+            scores = p.scores + row.scores(p, i, group) +
+                    (p.share_group ? 0 : choice) * n;
+            const bool fits = heads * n <= p.staged;
+#pragma unroll 8
+            for (int c = threadIdx.x; fits && c < heads * n; c += kThreads) {
+                team.staged[c] = __ldcg(scores + c);
             }
-            keys[c] = score > -INFINITY
-                    ? static_cast<unsigned long long>(ordered(score)) << 32 |
-                            ~static_cast<uint32_t>(c)
-                    : 0ull;
+            scores = fits ? team.staged : scores;
         }
-        const int64_t limit_of_head = min(
-                p.max_keys, static_cast<int64_t>(p.max_selectivity * far));
-        const int64_t limit = all || limit_of_head >= far
-                ? far
-                : static_cast<int64_t>(share * limit_of_head + 1e-9);
+        far_counts(
+                list,
+                row.length - (p.appends ? 1 : 0),
+                row.reach,
+                p.sink,
+                p.window,
+                counts);
+        OneAppend listing;
+        if (threadIdx.x == 0 && row.leaving >= 0) {
+            listing = begin_listing(list, found + i * kMaxTeam, row.leaving, counts);
+        }
         __syncthreads();
-        const int here = take_cells(
-                taking,
-                keys,
-                padded,
-                counts,
-                all ? n : p.nprobe,
-                static_cast<int>(limit),
-                /*at_least_one=*/taken == 0,
-                list.first_cell,
-                out + taken);
-        __syncthreads();
-        for (int first = 0; plans && first < here; first += kSelectThreads) {
-            const int k = first + static_cast<int>(threadIdx.x);
-            const int cell = k < here ? out[taken + k] : -1;
-            const int c = cell - list.first_cell;
-            const int count = k < here ? counts[c] : 0;
-            const BlockScan scan = block_scan(Tally::of(count, 0), taking.sums);
-            if (k < here) {
-                const int begin = taken_keys + scan.before.keys();
-                p.work.cells[r * p.work.stride + taken + k] = {
-                        i, c, begin, begin + count};
-                if (shares_keys) {
-                    atomicOr(&probed[cell / 32], 1u << (cell % 32));
-                }
+        const double share = p.nsplit ? p.split[i] : 1.0 / row.row.nlist;
+        if (far > 0 && (all ? i == 0 : share != 0)) {
+            // log of the mass per key, of which the group's heads are summed.
+            const bool sums = p.share_group && !all;
+            if (sums) {
+                find_norms(s, scores, counts, n, group, p.scale);
             }
-            taken_keys += scan.total.keys();
-            __syncthreads(); // the scan's scratch memory is free
+#pragma unroll 1
+            for (int c = threadIdx.x; c < padded; c += kThreads) {
+                float score = -INFINITY;
+                if (c < n && counts[c]) {
+                    if (!sums) {
+                        score = all ? 0 : scores[c];
+                    } else {
+                        float sum = 0;
+#pragma unroll 4
+                        for (int g = 0; g < group; g++) { // online
+                            const float x = p.scale * scores[g * n + c] - s.norm[g];
+                            const float most = fmaxf(score, x); // passes over NaN
+                            sum *= score > -INFINITY ? __expf(score - most) : 0.0f;
+                            sum += x > -INFINITY ? __expf(x - most) : 0.0f;
+                            score = most;
+                        }
+                        score = score > -INFINITY ? score + __logf(sum) : score;
+                    }
+                }
+                keys[c] = cell_key(score, c);
+            }
+            __syncthreads();
+            const int64_t limit_of_head = min(
+                    p.max_keys, static_cast<int64_t>(p.max_selectivity * far));
+            const int64_t limit = all || limit_of_head >= far
+                    ? far
+                    : static_cast<int64_t>(share * limit_of_head + 1e-9);
+            RowCell* cells = p.work.cells + r * p.work.stride;
+            take_cells(
+                    s,
+                    keys,
+                    padded,
+                    counts,
+                    all ? n : p.nprobe,
+                    static_cast<int>(limit),
+                    /*at_least_one=*/taken == 0,
+                    [&](int rank, int c, int count, int before) {
+                        const int cell = list.first_cell + c;
+                        const int begin = taken_keys + before;
+                        out[taken + rank] = cell;
+                        if (plans) {
+                            cells[taken + rank] = {i, c, begin, begin + count};
+                            // The next kernel asks for it first.
+                            prefetch(list.extents + int64_t(c) * kExtents);
+                        }
+                        if (shares_keys) {
+                            atomicOr(&probed[cell / 32], 1u << (cell % 32));
+                        }
+                    });
+            __syncthreads();
+            taken += s.taken;
+            taken_keys += s.keys;
         }
-        taken += here;
+        end_listing(list, listing, p.sink);
     }
     if (threadIdx.x == 0) {
         p.count[r] = taken;
+        if (refused && row.row.kv_head == 0) {
+            raise(p.flag, row.refused, row.row.item);
+        }
         if (plans) {
-            const bool readable = length <= item.kv.length;
+            RowPlan plan = plan_dense(
+                    row.reach,
+                    row.length,
+                    row.row.view_length,
+                    p.attend_dense,
+                    row.row.item,
+                    refused ? nullptr : p.flag);
+            const bool readable = row.length <= row.row.view_length;
             plan.cells = readable ? taken : 0;
             plan.keys = readable ? taken_keys : 0;
+            plan.refused = refused;
             p.work.plans[r] = plan;
         }
     }
+    __syncthreads(); // before the next row
+}
+
+/// Copies between memories, by a block.
+template <class T>
+__device__ void copy_words(T* to, const T* from) {
+    static_assert(sizeof(T) % 4 == 0);
+    for (int i = threadIdx.x; i < int(sizeof(T) / 4); i += kThreads) {
+        reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
+    }
+}
+
+/// A team scores the cells of its rows together; then each block takes the cells
+/// of some of them.
+__global__ void __launch_bounds__(kThreads, 2)
+        route_kernel(const __grid_constant__ RouteParams p) {
+    __shared__ __align__(16) char row_bytes[kMaxTeamRows * sizeof(TeamRow)];
+    auto* rows = reinterpret_cast<TeamRow*>(row_bytes);
+    // Best cells of the leaving keys: of this block's warps; and of each block, for
+    // each partition of the rows whose cells this block takes.
+    __shared__ unsigned long long of_warps[kWarps];
+    __shared__ unsigned long long found[kMaxTeamRows][kMaxAppendPartitions]
+                                        [kMaxTeam];
+    extern __shared__ __align__(16) float shared[];
+    const RowTeam members = p.teams[blockIdx.y];
+#pragma unroll 1
+    for (int t = 0; t < members.n; t++) {
+        const int number = p.team_rows[members.first + t];
+        if (threadIdx.x == 0) {
+            rows[t].number = number;
+            rows[t].refused = Fault::none;
+        }
+        copy_words(&rows[t].row, p.rows + number);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int t = 0; t < members.n; t++) {
+        copy_words(&rows[t].kv, &p.items[rows[t].row.item].kv);
+        copy_words(&rows[t].first_list, rows[t].row.lists);
+        copy_words(&rows[t].first_in_batch, p.lists + rows[t].row.first_list);
+    }
+    __syncthreads();
+    const int nlist = rows[0].row.nlist;
+    const int choices = p.share_group ? 1 : p.heads_q / p.heads_kv;
+    Team team;
+    team.rows = rows;
+    team.n = members.n;
+    team.group = p.heads_q / p.heads_kv;
+    team.padded_group = (team.group + 3) / 4 * 4;
+    team.direct = p.staged && choices == 1 && nlist == 1 &&
+            team.n <= static_cast<int>(gridDim.x);
+    const int vectors = team.n * team.padded_group;
+    team.staged = shared;
+    team.x = shared + p.staged;
+    team.post = team.x + vectors * p.most_cols;
+    team.hidden = team.post + vectors * p.most_post;
+    team.activated = team.hidden + vectors * p.most_width;
+    team.leaving = team.activated + vectors * p.most_width;
+#pragma unroll 1
+    for (int i = 0; i < nlist; i++) {
+        const ListState& list = rows[0].list(i);
+        prefetch_weights(list.query, team.group);
+        if (p.appends) {
+            prefetch_weights(list.key, 1);
+        }
+#pragma unroll 1
+        for (int t = 0; t < team.n; t++) {
+            prefetch_bytes(rows[t].list(i).count, 4 * list.ncell);
+        }
+    }
+    // Columns that pad a hidden layer; then all blocks of the team have begun.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * vectors * p.most_width; i += kThreads) {
+        team.hidden[i] = 0;
+    }
+    team_sync();
+    wait_for_previous();
+    let_next_begin();
+    if (threadIdx.x < team.n) {
+        TeamRow& row = rows[threadIdx.x];
+        const int64_t before = __ldcg(&row.row.sequence->length);
+        const int64_t capacity = __ldcg(&row.row.sequence->capacity);
+        row.length = before + (p.appends ? 1 : 0);
+        row.leaving = p.appends ? leaving_slot(before, p.sink, p.window) : -1;
+        row.reach = reach_of(
+                row.length, row.row.q_len, row.row.token, p.sink, p.window);
+        row.asks = row.reach.far_keys() > p.dense_below;
+        if (p.appends) {
+            row.refused = row.length > capacity ? Fault::append_capacity
+                    : row.length > row.row.view_length ? Fault::append_view
+                                                       : Fault::none;
+        }
+    }
+    __syncthreads();
+    bool any_asks = false, any_leaves = false;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int t = 0; t < team.n; t++) {
+        any_asks = any_asks || rows[t].asks;
+        any_leaves = any_leaves || rows[t].leaving >= 0;
+        // The last warps look at the new keys while others load queries.
+        if (p.appends && team.block_of(t, choices) == blockIdx.x &&
+            rows[t].refused == Fault::none) {
+#pragma unroll 1
+            for (int first = 2 * (kWarps - 1 - warp); first < p.heads_kv;
+                 first += 2 * kWarps) {
+                const int h = first + lane / 16;
+                const bool there = h < p.heads_kv;
+                const Fault fault = fault_of_key(
+                        there ? key_row(rows[t].kv, h, rows[t].length - 1) : nullptr,
+                        p.d,
+                        p.bf16);
+                if (there && fault != Fault::none) {
+                    // The worse one of two, whoever is first.
+                    atomicMax(
+                            reinterpret_cast<int*>(&rows[t].refused),
+                            static_cast<int>(fault));
+                }
+            }
+        }
+    }
+#pragma unroll 1
+    for (int i = 0; i < nlist && (any_asks || any_leaves); i++) {
+        const ListState& list = rows[0].list(i);
+        const DeviceAssigner& query = list.query;
+        __syncthreads(); // the partition before is done with the vectors
+        load_vectors(p, team, list, any_asks, any_leaves);
+        __syncthreads();
+        const float* x = team.x;
+#pragma unroll 1
+        for (int layer = 0;
+             query.input == RowInput::hidden && any_asks && layer < 1 + 2 * query.depth;
+             layer++) {
+            // in; then up and down of each block, which adds to what was.
+            const bool up = layer % 2;
+            float* to = up ? team.activated : team.hidden;
+            run_layer(
+                    team, query, layer, x, layer && !up ? team.hidden : nullptr, up, to);
+            x = to;
+            team_sync();
+        }
+        // Half of the warps score cells, the others look for the leaving keys'.
+        const int scoring = any_leaves && any_asks ? kWarps / 2 : any_asks ? kWarps : 0;
+        if (warp < scoring) {
+            score_cells(p, team, i, query, x, warp, scoring);
+        }
+#pragma unroll 1
+        for (int t = 0; t < team.n; t++) {
+            if (rows[t].leaving < 0) {
+                continue;
+            }
+            if (warp >= scoring) {
+                find_best_cell(
+                        list.key,
+                        team.leaving + t * p.d,
+                        warp - scoring,
+                        kWarps - scoring,
+                        of_warps);
+            }
+            __syncthreads();
+            if (warp == 0) {
+                unsigned long long best = lane < kWarps - scoring ? of_warps[lane] : 0;
+#pragma unroll
+                for (int step = kWarps / 2; step; step /= 2) {
+                    best = max(best, __shfl_xor_sync(0xffffffffu, best, step));
+                }
+                if (lane == 0) {
+                    store_in_block(
+                            &found[t][i][blockIdx.x], team.block_of(t, choices), best);
+                }
+            }
+            __syncthreads();
+        }
+    }
+    team_sync(); // and the vectors are no longer needed
+#pragma unroll 1
+    for (int task = blockIdx.x; task < team.n * choices; task += gridDim.x) {
+        select_row(
+                p,
+                team,
+                rows[task / choices],
+                task % choices,
+                found[task / choices][0],
+                reinterpret_cast<unsigned long long*>(shared + p.staged));
+    }
+}
+
+/// Floats that a row's vectors take: queries, hidden layers, the leaving key.
+int floats_of_row(int group, int d, int most_cols, int most_post, int most_width) {
+    return (group + 3) / 4 * 4 * (most_cols + most_post + 2 * most_width) + d;
+}
+
+/// Bytes of shared memory: scoring and selection take turns in them.
+size_t shared_bytes(const RouteParams& p) {
+    size_t padded = 32;
+    while (padded < size_t(p.most_cells)) {
+        padded *= 2;
+    }
+    const size_t scoring = sizeof(float) * p.most_team_rows *
+            floats_of_row(p.heads_q / p.heads_kv,
+                          p.d,
+                          p.most_cols,
+                          p.most_post,
+                          p.most_width);
+    return p.staged * sizeof(float) +
+            std::max(scoring, padded * 8 + size_t(p.most_cells) * 4);
 }
 
 } // namespace
 
-cudaError_t route(const RouteParams& p, bool any_network, cudaStream_t stream) {
+int most_team_rows(int group, int d, int most_cols, int most_post, int most_width) {
+    constexpr int kFloats = 12 << 10;
+    return std::clamp(
+            kFloats / floats_of_row(group, d, most_cols, most_post, most_width),
+            1,
+            kMaxTeamRows);
+}
+
+cudaError_t route(RouteParams p, cudaStream_t stream) {
+    if (p.nteam == 0) {
+        return cudaSuccess;
+    }
     const int group = p.heads_q / p.heads_kv;
-    constexpr int kMaxCols = 1024; // widths and dimensions are at most this
-    if (p.nlist && p.most_q_len) {
-        if (any_network) {
-            const cudaError_t error =
-                    launch(run_networks,
-                           dim3(p.most_q_len * group, p.nlist),
-                           kThreads,
-                           2 * kMaxCols * sizeof(float),
-                           stream,
-                           p);
-            if (error != cudaSuccess) {
-                return error;
-            }
-        }
-        const size_t shared =
-                size_t(group + 3) / 4 * 4 * p.most_cols * sizeof(float);
-        cudaError_t error = cudaFuncSetAttribute(
-                score_cells,
-                cudaFuncAttributeMaxDynamicSharedMemorySize,
-                static_cast<int>(shared));
-        if (error != cudaSuccess) {
-            return error;
-        }
-        error = launch(
-                score_cells,
-                dim3((p.most_cells + kCellsPerBlock - 1) / kCellsPerBlock,
-                     p.nlist,
-                     p.most_q_len),
-                kThreads,
-                shared,
-                stream,
-                p);
-        if (error != cudaSuccess) {
-            return error;
-        }
+    constexpr int kMostStaged = 16384; // floats
+    const int scores = ((p.share_group ? group : 1) * p.most_cells + 3) / 4 * 4;
+    p.staged = scores <= kMostStaged ? scores : 0;
+    const size_t shared = shared_bytes(p);
+    cudaError_t error = cudaFuncSetAttribute(
+            route_kernel,
+            cudaFuncAttributeMaxDynamicSharedMemorySize,
+            static_cast<int>(shared));
+    if (error == cudaSuccess && p.team_blocks > 8) {
+        error = cudaFuncSetAttribute(
+                route_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
-    if (p.nrow) {
-        int padded = 32;
-        while (padded < p.most_cells) {
-            padded *= 2;
-        }
-        const int shared = padded * 8 + p.most_cells * 4;
-        const cudaError_t error = cudaFuncSetAttribute(
-                select_cells, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-        if (error != cudaSuccess) {
-            return error;
-        }
-        return launch(
-                select_cells,
-                dim3(p.nrow, p.share_group ? 1 : group),
-                kSelectThreads,
-                shared,
-                stream,
-                p);
+    if (error != cudaSuccess) {
+        return error;
     }
-    return cudaSuccess;
+    return launch(
+            route_kernel,
+            dim3(p.team_blocks, p.nteam),
+            kThreads,
+            shared,
+            stream,
+            p,
+            p.team_blocks);
 }
 
 } // namespace faiss_saap::gpu

@@ -12,24 +12,36 @@ namespace faiss_saap::gpu {
 
 constexpr int kMaxGroup = 16;
 constexpr int kMaxPartitions = 16; ///< of a KV head
+constexpr int kMaxAppendPartitions = 4; ///< with RouteParams::appends
 /// Cells of a partition: what selection sorts in shared memory.
 constexpr int kMaxCells = 8192;
+constexpr int kMaxTeam = 16;    ///< blocks of a team
+constexpr int kMaxTeamRows = 8; ///< rows of a team
 
 struct RouteParams {
     const BatchItem* items = nullptr;
     const BatchList* lists = nullptr;
-    int nlist = 0;
     const BatchRow* rows = nullptr;
-    int nrow = 0;
-    int most_q_len = 0, most_cells = 0;
-    int most_cols = 0; ///< floats per query head that scoring keeps at hand
+    const RowTeam* teams = nullptr;
+    const int32_t* team_rows = nullptr;
+    int nteam = 0, team_blocks = 1;
+    int most_team_rows = 1;
+    int most_cells = 0; ///< of a partition
+    /// floats per query head that scoring keeps at hand: of what rows are
+    /// multiplied with first, of vectors after RoPE, of hidden layers
+    int most_cols = 0, most_post = 0, most_width = 0;
+    int staged = 0; ///< scores of a row that selection keeps at hand; by route()
     int heads_q = 0, heads_kv = 0, d = 0;
     int64_t sink = 0, window = 0, position_offset = 0, dense_below = 0;
     float scale = 1;
     int attend_dense = 1;
     const void* queries = nullptr; ///< tokens * heads_q * d, as the cache's type
-    float* hidden = nullptr;       ///< see BatchList::hidden
+    int bf16 = 0;                  ///< else float16
     float* scores = nullptr;       ///< see BatchList::scores
+    /// Each sequence is appended a token first (append_one.cuh), which its only
+    /// query sees; its length stays as it was until that query has attended. Rows
+    /// must choose by KV head, and no assigner may read means or newest keys.
+    int appends = 0;
     // policy
     int share_group = 1, nprobe = 0;
     int64_t max_keys = 0;
@@ -44,8 +56,11 @@ struct RouteParams {
     FaultFlag* flag = nullptr;
 };
 
-/// Scores all cells for all query heads, and takes cells for each row.
-/// @param any_network  some assigner has hidden layers
-cudaError_t route(const RouteParams& params, bool any_network, cudaStream_t stream);
+/// Rows that a team may have: what it keeps of them must fit into shared memory.
+int most_team_rows(int group, int d, int most_cols, int most_post, int most_width);
+
+/// Scores all cells for all query heads, and takes cells for each row: one
+/// launch.
+cudaError_t route(RouteParams params, cudaStream_t stream);
 
 } // namespace faiss_saap::gpu

@@ -15,20 +15,25 @@ struct RowCell {
 
 struct RowPlan {
     int sinks = 0, window_begin = 0; ///< slots [0, sinks), then window_begin on
-    int dense = 0;    ///< keys of sink and window that are read, before the others
+    int dense = 0;    ///< keys of sink and window that are read
     int keys = 0;     ///< far keys, twice where cells of two partitions share them
     int cells = 0;    ///< distinct ones
     int far = 0;      ///< far keys that there are
     int dropped = 0;  ///< keys that another partition's cell had read
+    int refused = 0;  ///< its sequence was not appended, nothing is to be written
     int tiles_done = 0;
 };
 
 constexpr int kTile = 32; ///< keys that a warp takes at a time
 
 #ifdef __CUDACC__
-__device__ inline int tiles_of(const RowPlan& plan) {
-    // One even without a key, so that some block writes the result.
-    return max(1, (plan.dense + plan.keys + kTile - 1) / kTile);
+/// Of sink and window.
+__device__ inline int dense_tiles(const RowPlan& plan) {
+    return (plan.dense + kTile - 1) / kTile;
+}
+/// One even without a key, so that some block writes the result.
+__device__ inline int far_tiles(const RowPlan& plan) {
+    return max(1, (plan.keys + kTile - 1) / kTile);
 }
 #endif
 

@@ -113,16 +113,23 @@ struct BatchList {
     /// where its scores begin: tokens of the item, then query heads of the
     /// group, then cells
     int64_t scores = 0;
-    int64_t hidden = 0; ///< likewise, then the network's width
 };
 
 /// One KV head of one token.
 struct BatchRow {
-    const SequenceState* sequence = nullptr;
+    SequenceState* sequence = nullptr;
     const ListState* lists = nullptr; ///< of the KV head
     int item = 0, token = 0; ///< token within the item
+    int q_len = 0;           ///< of the item
+    int query = 0;           ///< token within the batch
     int kv_head = 0;
     int first_list = 0, nlist = 0; ///< in the batch's lists
+    int64_t view_length = 0;       ///< of the item's cache
+};
+
+/// Rows of one KV head whose partitions are the same: their weights are read once.
+struct RowTeam {
+    int first = 0, n = 0; ///< in the batch's team_rows
 };
 
 // --- Conditions that kernels detect ----------------------------------------

@@ -262,14 +262,17 @@ void decode_on_device(const DecodeOptions& o) {
             {"sparse",
              attend_bytes + centroid_bytes,
              [&](Layer& layer) {
-                 layer.adapter->append(*layer.batch, stream);
+                 layer.adapter->step(*layer.batch, d_queries.as(), out, nullptr, stream);
+             }},
+            {"sparse_without_append",
+             attend_bytes + centroid_bytes,
+             [&](Layer& layer) {
                  layer.adapter->attend(*layer.batch, d_queries.as(), out, nullptr, stream);
              }},
             {"sparse_classifier",
              attend_bytes + classifier_bytes,
              [&](Layer& layer) {
-                 layer.classifying->append(*layer.classified, stream);
-                 layer.classifying->attend(
+                 layer.classifying->step(
                          *layer.classified, d_queries.as(), out, nullptr, stream);
              }},
             {"route",

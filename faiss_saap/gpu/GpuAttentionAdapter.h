@@ -62,10 +62,10 @@ struct GpuListsCopy {
 /// and results (to rounding), with device pointers and a stream. Owns lists of
 /// slots, never keys or values.
 ///
-/// A step is two calls, `append` and `attend`, that launch kernels and nothing
-/// else: no copy, no allocation, no synchronisation. They can be captured in a
-/// CUDA graph and replayed while the sequences grow, within the tokens that were
-/// reserved for them.
+/// `step`, or its parts `append` and `attend`, launch kernels and do nothing else:
+/// no copy, no allocation, no synchronisation. They can be captured in a CUDA graph
+/// and replayed while the sequences grow, within the tokens that were reserved for
+/// them.
 ///
 /// Here are built: head dimensions 64, 96, 128 and 256 (values likewise),
 /// float16 and bfloat16 caches whose rows begin at multiples of 16 bytes and whose
@@ -163,6 +163,16 @@ class GpuAttentionAdapter {
             const AttendOutput& out,
             const ProbePolicy* policy = nullptr,
             cudaStream_t stream = nullptr) const;
+    /// A decode step: append(batch), then attend(batch, ...). Where each sequence
+    /// has one token, the policy chooses for groups and no assigner reads cell
+    /// means, in two launches for both, which is the quickest way. The outputs of
+    /// a sequence whose append is refused by the kernels are unspecified.
+    void step(
+            const GpuBatch& batch,
+            const void* queries,
+            const AttendOutput& out,
+            const ProbePolicy* policy = nullptr,
+            cudaStream_t stream = nullptr);
     /// The first half of `attend`. Cells are chosen as AttentionAdapter chooses
     /// them, except where scores differ by rounding (relative 1e-5).
     /// @param probed  where the cells go: the batch's rows, with a stride of at
@@ -213,12 +223,14 @@ class GpuAttentionAdapter {
             cudaStream_t stream) const;
     void check_view(const KvView& kv) const;
     void check_batch(const GpuBatch& batch, bool attends) const;
+    void prepare_append(const GpuBatch& batch, cudaStream_t stream);
     void start_route(
             const GpuBatch& batch,
             const void* queries,
             const GpuProbedCells& probed,
             const ProbePolicy& policy,
-            bool plans, ///< for start_attend
+            bool plans,   ///< for start_attend
+            bool appends, ///< likewise
             cudaStream_t stream) const;
     void check_output(
             const GpuBatch& batch,
@@ -229,11 +241,13 @@ class GpuAttentionAdapter {
             const void* queries,
             const GpuProbedCells& probed,
             bool planned, ///< by start_route
+            bool appends,
             const AttendOutput& out,
             cudaStream_t stream) const;
 
     AdapterParams params_;
     int group_ = 0, device_ = 0, processors_ = 0;
+    bool clusters_ = false; ///< the device has them
     std::unique_ptr<Fault> fault_;
     std::vector<std::shared_ptr<const Lowered>> partitions_; ///< by KV head
     std::map<int64_t, std::unique_ptr<Sequence>> sequences_;

@@ -1,0 +1,131 @@
+/// The token of a decode step joins the lists of its sequence, in the kernel that
+/// routes the step's query: the cell of the key that leaves the window is found by
+/// the team that scores the cells, and listed by the block that takes the row's
+/// cells. Device code.
+#pragma once
+
+#include "device_vectors.cuh"
+#include "route.h"
+
+namespace faiss_saap::gpu {
+
+/// The slot that leaves the window when a token is appended, or -1.
+__device__ inline int64_t leaving_slot(
+        int64_t length,
+        int64_t sink,
+        int64_t window) {
+    const int64_t slot = length - window;
+    return slot >= sink ? slot : -1;
+}
+
+/// What is wrong with a key, one of two that the halves of a warp look at.
+__device__ inline Fault fault_of_key(const char* key, int d, int bf16) {
+    float norm = 0;
+    const auto* pieces = reinterpret_cast<const uint4*>(key);
+#pragma unroll 1
+    for (int i = threadIdx.x % 16; key && i < d / 8; i += 16) {
+        const uint4 bits = pieces[i];
+        const auto* words = reinterpret_cast<const char*>(&bits);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float x = element(words, bf16, j);
+            norm += x * x;
+        }
+    }
+    const unsigned half = threadIdx.x % 32 < 16 ? 0xffffu : 0xffff0000u;
+    const bool finite =
+            (__ballot_sync(0xffffffffu, isfinite(norm)) & half) == half;
+    return !key ? Fault::append_page : finite ? Fault::none : Fault::append_key;
+}
+
+/// The best of a block's share of the cells for a key; warp `warp` of `warps` writes
+/// what it has found. Of equal scores the lower cell's is larger.
+__device__ __noinline__ void find_best_cell(
+        const DeviceAssigner& key,
+        const float* x,
+        int warp,
+        int warps,
+        unsigned long long* found) {
+    constexpr int kRows = 8;
+    const int lane = threadIdx.x % 32;
+    const int blocks = (key.ncell + kRows - 1) / kRows;
+    unsigned long long mine = 0;
+#pragma unroll 1
+    for (int block = warp * gridDim.x + blockIdx.x; block < blocks;
+         block += warps * gridDim.x) {
+        const int cell = block * kRows + lane / 4;
+        const bool there = cell < key.ncell;
+        const float* row = there ? static_cast<const float*>(key.rows) +
+                        int64_t(cell) * key.padded_cols
+                                 : nullptr;
+        const float bias = there && key.bias ? key.bias[cell] : 0.0f;
+        const float score =
+                bias + warp_products<RowType::float32, 1>(row, key.d, x, 0);
+        if (there) {
+            mine = max(
+                    mine,
+                    static_cast<unsigned long long>(ordered(score)) << 32 |
+                            ~static_cast<uint32_t>(cell));
+        }
+    }
+    const auto high = static_cast<uint32_t>(mine >> 32);
+    const uint32_t most = __reduce_max_sync(0xffffffffu, high);
+    const uint32_t low = __reduce_max_sync(
+            0xffffffffu, high == most ? static_cast<uint32_t>(mine) : 0u);
+    if (lane == 0) {
+        found[warp] = static_cast<unsigned long long>(most) << 32 | low;
+    }
+}
+
+/// An entry of a list on its way, in thread 0.
+struct OneAppend {
+    int cell = -1; ///< -1: there is none
+    int64_t slot = 0;
+    uint32_t entry = 0;  ///< in the cell's list
+    uint32_t extent = 0; ///< where the entry's extent begins
+};
+
+/// Counts the leaving slot in the cell that the team has found. The extent is read
+/// here and needed in end_listing only: the answer takes long. By thread 0.
+/// @param found   what each block of the team has found; shared memory, as `counts`
+__device__ inline OneAppend begin_listing(
+        const ListState& list,
+        const unsigned long long* found,
+        int64_t slot,
+        int32_t* counts) {
+    OneAppend one;
+    unsigned long long best = 0;
+#pragma unroll
+    for (unsigned b = 0; b < kMaxTeam; b++) {
+        best = b < gridDim.x ? max(best, found[b]) : best;
+    }
+    one.cell = static_cast<int>(~static_cast<uint32_t>(best));
+    one.slot = slot;
+    one.entry = static_cast<uint32_t>(counts[one.cell]++);
+    one.extent = __ldcg(
+            list.extents + int64_t(one.cell) * kExtents + extent_of(one.entry));
+    return one;
+}
+
+/// Lists the slot, if there is one. By thread 0.
+__device__ inline void end_listing(
+        const ListState& list,
+        const OneAppend& one,
+        int64_t sink) {
+    if (one.cell < 0) {
+        return;
+    }
+    const int e = extent_of(one.entry);
+    uint32_t extent = one.extent;
+    if (extent == kNoExtent) {
+        extent = atomicAdd(list.used, extent_size(e));
+        list.extents[int64_t(one.cell) * kExtents + e] = extent;
+    }
+    const auto slot = static_cast<int32_t>(one.slot);
+    list.slots[extent + (one.entry - extent_begin(e))] = slot;
+    list.cells[slot - sink] = static_cast<uint16_t>(one.cell);
+    list.newest[one.cell] = slot;
+    list.count[one.cell] = static_cast<int32_t>(one.entry) + 1;
+}
+
+} // namespace faiss_saap::gpu

@@ -1,0 +1,453 @@
+/// Cells taken within limits, by a block: take_cells and share_scores of
+/// ProbePolicy.h. Device code, and little of it: a step's kernels run once and wait
+/// for their code as for data.
+#pragma once
+
+#include "device_vectors.cuh"
+#include "route.h"
+
+namespace faiss_saap::gpu {
+
+constexpr int kSelectThreads = 512;
+constexpr int kSelectWarps = kSelectThreads / 32;
+
+/// The order of cells: by score, of equal ones the lower first. 0 is never taken.
+__device__ inline unsigned long long cell_key(float score, int cell) {
+    return score > -INFINITY
+            ? static_cast<unsigned long long>(ordered(score)) << 32 |
+                    ~static_cast<uint32_t>(cell)
+            : 0ull;
+}
+
+/// What a block keeps of a selection, beside scores, keys and counts.
+struct Selection {
+    static constexpr int kBins = 128;
+    static constexpr int kRanked = 512; ///< cells put in order without a sort
+    float norm[kMaxGroup];              ///< by find_norms
+    float of_warp[kSelectWarps][4];
+    uint32_t most[4];
+    // by take_cells
+    uint32_t highest, lowest; ///< ordered scores
+    int least;                ///< keys of the smallest cell
+    int keys_of[kBins], cells_of[kBins];
+    unsigned long long ranked[kRanked];
+    int counts[kRanked]; ///< of the ranked cells
+    int nranked, edge;   ///< cells to rank: those of the bins up to `edge`
+    int taken, keys;     ///< cells and keys
+    unsigned long long passed; ///< the best cell that did not fit
+    unsigned long long best[2][kSelectWarps];
+};
+
+/// log of the sum over all cells of count * exp(scale * score), for each head of
+/// a group, into s.norm; -inf for none. By a block.
+/// @param scores  size heads * ncell
+__device__ inline void find_norms(
+        Selection& s,
+        const float* scores,
+        const int32_t* counts,
+        int ncell,
+        int heads,
+        float scale) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Four heads at a time, so that their sums do not wait for each other.
+#pragma unroll 1
+    for (int g0 = 0; g0 < heads; g0 += 4) {
+        const int n = min(4, heads - g0); // the last one stands for those missing
+        const float* head[4];
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            head[g] = scores + (g0 + min(g, n - 1)) * ncell;
+        }
+        float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll 2
+        for (int c = threadIdx.x; c < ncell; c += kSelectThreads) {
+            const bool there = counts[c];
+#pragma unroll
+            for (int g = 0; g < 4; g++) {
+                const float x = scale * head[g][c];
+                most[g] = there ? fmaxf(most[g], x) : most[g];
+            }
+        }
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            const uint32_t x = __reduce_max_sync(0xffffffffu, ordered(most[g]));
+            if (lane == g) {
+                s.of_warp[warp][g] = of_ordered(x);
+            }
+        }
+        __syncthreads();
+        if (warp < 4) { // a head for each
+            const float x = lane < kSelectWarps ? s.of_warp[lane][warp] : -INFINITY;
+            const uint32_t all = __reduce_max_sync(0xffffffffu, ordered(x));
+            if (lane == 0) {
+                s.most[warp] = all;
+            }
+        }
+        __syncthreads();
+        float sum[4] = {};
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            most[g] = of_ordered(s.most[g]);
+        }
+#pragma unroll 2
+        for (int c = threadIdx.x; c < ncell; c += kSelectThreads) {
+            const float keys = counts[c];
+#pragma unroll
+            for (int g = 0; g < 4; g++) {
+                // No cell: neither has it a score.
+                const float x = keys * __expf(scale * head[g][c] - most[g]);
+                sum[g] += keys > 0 && most[g] > -INFINITY ? x : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int step = 16; step; step /= 2) {
+#pragma unroll
+            for (int g = 0; g < 4; g++) {
+                sum[g] += __shfl_xor_sync(0xffffffffu, sum[g], step);
+            }
+        }
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            if (lane == g) {
+                s.of_warp[warp][g] = sum[g];
+            }
+        }
+        __syncthreads();
+        if (warp < n) { // in a fixed order: the result must not depend on timing
+            float x = lane < kSelectWarps ? s.of_warp[lane][warp] : 0.0f;
+#pragma unroll
+            for (int step = kSelectWarps / 2; step; step /= 2) {
+                x += __shfl_xor_sync(0xffffffffu, x, step);
+            }
+            if (lane == 0) {
+                s.norm[g0 + warp] = of_ordered(s.most[warp]) + __logf(x);
+            }
+        }
+        __syncthreads();
+    }
+}
+
+/// Sorts n = 2^k >= 32 keys, largest first. A warp has the pairs of one stretch of
+/// keys; others are waited for only where pairs leave it.
+__device__ inline void sort_descending(unsigned long long* keys, int n) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int pairs = max(32, n / 2 / kSelectWarps); // of a warp
+    const int begin = warp * pairs, end = min(n / 2, begin + pairs);
+    __syncthreads();
+#pragma unroll 1
+    for (int size = 2; size <= n; size *= 2) {
+#pragma unroll 1
+        for (int stride = size / 2; stride; stride /= 2) {
+#pragma unroll 1
+            for (int i = begin + lane; i < end; i += 32) {
+                const int low = 2 * i - (i & (stride - 1));
+                const auto a = keys[low], b = keys[low + stride];
+                if ((a < b) == ((low & size) == 0)) {
+                    keys[low] = b;
+                    keys[low + stride] = a;
+                }
+            }
+            // The next pairs are as far apart, or start anew with the whole size.
+            const int next = stride > 1 ? stride / 2 : size;
+            if (stride > pairs || next > pairs) {
+                __syncthreads();
+            } else {
+                __syncwarp();
+            }
+        }
+    }
+    __syncthreads();
+}
+
+/// take_cells (ProbePolicy.h) from sorted keys, by one warp: the way where many cells
+/// are taken. `take(rank, cell,
+/// count, before)` is called for each cell that is taken, by any of its lanes;
+/// `before` are the keys of the cells taken before it.
+/// @param least  keys of the smallest cell
+/// @return cells and keys taken
+template <class Take>
+__device__ int2 take_sorted_cells(
+        const unsigned long long* sorted,
+        int n,
+        const int32_t* counts,
+        int nprobe,
+        int limit,
+        bool at_least_one,
+        int least,
+        const Take& take) {
+    const int lane = threadIdx.x % 32;
+    int cells = 0, keys = 0;
+#pragma unroll 1
+    for (int first = 0; first < n; first += 32) {
+        const unsigned long long key = sorted[first + lane];
+        const int cell = static_cast<int>(~static_cast<uint32_t>(key));
+        const int count = key ? counts[cell] : 0;
+        int end = count; // with the lanes before
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int before = __shfl_up_sync(0xffffffffu, end, step);
+            end += lane >= step ? before : 0;
+        }
+        // All that fit one after the other, then one by one what still fits.
+        bool fits = key && keys + end <= limit && cells + lane < nprobe;
+        if (at_least_one && cells == 0 && lane == 0) {
+            fits = key && nprobe > 0;
+        }
+        const unsigned all = __ballot_sync(0xffffffffu, fits);
+        const int run = __ffs(static_cast<int>(~all)) - 1; // -1: all 32
+        const int taken = run < 0 ? 32 : run;
+        if (lane < taken) {
+            take(cells + lane, cell, count, keys + end - count);
+        }
+        if (taken) {
+            keys += __shfl_sync(0xffffffffu, end, taken - 1);
+            cells += taken;
+        }
+        int last = taken; // looked at up to here
+#pragma unroll 1
+        while (cells < nprobe) {
+            const unsigned more = __ballot_sync(
+                    0xffffffffu, key && lane >= last && keys + count <= limit);
+            if (!more) {
+                break;
+            }
+            const int next = __ffs(static_cast<int>(more)) - 1;
+            if (lane == next) {
+                take(cells, cell, count, keys);
+            }
+            keys += __shfl_sync(0xffffffffu, count, next);
+            cells++;
+            last = next + 1;
+        }
+        if (cells >= nprobe || keys + least > limit ||
+            !__any_sync(0xffffffffu, key != 0)) {
+            break;
+        }
+    }
+    return make_int2(cells, keys);
+}
+
+/// The best of the keys below `below` whose cells have at most `limit` keys; 0: none.
+/// By a block; `round` counts the calls.
+__device__ inline unsigned long long best_that_fits(
+        Selection& s,
+        const unsigned long long* keys,
+        int n,
+        const int32_t* counts,
+        int limit,
+        unsigned long long below,
+        int round) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    unsigned long long mine = 0;
+#pragma unroll 2
+    for (int c = threadIdx.x; c < n; c += kSelectThreads) {
+        const unsigned long long key = keys[c];
+        if (key && key < below && counts[c] <= limit) {
+            mine = max(mine, key);
+        }
+    }
+    const auto of_lanes = [](unsigned long long x) {
+        const auto high = static_cast<uint32_t>(x >> 32);
+        const uint32_t most = __reduce_max_sync(0xffffffffu, high);
+        const uint32_t low = __reduce_max_sync(
+                0xffffffffu, high == most ? static_cast<uint32_t>(x) : 0u);
+        return static_cast<unsigned long long>(most) << 32 | low;
+    };
+    mine = of_lanes(mine);
+    if (lane == 0) {
+        s.best[round & 1][warp] = mine;
+    }
+    __syncthreads(); // the next call writes to the other half
+    return of_lanes(lane < kSelectWarps ? s.best[round & 1][lane] : 0ull);
+}
+
+/// take_cells (ProbePolicy.h), by a block. keys[i] is the cell_key of cell i; n is
+/// their number, 2^k >= 32. A histogram of the scores says about where the limit is
+/// crossed; cells down to there are put in order by counting, for each, the better
+/// ones and their keys, and the few beyond that still fit are found one by one. Where
+/// that would be many, `keys` are sorted instead. `take` is as in take_sorted_cells;
+/// what was taken is in s.taken and s.keys after the next barrier.
+template <class Take>
+__device__ void take_cells(
+        Selection& s,
+        unsigned long long* keys,
+        int n,
+        const int32_t* counts,
+        int nprobe,
+        int limit,
+        bool at_least_one,
+        const Take& take) {
+    constexpr int kBins = Selection::kBins, kRanked = Selection::kRanked;
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x < kBins) {
+        s.keys_of[threadIdx.x] = s.cells_of[threadIdx.x] = 0;
+    }
+    if (threadIdx.x == 0) {
+        s.highest = 0;
+        s.lowest = UINT32_MAX;
+        s.least = INT32_MAX;
+        s.nranked = 0;
+        s.edge = kBins - 1;
+        s.taken = nprobe;
+        s.keys = 0;
+        s.passed = 0;
+    }
+    __syncthreads();
+    uint32_t high = 0, low = UINT32_MAX, least = INT32_MAX;
+#pragma unroll 2
+    for (int c = threadIdx.x; c < n; c += kSelectThreads) {
+        const unsigned long long key = keys[c];
+        if (key) {
+            high = max(high, static_cast<uint32_t>(key >> 32));
+            low = min(low, static_cast<uint32_t>(key >> 32));
+            least = min(least, static_cast<uint32_t>(counts[c]));
+        }
+    }
+    high = __reduce_max_sync(0xffffffffu, high);
+    low = __reduce_min_sync(0xffffffffu, low);
+    least = __reduce_min_sync(0xffffffffu, least);
+    if (lane == 0) {
+        atomicMax(&s.highest, high);
+        atomicMin(&s.lowest, low);
+        atomicMin(&s.least, static_cast<int>(least));
+    }
+    __syncthreads();
+    if (s.highest == 0) {
+        if (threadIdx.x == 0) {
+            s.taken = 0;
+        }
+        return;
+    }
+    const float top = of_ordered(s.highest);
+    const float range = top - of_ordered(s.lowest);
+    const float scale = range > 0 && range < INFINITY ? kBins / range : 0.0f;
+    // Falls with the score, whatever is rounded.
+    const auto bin_of = [&](unsigned long long key) {
+        const float x = top - of_ordered(static_cast<uint32_t>(key >> 32));
+        return min(kBins - 1, static_cast<int>(x * scale));
+    };
+#pragma unroll 2
+    for (int c = threadIdx.x; c < n; c += kSelectThreads) {
+        if (keys[c]) {
+            const int bin = bin_of(keys[c]);
+            atomicAdd(&s.keys_of[bin], counts[c]);
+            atomicAdd(&s.cells_of[bin], 1);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        constexpr int kEach = kBins / 32;
+        int of_keys = 0, of_cells = 0;
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            of_keys += s.keys_of[kEach * lane + i];
+            of_cells += s.cells_of[kEach * lane + i];
+        }
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int x = __shfl_up_sync(0xffffffffu, of_keys, step);
+            const int y = __shfl_up_sync(0xffffffffu, of_cells, step);
+            of_keys += lane >= step ? x : 0;
+            of_cells += lane >= step ? y : 0;
+        }
+        const unsigned beyond = __ballot_sync(
+                0xffffffffu, of_keys > limit || of_cells >= nprobe);
+        if (lane == 0 && beyond) {
+            s.edge = kEach * __ffs(static_cast<int>(beyond)) - 1;
+        }
+    }
+    __syncthreads();
+    const int edge = s.edge;
+#pragma unroll 1
+    for (int first = 0; first < n; first += kSelectThreads) {
+        const int c = first + static_cast<int>(threadIdx.x);
+        const unsigned long long key = c < n ? keys[c] : 0;
+        const bool ranks = key && bin_of(key) <= edge;
+        const unsigned all = __ballot_sync(0xffffffffu, ranks);
+        int at = 0;
+        if (lane == 0 && all) {
+            at = atomicAdd(&s.nranked, __popc(all));
+        }
+        at = __shfl_sync(0xffffffffu, at, 0) + __popc(all & ((1u << lane) - 1));
+        if (ranks && at < kRanked) {
+            s.ranked[at] = key;
+            s.counts[at] = counts[c];
+        }
+    }
+    __syncthreads();
+    const int m = s.nranked;
+    if (m > kRanked) {
+        sort_descending(keys, n);
+        if (threadIdx.x < 32) {
+            const int2 taken = take_sorted_cells(
+                    keys, n, counts, nprobe, limit, at_least_one, s.least, take);
+            if (lane == 0) {
+                s.taken = taken.x;
+                s.keys = taken.y;
+            }
+        }
+        return;
+    }
+    // Some threads for each cell.
+    int each = 1;
+    while (each < 32 && 2 * each * m <= kSelectThreads) {
+        each *= 2;
+    }
+    const int i = static_cast<int>(threadIdx.x) / each;
+    const unsigned long long mine = i < m ? s.ranked[i] : 0;
+    int rank = 0, before = 0;
+#pragma unroll 4
+    for (int j = threadIdx.x % each; j < m; j += each) {
+        if (s.ranked[j] > mine) {
+            rank++;
+            before += s.counts[j];
+        }
+    }
+#pragma unroll 1
+    for (int step = each / 2; step; step /= 2) {
+        rank += __shfl_xor_sync(0xffffffffu, rank, step);
+        before += __shfl_xor_sync(0xffffffffu, before, step);
+    }
+    const bool speaks = mine && threadIdx.x % each == 0;
+    const int count = speaks ? s.counts[i] : 0;
+    const bool fits = rank < nprobe &&
+            (before + count <= limit || (at_least_one && rank == 0));
+    if (speaks && !fits) {
+        atomicMin(&s.taken, rank);
+    }
+    __syncthreads();
+    const int run = min(s.taken, m); // taken one after the other
+    if (speaks && rank < run) {
+        take(rank, static_cast<int>(~static_cast<uint32_t>(mine)), count, before);
+    }
+    if (speaks && rank == run - 1) {
+        s.keys = before + count;
+    }
+    if (speaks && rank == run) {
+        s.passed = mine;
+    }
+    __syncthreads();
+    int taken = run, taken_keys = s.keys;
+    unsigned long long below = s.passed;
+#pragma unroll 1
+    for (int round = 0; below && taken < nprobe && taken_keys + s.least <= limit;
+         round++) {
+        below = best_that_fits(
+                s, keys, n, counts, limit - taken_keys, below, round);
+        if (below) {
+            const int cell = static_cast<int>(~static_cast<uint32_t>(below));
+            if (threadIdx.x == 0) {
+                take(taken, cell, counts[cell], taken_keys);
+            }
+            taken++;
+            taken_keys += counts[cell];
+        }
+    }
+    __syncthreads(); // all have read what was
+    if (threadIdx.x == 0) {
+        s.taken = taken;
+        s.keys = taken_keys;
+    }
+}
+
+} // namespace faiss_saap::gpu
