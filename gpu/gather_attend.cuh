@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include <faiss_saap/gpu/tile_share.h>
+
 #include "attend.h"
 #include "device_vectors.cuh"
 #include "far_keys.cuh"
@@ -79,50 +81,11 @@ struct SlotReader {
     }
 };
 
-/// How tiles are shared out. There are two lines of them, of the dense tiles and of
-/// the far ones of all rows. With few rows each has blocks of its own, so that no block
-/// waits for the beginnings of two rows one after the other; with many, a line is cut
-/// into equal pieces wherever that falls, so that a row with many keys holds up nobody.
-struct Share {
-    /// What a second row costs a block, in tiles: the chain of reads from its plan
-    /// to its first key.
-    static constexpr int kRestart = 12;
-
-    int each = 1;          ///< tiles of a block at most
-    bool whole = false;    ///< a block has tiles of one row
-    int row = 0;           ///< the first row of this block; none: past the last
-    int row_begin = 0;     ///< units before that row: blocks if whole, else tiles
-    int other_units = 0;   ///< and on the other line
-
-    __device__ int units(int tiles) const {
-        return whole ? (tiles + each - 1) / each : tiles;
-    }
-    /// Blocks of a row: the first of them and how many.
-    __device__ int2 blocks(int row_begin, int tiles) const {
-        if (whole || tiles == 0) {
-            return make_int2(row_begin, units(tiles));
-        }
-        const int first = row_begin / each;
-        return make_int2(first, (row_begin + tiles - 1) / each - first + 1);
-    }
-    /// This block's tiles of a row: begin and end.
-    __device__ int2 tiles(int row_begin, int tiles) const {
-        const int n = units(tiles), block = static_cast<int>(blockIdx.x);
-        if (whole) {
-            const int k = block - row_begin, of_each = n ? (tiles + n - 1) / n : 0;
-            return k < 0 || k >= n ? make_int2(0, 0)
-                                   : make_int2(
-                                             min(tiles, k * of_each),
-                                             min(tiles, (k + 1) * of_each));
-        }
-        const int begin = max(0, each * block - row_begin);
-        return make_int2(begin, max(begin, min(tiles, each * (block + 1) - row_begin)));
-    }
-    /// Whether a row that begins here begins after this block's tiles.
-    __device__ bool is_past(int row_begin) const {
-        const int block = static_cast<int>(blockIdx.x) + 1;
-        return row_begin >= (whole ? block : each * block);
-    }
+/// This block's share of the dense tiles of all rows, or of the far ones.
+struct Share : TileShare {
+    int row = 0;         ///< the first row that it has tiles of; none: past the last
+    int row_begin = 0;   ///< units before that row
+    int other_units = 0; ///< and on the line of the other tiles
 };
 
 /// Sums of the lanes before this one.
@@ -141,7 +104,7 @@ __device__ inline int sum_before(int x) {
 /// @param tiles_of  a row's tiles, and its units on the other line
 template <class TilesOf>
 __device__ Share find_share(int rows, int least, const TilesOf& tiles_of) {
-    const int lane = threadIdx.x % 32, grid = static_cast<int>(gridDim.x);
+    const int lane = threadIdx.x % 32;
     const int each = (rows + 31) / 32;
     const int first = min(rows, lane * each);
     const int last = min(rows, first + each);
@@ -152,10 +115,7 @@ __device__ Share find_share(int rows, int least, const TilesOf& tiles_of) {
     }
     const int total = __reduce_add_sync(0xffffffffu, mine);
     Share share;
-    const int cut = (total + grid - 1) / grid;
-    const int apart = rows < grid ? (total + grid - rows - 1) / (grid - rows) : 0;
-    share.whole = rows < grid && apart <= cut + Share::kRestart;
-    share.each = max(least, share.whole ? apart : cut);
+    static_cast<TileShare&>(share) = TileShare::of(total, rows, gridDim.x, least);
     int units = 0, other = 0;
 #pragma unroll 1
     for (int r = first; r < last; r++) {
@@ -164,7 +124,7 @@ __device__ Share find_share(int rows, int least, const TilesOf& tiles_of) {
         other += tiles.y;
     }
     int at = sum_before(units), other_at = sum_before(other);
-    const int begin = (share.whole ? 1 : share.each) * static_cast<int>(blockIdx.x);
+    const int begin = share.first_unit(blockIdx.x);
     const bool here = at <= begin && begin < at + units;
     int r = first;
 #pragma unroll 1
@@ -347,16 +307,16 @@ __device__ __noinline__ void end_row(
     RowPlan* shared_plan = p.work.plans + r;
     const int all = dense_tiles(plan) + far_tiles(plan);
     if (arrive(&shared_plan->tiles_done, here) + here == all && !plan.refused) {
-        const int2 of_dense = dense.blocks(begins.x, dense_tiles(plan));
-        const int2 of_far = far.blocks(begins.y, far_tiles(plan));
+        const TileShare::Range of_dense = dense.blocks(begins.x, dense_tiles(plan));
+        const TileShare::Range of_far = far.blocks(begins.y, far_tiles(plan));
         merge_pieces(
                 p,
                 plan,
                 __ldcg(&shared_plan->dropped),
-                r + of_dense.x,
-                of_dense.y,
-                r + of_far.x,
-                of_far.y,
+                r + of_dense.begin,
+                of_dense.end - of_dense.begin,
+                r + of_far.begin,
+                of_far.end - of_far.begin,
                 first_out,
                 nq,
                 weights);
@@ -679,7 +639,7 @@ __global__ void __launch_bounds__(32 * most_warps(D))
             dense = share;
         }
 #pragma unroll 1
-        for (; r < rows && !share.is_past(row_begin); r++) {
+        for (; r < rows && row_begin < share.first_unit(blockIdx.x + 1); r++) {
             const BatchRow& row = p.rows[r / choices];
             SlotReader reader;
             reader.far = far;
@@ -690,7 +650,7 @@ __global__ void __launch_bounds__(32 * most_warps(D))
             reader.sink = p.sink;
             reader.cells = p.work.cells + r * p.work.stride;
             const int tiles = far ? far_tiles(reader.plan) : dense_tiles(reader.plan);
-            const int2 mine = share.tiles(row_begin, tiles);
+            const TileShare::Range mine = share.tiles(blockIdx.x, row_begin, tiles);
             if (far && reader.plan.keys) {
                 if (reader.plan.cells <= kCellsAtHand) {
                     for (int i = threadIdx.x; i < reader.plan.cells; i += blockDim.x) {
@@ -700,10 +660,10 @@ __global__ void __launch_bounds__(32 * most_warps(D))
                     __syncthreads();
                 }
                 const int first =
-                        (mine.x + static_cast<int>(threadIdx.x) / 32) * kTile + lane;
+                        (mine.begin + static_cast<int>(threadIdx.x) / 32) * kTile + lane;
                 reader.seek(min(first, reader.plan.keys - 1));
             }
-            if (mine.x < mine.y) {
+            if (mine.begin < mine.end) {
                 attend_tiles<T, D>(
                         p,
                         shared,
@@ -712,18 +672,19 @@ __global__ void __launch_bounds__(32 * most_warps(D))
                         row.item,
                         first_query(row, r),
                         nq,
-                        mine.x,
-                        mine.y,
+                        mine.begin,
+                        mine.end,
                         reader,
                         (far ? p.pieces : 0) + r + blockIdx.x);
             }
             if (far) {
                 const int of_dense = dense_tiles(reader.plan);
-                const int2 also = dense.tiles(dense_begin, of_dense);
+                const TileShare::Range also =
+                        dense.tiles(blockIdx.x, dense_begin, of_dense);
                 end_row(p,
                         reader.plan,
                         r,
-                        mine.y - mine.x + also.y - also.x,
+                        mine.end - mine.begin + also.end - also.begin,
                         dense,
                         share,
                         make_int2(dense_begin, row_begin),
@@ -744,12 +705,13 @@ __global__ void __launch_bounds__(32 * most_warps(D))
         }
         const int2 begins = row_begins(plans, dense, share, r);
         const RowPlan plan = plans[r];
-        const int2 mine = dense.tiles(begins.x, dense_tiles(plan));
-        if (mine.x < mine.y) {
+        const TileShare::Range mine =
+                dense.tiles(blockIdx.x, begins.x, dense_tiles(plan));
+        if (mine.begin < mine.end) {
             end_row(p,
                     plan,
                     r,
-                    mine.y - mine.x,
+                    mine.end - mine.begin,
                     dense,
                     share,
                     begins,
