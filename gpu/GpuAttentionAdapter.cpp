@@ -163,10 +163,7 @@ GpuAttentionAdapter::GpuAttentionAdapter(
     DeviceScope scope(device);
     FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
             &processors_, cudaDevAttrMultiProcessorCount, device));
-    int major = 0;
-    FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
-            &major, cudaDevAttrComputeCapabilityMajor, device));
-    clusters_ = major >= 9;
+    team_blocks_ = most_team_blocks();
     fault_ = std::make_unique<Fault>();
     for (size_t h = 0; h < partitions.size(); h++) {
         auto lowered = std::make_shared<Lowered>();
@@ -715,7 +712,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     }
     b.nteam = static_cast<int>(teams_of(b.most_team_rows));
     constexpr int kLeastCells = 64; // of a block
-    b.team_blocks = clusters_ ? kMaxTeam : 1;
+    b.team_blocks = team_blocks_;
     while (b.team_blocks > 1 &&
            (b.nteam * b.team_blocks > at_once ||
             (b.team_blocks - 1) * kLeastCells >= b.most_cells)) {

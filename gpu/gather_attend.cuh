@@ -738,17 +738,18 @@ __global__ void __launch_bounds__(32 * most_warps(D))
 
 template <class T, int D>
 cudaError_t gather_attend(const AttendParams& p, cudaStream_t stream) {
-    int device = 0, room = 0, major = 0;
+    int device = 0, room = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
         error = cudaDeviceGetAttribute(
                 &room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
+    bool begins_early = false;
     if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(
-                &major, cudaDevAttrComputeCapabilityMajor, device);
+        error = compiled_for_90(
+                reinterpret_cast<const void*>(gather_attend_kernel<T, D>), begins_early);
     }
-    const int reserved = kStaticBytes + (major >= 9 ? kRouteBytes : 0);
+    const int reserved = kStaticBytes + (begins_early ? kRouteBytes : 0);
     // Each warp has its own tiles, and their results the same room.
     constexpr int kQueryBytes = kQueries * (D + kPadding) * int(sizeof(T));
     constexpr int kWarpBytes =

@@ -1,9 +1,38 @@
 /// Kernels that follow each other in a stream without a gap.
 #pragma once
 
+#include <atomic>
+
 #include <cuda_runtime.h>
 
 namespace faiss_saap::gpu {
+
+/// Whether kernels run here as they were compiled for compute capability 9.0 on,
+/// with clusters and early launches: a newer device may run code of 8.0. All kernels
+/// are compiled for the same devices.
+inline cudaError_t compiled_for_90(const void* kernel, bool& yes) {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices]; // 0: not yet
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) {
+        return error;
+    }
+    int version = device < kDevices ? known[device].load() : 0;
+    if (version == 0) {
+        cudaFuncAttributes attributes;
+        error = cudaFuncGetAttributes(&attributes, kernel);
+        if (error != cudaSuccess) {
+            return error;
+        }
+        version = attributes.ptxVersion;
+        if (device < kDevices) {
+            known[device] = version;
+        }
+    }
+    yes = version >= 90;
+    return cudaSuccess;
+}
 
 /// Launches a kernel that may begin while the one before it in the stream still
 /// runs, where the device knows how (compute capability 9.0 on). Before
@@ -21,12 +50,9 @@ cudaError_t launch(
         cudaStream_t stream,
         const Params& params,
         int cluster = 1) {
-    int device = 0, major = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(
-                &major, cudaDevAttrComputeCapabilityMajor, device);
-    }
+    bool early = false;
+    cudaError_t error =
+            compiled_for_90(reinterpret_cast<const void*>(kernel), early);
     if (error != cudaSuccess) {
         return error;
     }
@@ -51,7 +77,7 @@ cudaError_t launch(
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
+    config.numAttrs = !early ? 0 : cluster > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, params);
 }
 

@@ -676,6 +676,38 @@ size_t shared_bytes(const RouteParams& p) {
 
 } // namespace
 
+int most_team_blocks() {
+    constexpr int kBytes = 64 << 10; // more than a step needs as a rule
+    cudaFuncSetAttribute(
+            route_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    cudaFuncSetAttribute(
+            route_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    bool clusters_are_compiled = false;
+    compiled_for_90(
+            reinterpret_cast<const void*>(route_kernel), clusters_are_compiled);
+    int blocks = clusters_are_compiled ? kMaxTeam : 1;
+    for (; blocks > 1; blocks /= 2) {
+        cudaLaunchAttribute cluster;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = blocks;
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(blocks);
+        config.blockDim = dim3(kThreads);
+        config.dynamicSmemBytes = kBytes;
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+        int clusters = 0;
+        if (cudaOccupancyMaxActiveClusters(&clusters, route_kernel, &config) ==
+                    cudaSuccess &&
+            clusters > 0) {
+            break;
+        }
+    }
+    cudaGetLastError(); // what a device without clusters says
+    return blocks;
+}
+
 int most_team_rows(int group, int d, int most_cols, int most_post, int most_width) {
     constexpr int kFloats = 12 << 10;
     return std::clamp(

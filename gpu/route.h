@@ -56,6 +56,9 @@ struct RouteParams {
     FaultFlag* flag = nullptr;
 };
 
+/// Blocks that a team can have on this device: 1 where it has no clusters.
+int most_team_blocks();
+
 /// Rows that a team may have: what it keeps of them must fit into shared memory.
 int most_team_rows(int group, int d, int most_cols, int most_post, int most_width);
 

@@ -51,8 +51,7 @@ int main() {
     cudaStreamCreate(&stream);
     cudaDeviceSynchronize();
     cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
-    adapter.append(*batch, stream);
-    adapter.attend(*batch, queries, {out, lse}, nullptr, stream);
+    adapter.step(*batch, queries, {out, lse}, nullptr, stream);
     cudaGraph_t graph;
     cudaGraphExec_t step;
     cudaStreamEndCapture(stream, &graph);
