@@ -33,8 +33,9 @@ struct AdapterParams {
 };
 
 /// Partitions of each KV head: partitions[h] are probed together, each with its
-/// share of the budget, and a key that two of them reach is read once. All
-/// heads may have different ones, but at least one.
+/// share of the budget, and a key that two of them reach is read once. Heads
+/// may have different ones; the adapter's and the sequence's together must be
+/// at least one for each head.
 using HeadPartitions = std::vector<std::vector<Partition>>;
 
 /// One sequence of a batch, and its tokens that ask.
@@ -248,6 +249,14 @@ HeadPartitions sequence_partitions(
         int64_t begin,
         int64_t end,
         int ncell,
+        const KMeansParams& params = {});
+/// The same with a number of cells for each KV head; none where it is 0.
+/// @param ncell  size kv.heads
+HeadPartitions sequence_partitions(
+        const KvView& kv,
+        int64_t begin,
+        int64_t end,
+        const std::vector<int>& ncell,
         const KMeansParams& params = {});
 
 } // namespace faiss_saap

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include <faiss_saap/ProbePlan.h>
 #include <faiss_saap/rope.h>
 #include <faiss_saap/train_partition.h>
 
@@ -21,9 +22,14 @@ struct PartitionSet {
     int seed = 0;
     std::string version; ///< of the library that trained; set by reading
     std::vector<TrainedPartition> partitions;
+    /// what KV heads probe; empty where nothing was chosen
+    std::vector<ProbePlan> plans;
+    std::vector<std::string> plan_texts; ///< that the plans were chosen by
 
     /// @throws faiss::FaissException when this KV head has no partition
     const TrainedPartition& find(int layer, int kv_head) const;
+    /// @throws faiss::FaissException when this KV head has no plan
+    const ProbePlan& find_plan(int layer, int kv_head) const;
 
     /// @throws faiss::FaissException when the partitions were trained for
     ///         another head dimension or other RoPE parameters
@@ -35,11 +41,13 @@ struct PartitionSet {
 /// exactly, else float32) and, for each layer of the classifier,
 /// layer.{l}.kv.{h}.{name}.weight (networks, rows, padded cols) and .bias
 /// (networks, rows), and where it has a blend layer.{l}.kv.{h}.blend (query
-/// heads, weights); what else there is stands in the metadata as text. Written
+/// heads, weights); what else there is, plans included, stands in the metadata
+/// as text. Written
 /// beside and then renamed, so that no half-written file is seen.
 /// @throws faiss::FaissException for a query assigner that is no
-///         QueryClassifier, a key assigner that is not flat, two partitions of
-///         one head, or when the file cannot be written
+///         QueryClassifier, a key assigner that is not flat, two partitions or
+///         plans of one head, a plan for a head without a partition, or when
+///         the file cannot be written
 void write_partitions(const PartitionSet& set, const std::string& path);
 
 /// @throws faiss::FaissException naming the file and what is wrong with it:

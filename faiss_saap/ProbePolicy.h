@@ -23,13 +23,21 @@ struct ProbePolicy {
     /// in sum at most 1; empty: equal shares. A key that two partitions reach
     /// counts for both while cells are chosen, and is read once.
     std::vector<double> split;
+    /// shares of each KV head where heads differ, as a `LayerPlan` says:
+    /// head_split[h] in place of `split`, one share for each partition, a single
+    /// one too. GPU adapters refuse it.
+    std::vector<std::vector<double>> head_split;
 
     /// @throws faiss::FaissException naming the field that is out of range
     void check() const;
     /// The number of keys that max_keys and max_selectivity allow.
     int64_t key_limit(int64_t far_keys) const;
-    /// The share of one of a head's partitions.
+    /// The share of one of a head's partitions, the same for all heads.
+    /// @throws faiss::FaissException with head_split, or when `split` has
+    ///         another number of shares
     double share(int partition, int npartition) const;
+    /// The same for KV head `kv_head`, which may have shares of its own.
+    double share(int kv_head, int partition, int npartition) const;
 };
 
 /// Takes cells by descending score while they fit: a cell that would exceed

@@ -477,6 +477,18 @@ HeadPartitions sequence_partitions(
         int64_t end,
         int ncell,
         const KMeansParams& params) {
+    FAISS_THROW_IF_NOT_FMT(ncell >= 1, "ncell = %d must be at least 1", ncell);
+    kv.check_shape();
+    return sequence_partitions(
+            kv, begin, end, std::vector<int>(kv.heads, ncell), params);
+}
+
+HeadPartitions sequence_partitions(
+        const KvView& kv,
+        int64_t begin,
+        int64_t end,
+        const std::vector<int>& ncell,
+        const KMeansParams& params) {
     kv.check();
     FAISS_THROW_IF_NOT_FMT(
             begin >= 0 && begin <= end && end <= kv.length,
@@ -485,9 +497,17 @@ HeadPartitions sequence_partitions(
             begin,
             end,
             kv.length);
-    HeadPartitions heads;
+    FAISS_THROW_IF_NOT_FMT(
+            ncell.size() == static_cast<size_t>(kv.heads),
+            "ncell has %zd entries, the view has %d KV heads",
+            ncell.size(),
+            kv.heads);
+    HeadPartitions heads(kv.heads);
     std::vector<float> keys((end - begin) * kv.d);
     for (int h = 0; h < kv.heads; h++) {
+        if (ncell[h] == 0) {
+            continue;
+        }
         for (int64_t i = begin; i < end; i++) {
             to_float(
                     kv.dtype,
@@ -495,13 +515,13 @@ HeadPartitions sequence_partitions(
                     kv.d,
                     keys.data() + (i - begin) * kv.d);
         }
-        heads.push_back({kmeans_partition(
+        heads[h].push_back(kmeans_partition(
                 end - begin,
                 kv.d,
                 keys.data(),
-                ncell,
+                ncell[h],
                 NEEDS_POST_ROPE,
-                params)});
+                params));
     }
     return heads;
 }

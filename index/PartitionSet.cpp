@@ -21,8 +21,9 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kFormat = "faiss_saap.partitions";
-/// 3: centroids may be bfloat16; 2: with weights of blends; 1: without
-constexpr int kVersion = 3;
+/// 4: with plans; 3: centroids may be bfloat16; 2: with weights of blends;
+/// 1: without
+constexpr int kVersion = 4;
 
 std::string prefix_of(int layer, int kv_head) {
     return "layer." + std::to_string(layer) + ".kv." + std::to_string(kv_head);
@@ -112,6 +113,19 @@ json describe(const TrainedPartition& p) {
             {"held_out", heads},
             {"blend", !p.blend.empty()},
             {"scale", p.blend.empty() ? 0 : p.scale}};
+}
+
+json describe(const ProbePlan& p) {
+    return {{"layer", p.layer},
+            {"kv_head", p.kv_head},
+            {"trained", name(p.trained)},
+            {"trained_share", p.trained_share},
+            {"keys_per_cell", p.keys_per_cell},
+            {"own_share", p.own_share},
+            {"tokens", p.tokens},
+            {"byte_budget", p.byte_budget},
+            {"recall", p.recall},
+            {"output_error", p.output_error}};
 }
 
 /// Tensors of one file, each of which must be asked for with its shape.
@@ -333,6 +347,60 @@ TrainedPartition read_partition(
     return p;
 }
 
+/// A plan of this set, that can be followed and is the only one of its head.
+void check_plan(const ProbePlan& plan, const PartitionSet& set) {
+    plan.check();
+    const TrainedPartition& trained = set.find(plan.layer, plan.kv_head);
+    FAISS_THROW_IF_NOT_FMT(
+            plan.trained != TrainedQuery::blend || !trained.blend.empty(),
+            "the plan of layer %d, KV head %d is a blend, which was not "
+            "trained",
+            plan.layer,
+            plan.kv_head);
+    for (const ProbePlan& other : set.plans) {
+        FAISS_THROW_IF_NOT_FMT(
+                &other == &plan || other.layer != plan.layer ||
+                        other.kv_head != plan.kv_head,
+                "two plans of layer %d, KV head %d",
+                plan.layer,
+                plan.kv_head);
+    }
+}
+
+ProbePlan read_plan(
+        const json& about,
+        const PartitionSet& set,
+        const std::string& where) {
+    ProbePlan p;
+    p.layer = value_of<int>(about, "layer", where);
+    p.kv_head = value_of<int>(about, "kv_head", where);
+    const auto trained = value_of<std::string>(about, "trained", where);
+    for (TrainedQuery query :
+         {TrainedQuery::classifier, TrainedQuery::mean, TrainedQuery::blend}) {
+        if (trained == name(query)) {
+            p.trained = query;
+        }
+    }
+    FAISS_THROW_IF_NOT_FMT(
+            trained == name(p.trained),
+            "%s: there is no query assigner '%s'",
+            where.c_str(),
+            trained.c_str());
+    p.trained_share = value_of<double>(about, "trained_share", where);
+    p.keys_per_cell = value_of<int>(about, "keys_per_cell", where);
+    p.own_share = value_of<double>(about, "own_share", where);
+    p.tokens = value_of<int64_t>(about, "tokens", where);
+    p.byte_budget = value_of<double>(about, "byte_budget", where);
+    p.recall = value_of<double>(about, "recall", where);
+    p.output_error = value_of<double>(about, "output_error", where);
+    try {
+        check_plan(p, set);
+    } catch (const faiss::FaissException& e) {
+        FAISS_THROW_FMT("%s: %s", where.c_str(), e.what());
+    }
+    return p;
+}
+
 } // namespace
 
 const TrainedPartition& PartitionSet::find(int layer, int kv_head) const {
@@ -347,6 +415,20 @@ const TrainedPartition& PartitionSet::find(int layer, int kv_head) const {
             layer,
             kv_head,
             partitions.size());
+}
+
+const ProbePlan& PartitionSet::find_plan(int layer, int kv_head) const {
+    for (const ProbePlan& p : plans) {
+        if (p.layer == layer && p.kv_head == kv_head) {
+            return p;
+        }
+    }
+    FAISS_THROW_FMT(
+            "there is no plan of layer %d, KV head %d; there are %zd of other "
+            "heads",
+            layer,
+            kv_head,
+            plans.size());
 }
 
 void PartitionSet::check_rope(const RopeParams& other) const {
@@ -447,6 +529,13 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
         }
     }
     metadata["heads"] = heads.dump();
+    json plans = json::array();
+    for (const ProbePlan& p : set.plans) {
+        check_plan(p, set);
+        plans.push_back(describe(p));
+    }
+    metadata["plans"] = plans.dump();
+    metadata["plan_texts"] = json(set.plan_texts).dump();
     write_safetensors(path, tensors, metadata);
 }
 
@@ -460,7 +549,7 @@ PartitionSet read_partitions(const std::string& path) {
             reader.file().meta("format").c_str());
     const std::string version = reader.required("format_version");
     FAISS_THROW_IF_NOT_FMT(
-            version == "1" || version == "2" ||
+            version == "1" || version == "2" || version == "3" ||
                     version == std::to_string(kVersion),
             "%s: version '%s' of the format is not known to this library, "
             "which reads versions up to %d",
@@ -502,6 +591,17 @@ PartitionSet read_partitions(const std::string& path) {
                 "%s: heads must name each layer and KV head once",
                 file);
         set.partitions.push_back(read_partition(reader, set, h[0], h[1]));
+    }
+    if (reader.file().metadata().count("plans")) {
+        const json plans = reader.parsed("plans");
+        FAISS_THROW_IF_NOT_FMT(plans.is_array(), "%s: plans is no list", file);
+        for (const json& about : plans) {
+            set.plans.push_back(read_plan(about, set, path + ": plans"));
+        }
+        set.plan_texts = value_of<std::vector<std::string>>(
+                json{{"plan_texts", reader.parsed("plan_texts")}},
+                "plan_texts",
+                path);
     }
     return set;
 }

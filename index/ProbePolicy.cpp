@@ -3,11 +3,30 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <string>
 
 #include "check.h"
 #include "vector_kernels.h"
 
 namespace faiss_saap {
+
+namespace {
+
+void check_shares(const std::vector<double>& shares, const char* name) {
+    double sum = 0;
+    for (double s : shares) {
+        FAISS_THROW_IF_NOT_FMT(
+                s >= 0 && s <= 1,
+                "%s has a share of %g: shares must be between 0 and 1",
+                name,
+                s);
+        sum += s;
+    }
+    FAISS_THROW_IF_NOT_FMT(
+            sum <= 1 + 1e-9, "%s sums up to %g, more than 1", name, sum);
+}
+
+} // namespace
 
 void ProbePolicy::check() const {
     FAISS_THROW_IF_NOT_FMT(
@@ -20,22 +39,19 @@ void ProbePolicy::check() const {
             max_selectivity >= 0 && max_selectivity <= 1,
             "policy.max_selectivity = %g must be between 0 and 1",
             max_selectivity);
-    double sum = 0;
-    for (double s : split) {
-        FAISS_THROW_IF_NOT_FMT(
-                s >= 0 && s <= 1,
-                "policy.split has a share of %g: shares must be between 0 and "
-                "1",
-                s);
-        sum += s;
+    check_shares(split, "policy.split");
+    for (size_t h = 0; h < head_split.size(); h++) {
+        const std::string name =
+                "policy.head_split[" + std::to_string(h) + "]";
+        check_shares(head_split[h], name.c_str());
     }
-    FAISS_THROW_IF_NOT_FMT(
-            sum <= 1 + 1e-9,
-            "policy.split sums up to %g, more than 1",
-            sum);
 }
 
 double ProbePolicy::share(int partition, int npartition) const {
+    FAISS_THROW_IF_NOT_MSG(
+            head_split.empty(),
+            "policy.head_split gives each KV head shares of its own, which is "
+            "not supported here");
     if (npartition == 1) {
         return 1;
     }
@@ -45,6 +61,26 @@ double ProbePolicy::share(int partition, int npartition) const {
             split.size(),
             npartition);
     return split.empty() ? 1.0 / npartition : split[partition];
+}
+
+double ProbePolicy::share(int kv_head, int partition, int npartition) const {
+    if (head_split.empty()) {
+        return share(partition, npartition);
+    }
+    FAISS_THROW_IF_NOT_FMT(
+            static_cast<size_t>(kv_head) < head_split.size(),
+            "policy.head_split is for %zd KV heads, there is a KV head %d",
+            head_split.size(),
+            kv_head);
+    const std::vector<double>& shares = head_split[kv_head];
+    FAISS_THROW_IF_NOT_FMT(
+            shares.size() == static_cast<size_t>(npartition),
+            "policy.head_split[%d] has %zd shares, the KV head has %d "
+            "partitions",
+            kv_head,
+            shares.size(),
+            npartition);
+    return shares[partition];
 }
 
 int64_t ProbePolicy::key_limit(int64_t far_keys) const {

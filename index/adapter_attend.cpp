@@ -92,8 +92,10 @@ ProbedCells AttentionAdapter::route(
     policy.check();
     const std::vector<Token> tokens = tokens_of(batch, queries);
     for (const SequenceInput& in : batch) {
-        for (const auto& head : at(in.sequence).heads) {
-            policy.share(0, static_cast<int>(head.size())); // fits, or throws
+        const auto& heads = at(in.sequence).heads;
+        for (int h = 0; h < params_.heads_kv; h++) {
+            // fits, or throws
+            policy.share(h, 0, static_cast<int>(heads[h].size()));
         }
     }
 
@@ -112,7 +114,7 @@ ProbedCells AttentionAdapter::route(
             const Partition& partition = head[p].partition;
             const CellLists& lists = head[p].lists;
             const int ncell = lists.ncell();
-            const double share = policy.share(p, npartition);
+            const double share = policy.share(h, p, npartition);
             std::vector<int64_t> counts(ncell);
             for (int c = 0; c < ncell; c++) {
                 counts[c] = lists.count_before(c, token.window_begin);
@@ -162,9 +164,10 @@ ProbedCells AttentionAdapter::route(
                         shared.data());
                 scores = std::move(shared);
             }
-            // Without a limit there is nothing to split.
+            // Without a limit there is nothing to split; shares of a head's own
+            // are limits by themselves.
             const int64_t all = policy.key_limit(far_keys);
-            const int64_t limit = all >= far_keys
+            const int64_t limit = all >= far_keys && policy.head_split.empty()
                     ? far_keys
                     : static_cast<int64_t>(share * all + 1e-9);
             for (int g = 0; g < choices; g++) {

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <numeric>
 
-#include <faiss_saap/BlendAssigner.h>
 #include <faiss_saap/ProbePolicy.h>
+#include <faiss_saap/choose_plan.h>
 
 namespace faiss_saap::benchs {
 
@@ -178,17 +178,7 @@ void PartitionMethod::score(const Step& step, float* scores) const {
 }
 
 double PartitionMethod::scoring_bytes(const HeadData&) const {
-    // Representatives are of the cache's type, a classifier as it is stored.
-    const CellAssigner& query = *partition.query;
-    double as_stored = 0;
-    if (const auto* c = dynamic_cast<const QueryClassifier*>(&query)) {
-        as_stored = static_cast<double>(c->bytes_read());
-    } else if (const auto* b = dynamic_cast<const BlendAssigner*>(&query)) {
-        as_stored = static_cast<double>(b->classifier->bytes_read());
-    }
-    return as_stored +
-            (static_cast<double>(query.bytes_read()) - as_stored) *
-            kNumberBytes / sizeof(float);
+    return faiss_saap::scoring_bytes(*partition.query);
 }
 
 } // namespace faiss_saap::benchs

@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Hides pass keys in a text and asks for all of them at its end: a text to choose plans by, for heads that retrieve.
+
+Prints how many tokens it has and how many of them ask, as `export_trace.py --tokens` and
+`choose_partitions --asked` want them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn, Optional, Sequence
+
+import numpy as np
+
+from pass_key import DIGITS
+from smollm2 import SmolLM2
+
+PLACES = ("river", "tower", "garden", "harbour", "market", "bridge", "forest", "castle", "mill", "school", "well", "road")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def hide_pass_keys(model: SmolLM2, haystack: str, tokens: int, keys: int, seed: int) -> tuple[str, str]:
+    """The text of at most `tokens` tokens up to the questions, and the questions with their answers."""
+    random = np.random.default_rng(seed)
+    digits = ["".join(str(x) for x in random.integers(0, 10, DIGITS)) for _ in range(keys)]
+    hidden = [f"\n\nThe pass key of the {place} is {key}.\n\n" for place, key in zip(PLACES, digits)]
+    asked = "".join(
+        f"\n\nWhat is the pass key of the {PLACES[i]}? The pass key of the {PLACES[i]} is {digits[i]}."
+        for i in random.permutation(keys)
+    )
+    # a few tokens to spare, as what stands side by side may be cut into other tokens
+    room = tokens - len(model.encode("".join(hidden) + asked)) - 4 * keys
+    hay = model.encode(haystack)
+    if not 0 < room <= len(hay):
+        raise ValueError(f"{tokens} tokens need {room} tokens of haystack, there are {len(hay)}")
+    cuts = np.linspace(0, room, keys + 2).astype(int)
+    pieces = [model.decode(hay[a:b]) for a, b in zip(cuts, cuts[1:])]
+    return pieces[0] + "".join(needle + piece for needle, piece in zip(hidden, pieces[1:])), asked
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    parser = Parser(prog="retrieval_text.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--haystack", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="at most (default: 4096)")
+    parser.add_argument("--keys", type=int, default=8, choices=range(1, len(PLACES) + 1), metavar="N",
+                        help=f"pass keys, 1 to {len(PLACES)} (default: 8)")
+    parser.add_argument("--seed", type=int, default=1, help="of the keys (default: 1)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file for the text")
+    options = parser.parse_args(arguments)
+    try:
+        model = SmolLM2(device="cpu")
+        text, asked = hide_pass_keys(
+            model, options.haystack.read_text(encoding="utf-8"), options.tokens, options.keys, options.seed
+        )
+        options.out.write_text(text + asked, encoding="utf-8")
+        total = len(model.encode(text + asked))
+        print(f"{total} {total - len(model.encode(text))}")
+    except (ValueError, OSError) as error:
+        print(f"retrieval_text.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
