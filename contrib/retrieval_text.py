@@ -14,9 +14,9 @@ from typing import NoReturn, Optional, Sequence
 
 import numpy as np
 
-from pass_key import DIGITS
 from smollm2 import SmolLM2
 
+DIGITS = 10  #: of each key, one token each
 PLACES = ("river", "tower", "garden", "harbour", "market", "bridge", "forest", "castle", "mill", "school", "well", "road")
 
 
@@ -26,22 +26,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def hide_pass_keys(model: SmolLM2, haystack: str, tokens: int, keys: int, seed: int) -> tuple[str, str]:
-    """The text of at most `tokens` tokens up to the questions, and the questions with their answers."""
+    """The text of at most `tokens` tokens up to the answer, and the answer: nearly every token of it is a digit that
+    stands far back."""
     random = np.random.default_rng(seed)
     digits = ["".join(str(x) for x in random.integers(0, 10, DIGITS)) for _ in range(keys)]
-    hidden = [f"\n\nThe pass key of the {place} is {key}.\n\n" for place, key in zip(PLACES, digits)]
-    asked = "".join(
-        f"\n\nWhat is the pass key of the {PLACES[i]}? The pass key of the {PLACES[i]} is {digits[i]}."
-        for i in random.permutation(keys)
-    )
+    hidden = [f"\n\nRemember this pass key: the {place} is {key}.\n\n" for place, key in zip(PLACES, digits)]
+    question = "\n\nWhat are the pass keys? The"
+    asked = ", the".join(f" {PLACES[i]} is {digits[i]}" for i in random.permutation(keys)) + "."
     # a few tokens to spare, as what stands side by side may be cut into other tokens
-    room = tokens - len(model.encode("".join(hidden) + asked)) - 4 * keys
+    room = tokens - len(model.encode("".join(hidden) + question + asked)) - 4 * keys
     hay = model.encode(haystack)
     if not 0 < room <= len(hay):
         raise ValueError(f"{tokens} tokens need {room} tokens of haystack, there are {len(hay)}")
     cuts = np.linspace(0, room, keys + 2).astype(int)
     pieces = [model.decode(hay[a:b]) for a, b in zip(cuts, cuts[1:])]
-    return pieces[0] + "".join(needle + piece for needle, piece in zip(hidden, pieces[1:])), asked
+    text = pieces[0] + "".join(needle + piece for needle, piece in zip(hidden, pieces[1:]))
+    return text + question, asked
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -232,7 +232,7 @@ TEST(PartitionSet, WrongFiles) {
         });
     };
     EXPECT_SENTENCE(with("format", "something"), "no file of partitions");
-    EXPECT_SENTENCE(with("format_version", "4"), "version '4'");
+    EXPECT_SENTENCE(with("format_version", "5"), "version '5'");
     EXPECT_SENTENCE(with("rope", "{"), "'rope' is no JSON");
     EXPECT_SENTENCE(with("rope", "{}"), "'d' is missing");
     EXPECT_SENTENCE(replaced("rope", "interleaved", "spiral"), "spiral");

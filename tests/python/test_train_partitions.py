@@ -95,7 +95,7 @@ def test_the_file_says_what_it_is(trained, trace):
     path, report = trained
     partition = Partition(path)
     meta, about = partition.metadata, partition.about
-    assert meta["format"] == "faiss_saap.partitions" and meta["format_version"] == "3"
+    assert meta["format"] == "faiss_saap.partitions" and meta["format_version"] == "4"
     with safe_open(trace, "numpy") as file:
         theirs = file.metadata()
     assert meta["model"] == theirs["model"]
