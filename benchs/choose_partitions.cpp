@@ -40,6 +40,9 @@ struct HeadResult {
 std::string name_of(const ProbePlan& p) {
     std::string text =
             p.trained == TrainedQuery::none ? "" : name(p.trained);
+    if (p.segment) {
+        text += fmt::format(" of {}", p.segment);
+    }
     if (p.keys_per_cell) {
         text += fmt::format("{}own/{}", text.empty() ? "" : " + ", p.keys_per_cell);
         if (p.trained != TrainedQuery::none) {

@@ -36,8 +36,12 @@ struct LayerPlan {
             const KMeansParams& params = {}) const;
 };
 
-/// The trained partition with the query assigner that a plan names.
-/// @throws faiss::FaissException for `none`, or a blend that was not trained
-Partition planned_partition(const TrainedPartition& trained, TrainedQuery query);
+/// The trained partition as a plan wants it: with its query assigner, and cut
+/// into segments.
+/// @throws faiss::FaissException where the plan probes none, or a blend that was
+///         not trained
+Partition planned_partition(
+        const TrainedPartition& trained,
+        const ProbePlan& plan);
 
 } // namespace faiss_saap

@@ -27,6 +27,9 @@ struct ProbePlan {
     /// far keys read through the trained cells at most, as a fraction of those
     /// there are
     double trained_share = 0;
+    /// tokens of a segment, where the trained cells are cut by position (a
+    /// SegmentedAssigner; with `mean` alone); 0: they are not
+    int64_t segment = 0;
     int keys_per_cell = 0; ///< of the sequence's own cells; 0: it has none
     double own_share = 0;  ///< far keys read through these, likewise
 

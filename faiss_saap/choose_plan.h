@@ -30,6 +30,8 @@ struct PlanParams {
     double lookup_weight = 1;
 
     std::vector<int> keys_per_cell = {16, 32, 64}; ///< of own cells, to try
+    /// segments of a text that trained cells are cut into, to try
+    std::vector<int> segments = {4, 8, 16};
     /// shares of the keys read through the trained cells where both partitions
     /// are probed, to try
     std::vector<double> splits = {.25, .5, .75};
@@ -61,10 +63,13 @@ PlanFigures mean_figures(
 /// Bytes that an assigner reads to score one token's queries, all heads of the
 /// group together: a classifier's weights as they are stored, statistics and
 /// representatives at two bytes a number, as caches have them.
-double scoring_bytes(const CellAssigner& query);
+/// @param filled  cells that have keys, where the assigner needs statistics: of
+///                others none are read; negative: all
+double scoring_bytes(const CellAssigner& query, int filled = -1);
 
-/// Every plan that is tried: the trained cells by classifier, means and, where
-/// trained, blend; own cells of each size; both with each split. Each may spend
+/// Every plan that is tried: the trained cells by classifier, means, means of
+/// segments and, where trained, blend; own cells of each size; both with each
+/// split, segments apart. Each may spend
 /// on keys what its index leaves of the budget; those whose index leaves
 /// nothing are not among them.
 /// @throws faiss::FaissException when none is left

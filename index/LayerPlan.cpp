@@ -3,17 +3,29 @@
 #include <algorithm>
 
 #include <faiss_saap/CellMeanAssigner.h>
+#include <faiss_saap/SegmentedAssigner.h>
 
 #include "check.h"
 
 namespace faiss_saap {
 
-Partition planned_partition(const TrainedPartition& p, TrainedQuery query) {
-    switch (query) {
+Partition planned_partition(const TrainedPartition& p, const ProbePlan& plan) {
+    switch (plan.trained) {
         case TrainedQuery::classifier:
             return p.partition;
         case TrainedQuery::mean: {
             Partition by_means = p.partition;
+            if (plan.segment) {
+                const int64_t most = 65536 / by_means.ncell();
+                const int64_t wanted =
+                        (std::max(plan.tokens, plan.segment) - 1) /
+                                plan.segment +
+                        1;
+                by_means.key = std::make_shared<SegmentedAssigner>(
+                        by_means.key,
+                        plan.segment,
+                        static_cast<int>(std::min(most, wanted)));
+            }
             by_means.query = std::make_shared<CellMeanAssigner>(
                     by_means.d(), by_means.ncell());
             return by_means;
@@ -40,7 +52,7 @@ LayerPlan::LayerPlan(const PartitionSet& set, int layer, int heads_kv) {
         policy.head_split.emplace_back();
         if (plan.trained != TrainedQuery::none) {
             trained.back().push_back(
-                    planned_partition(set.find(layer, h), plan.trained));
+                    planned_partition(set.find(layer, h), plan));
             policy.head_split.back().push_back(plan.trained_share);
         }
         keys_per_cell.push_back(plan.keys_per_cell);

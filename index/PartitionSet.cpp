@@ -120,6 +120,7 @@ json describe(const ProbePlan& p) {
             {"kv_head", p.kv_head},
             {"trained", name(p.trained)},
             {"trained_share", p.trained_share},
+            {"segment", p.segment},
             {"keys_per_cell", p.keys_per_cell},
             {"own_share", p.own_share},
             {"tokens", p.tokens},
@@ -387,6 +388,7 @@ ProbePlan read_plan(
             where.c_str(),
             trained.c_str());
     p.trained_share = value_of<double>(about, "trained_share", where);
+    p.segment = value_of<int64_t>(about, "segment", where);
     p.keys_per_cell = value_of<int>(about, "keys_per_cell", where);
     p.own_share = value_of<double>(about, "own_share", where);
     p.tokens = value_of<int64_t>(about, "tokens", where);

@@ -46,6 +46,13 @@ void ProbePlan::check() const {
             kv_head,
             keys_per_cell);
     FAISS_THROW_IF_NOT_FMT(
+            segment == 0 || (segment > 0 && trained == TrainedQuery::mean),
+            "the plan of layer %d, KV head %d: segment = %lld must not be "
+            "negative, and segments need means",
+            layer,
+            kv_head,
+            static_cast<long long>(segment));
+    FAISS_THROW_IF_NOT_FMT(
             trained != TrainedQuery::none || keys_per_cell > 0,
             "the plan of layer %d, KV head %d probes nothing",
             layer,

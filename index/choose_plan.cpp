@@ -21,6 +21,9 @@ namespace {
 /// two-byte types.
 constexpr double kNumberBytes = 2;
 
+/// Keys of a cell of content and segment, about, until they are counted.
+constexpr int64_t kKeysPerSegmentedCell = 8;
+
 /// Beside the scores, the counts of the cells are read.
 double counted(double scoring, double ncell) {
     return scoring + ncell * sizeof(int32_t);
@@ -82,24 +85,30 @@ struct Head {
 /// What the plans of a head probe, each partition once. A plan is a split of
 /// the far keys over these.
 struct Sources {
-    std::vector<TrainedQuery> trained;
+    std::vector<ProbePlan> trained; ///< with other queries or segments
     std::vector<int> keys_per_cell;
 
     explicit Sources(const std::vector<ProbePlan>& plans) {
-        const auto once = [](auto& seen, auto x) {
-            if (std::find(seen.begin(), seen.end(), x) == seen.end()) {
-                seen.push_back(x);
-            }
-        };
         for (const ProbePlan& p : plans) {
             p.check();
-            if (p.trained != TrainedQuery::none) {
-                once(trained, p.trained);
+            if (p.trained != TrainedQuery::none &&
+                std::none_of(trained.begin(), trained.end(), [&](auto& seen) {
+                    return same_trained(seen, p);
+                })) {
+                trained.push_back(p);
             }
-            if (p.keys_per_cell) {
-                once(keys_per_cell, p.keys_per_cell);
+            if (p.keys_per_cell &&
+                !std::count(
+                        keys_per_cell.begin(),
+                        keys_per_cell.end(),
+                        p.keys_per_cell)) {
+                keys_per_cell.push_back(p.keys_per_cell);
             }
         }
+    }
+
+    static bool same_trained(const ProbePlan& a, const ProbePlan& b) {
+        return a.trained == b.trained && a.segment == b.segment;
     }
 
     std::vector<Partition> partitions(
@@ -108,8 +117,8 @@ struct Sources {
             int64_t sink,
             const KMeansParams& kmeans) const {
         std::vector<Partition> all;
-        for (TrainedQuery query : trained) {
-            all.push_back(planned_partition(from, query));
+        for (const ProbePlan& plan : trained) {
+            all.push_back(planned_partition(from, plan));
         }
         for (int keys : keys_per_cell) {
             const int64_t ncell = (prefill.length - sink) / keys;
@@ -127,9 +136,9 @@ struct Sources {
         ProbePolicy p;
         p.nprobe = 65536;
         p.head_split.emplace_back();
-        for (TrainedQuery query : trained) {
+        for (const ProbePlan& other : trained) {
             p.head_split[0].push_back(
-                    query == plan.trained ? plan.trained_share : 0);
+                    same_trained(other, plan) ? plan.trained_share : 0);
         }
         for (int keys : keys_per_cell) {
             p.head_split[0].push_back(
@@ -272,6 +281,10 @@ void PlanParams::check() const {
         FAISS_THROW_IF_NOT_FMT(
                 keys >= 1, "keys_per_cell has %d: must be at least 1", keys);
     }
+    for (int n : segments) {
+        FAISS_THROW_IF_NOT_FMT(
+                n >= 1, "segments has %d: must be at least 1", n);
+    }
     for (double share : splits) {
         FAISS_THROW_IF_NOT_FMT(
                 share > 0 && share < 1,
@@ -280,16 +293,18 @@ void PlanParams::check() const {
     }
 }
 
-double scoring_bytes(const CellAssigner& query) {
+double scoring_bytes(const CellAssigner& query, int filled) {
     double as_stored = 0;
     if (const auto* c = dynamic_cast<const QueryClassifier*>(&query)) {
         as_stored = static_cast<double>(c->bytes_read());
     } else if (const auto* b = dynamic_cast<const BlendAssigner*>(&query)) {
         as_stored = static_cast<double>(b->classifier->bytes_read());
     }
-    return as_stored +
-            (static_cast<double>(query.bytes_read()) - as_stored) *
-            kNumberBytes / sizeof(float);
+    double other = static_cast<double>(query.bytes_read()) - as_stored;
+    if (filled >= 0 && (query.needs & NEEDS_STATS)) {
+        other *= static_cast<double>(filled) / query.ncell;
+    }
+    return as_stored + other * kNumberBytes / sizeof(float);
 }
 
 std::vector<ProbePlan> candidate_plans(
@@ -303,11 +318,27 @@ std::vector<ProbePlan> candidate_plans(
     const double dense = 2 * kNumberBytes * static_cast<double>(tokens) * d;
     std::vector<ProbePlan> plans;
     double least = INFINITY;
-    const auto try_plan = [&](TrainedQuery query, int keys, double split) {
+    const auto try_plan = [&](TrainedQuery query,
+                              int64_t segment,
+                              int keys,
+                              double split) {
+        ProbePlan plan;
+        plan.layer = trained.layer;
+        plan.kv_head = trained.kv_head;
+        plan.trained = query;
+        plan.segment = segment;
+        plan.keys_per_cell = keys;
+        plan.tokens = tokens;
+        plan.byte_budget = params.byte_budget;
         double index = 0;
         if (query != TrainedQuery::none) {
-            const Partition p = planned_partition(trained, query);
-            index += counted(scoring_bytes(*p.query), p.ncell());
+            const Partition p = planned_partition(trained, plan);
+            // How many cells of segments are filled shows only on a text.
+            const int filled = segment
+                    ? static_cast<int>(std::min<int64_t>(
+                              p.ncell(), tokens / kKeysPerSegmentedCell))
+                    : p.ncell();
+            index += counted(scoring_bytes(*p.query, filled), p.ncell());
         }
         if (keys) {
             index += own_index_bytes(double(tokens) / keys, d);
@@ -317,15 +348,8 @@ std::vector<ProbePlan> candidate_plans(
         if (left <= 0) {
             return;
         }
-        ProbePlan plan;
-        plan.layer = trained.layer;
-        plan.kv_head = trained.kv_head;
-        plan.trained = query;
         plan.trained_share = split * left;
-        plan.keys_per_cell = keys;
         plan.own_share = (1 - split) * left;
-        plan.tokens = tokens;
-        plan.byte_budget = params.byte_budget;
         plans.push_back(plan);
     };
     std::vector<TrainedQuery> queries = {
@@ -334,13 +358,16 @@ std::vector<ProbePlan> candidate_plans(
         queries.push_back(TrainedQuery::blend);
     }
     for (TrainedQuery query : queries) {
-        try_plan(query, 0, 1);
+        try_plan(query, 0, 0, 1);
+    }
+    for (int n : params.segments) {
+        try_plan(TrainedQuery::mean, (tokens + n - 1) / n, 0, 1);
     }
     for (int keys : params.keys_per_cell) {
-        try_plan(TrainedQuery::none, keys, 0);
+        try_plan(TrainedQuery::none, 0, keys, 0);
         for (TrainedQuery query : queries) {
             for (double split : params.splits) {
-                try_plan(query, keys, split);
+                try_plan(query, 0, keys, split);
             }
         }
     }
@@ -382,17 +409,8 @@ std::vector<PlanFigures> measure_plans(
     const int64_t sequence = adapter.create();
 
     std::vector<ProbePolicy> policies;
-    std::vector<double> index; // bytes
     for (const ProbePlan& plan : plans) {
         policies.push_back(sources.policy(plan));
-        index.push_back(0);
-        for (size_t p = 0; p < partitions.size(); p++) {
-            if (policies.back().head_split[0][p] > 0) {
-                index.back() += counted(
-                        scoring_bytes(*partitions[p].query),
-                        partitions[p].ncell());
-            }
-        }
     }
 
     std::vector<PlanFigures> figures(plans.size());
@@ -426,6 +444,18 @@ std::vector<PlanFigures> measure_plans(
             figures[p].selectivity += stats[0].selectivity();
         }
     }
+    std::vector<double> index; // bytes of each partition, at the end
+    for (size_t p = 0; p < partitions.size(); p++) {
+        const CellLists& lists =
+                adapter.lists(sequence, 0, static_cast<int>(p));
+        int filled = 0;
+        for (int c = 0; c < lists.ncell(); c++) {
+            filled += lists.stats().count[c] > 0;
+        }
+        index.push_back(
+                counted(scoring_bytes(*partitions[p].query, filled),
+                        lists.ncell()));
+    }
     const auto asked = static_cast<double>(tokens.size());
     for (size_t p = 0; p < plans.size(); p++) {
         PlanFigures& f = figures[p];
@@ -437,8 +467,12 @@ std::vector<PlanFigures> measure_plans(
         }
         f.output_error /= asked * group;
         f.selectivity /= asked;
+        double read_index = 0;
+        for (size_t i = 0; i < partitions.size(); i++) {
+            read_index += policies[p].head_split[0][i] > 0 ? index[i] : 0;
+        }
         f.bytes = f.selectivity +
-                index[p] / head.dense_bytes(static_cast<double>(head.tokens));
+                read_index / head.dense_bytes(static_cast<double>(head.tokens));
     }
     return figures;
 }

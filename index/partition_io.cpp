@@ -10,6 +10,7 @@
 #include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
+#include <faiss_saap/SegmentedAssigner.h>
 #include <faiss_saap/faiss_compat.h>
 
 #include "check.h"
@@ -22,6 +23,7 @@ const uint32_t kFlat = faiss::fourcc("SaFl"), kOther = faiss::fourcc("SaQz");
 const uint32_t kClassifier = faiss::fourcc("SaCl");
 const uint32_t kBlend = faiss::fourcc("SaBl");
 const uint32_t kMeans = faiss::fourcc("SaMn");
+const uint32_t kSegments = faiss::fourcc("SaSg");
 
 void write_classifier(const QueryClassifier& q, faiss::IOWriter& writer) {
     const ClassifierShape& s = q.shape;
@@ -74,6 +76,13 @@ void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
         write_value<int32_t>(writer, m->ncell);
         return;
     }
+    if (const auto* s = dynamic_cast<const SegmentedAssigner*>(&assigner)) {
+        write_value(writer, kSegments);
+        write_value(writer, s->length);
+        write_value<int32_t>(writer, s->nsegment);
+        write_assigner(*s->inner, writer);
+        return;
+    }
     if (const auto* b = dynamic_cast<const BlendAssigner*>(&assigner)) {
         write_value(writer, kBlend);
         write_classifier(*b->classifier, writer);
@@ -105,11 +114,14 @@ void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
     }
 }
 
-std::shared_ptr<const CellAssigner> read_assigner(MemoryReader& reader) {
+/// @param nested  within a segmented assigner, which holds no other of its kind
+std::shared_ptr<const CellAssigner> read_assigner(
+        MemoryReader& reader,
+        bool nested = false) {
     const auto kind = read_value<uint32_t>(reader);
     FAISS_THROW_IF_NOT_FMT(
             kind == kMeans || kind == kFlat || kind == kOther || kind == kClassifier ||
-                    kind == kBlend,
+                    kind == kBlend || (kind == kSegments && !nested),
             "%s: an assigner of kind %08x is not known to this version",
             reader.name.c_str(),
             kind);
@@ -123,6 +135,12 @@ std::shared_ptr<const CellAssigner> read_assigner(MemoryReader& reader) {
     }
     if (kind == kBlend) {
         return read_blend(reader);
+    }
+    if (kind == kSegments) {
+        const auto length = read_value<int64_t>(reader);
+        const auto nsegment = read_value<int32_t>(reader);
+        return std::make_shared<SegmentedAssigner>(
+                read_assigner(reader, /*nested=*/true), length, nsegment);
     }
     const auto space = static_cast<RoutingNeeds>(read_value<uint32_t>(reader));
     std::shared_ptr<const faiss::Index> quantizer;

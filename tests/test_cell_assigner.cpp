@@ -1,5 +1,6 @@
 #include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/SegmentedAssigner.h>
 
 #include <algorithm>
 #include <memory>
@@ -197,6 +198,55 @@ TEST(CellMeanAssigner, ScoresMeansAndSkipsEmptyCells) {
     stats.mean_post_rope = nullptr;
     EXPECT_SENTENCE(
             assigner.scores(post(x), &stats, scores.data()), "mean_post_rope");
+}
+
+TEST(SegmentedAssigner, PutsKeysIntoCellsOfTheirSegment) {
+    tests::Random random;
+    const int n = 5, nsegment = 4;
+    auto flat = std::make_shared<faiss::IndexFlatL2>(d);
+    flat->add(n, random.normal(n * d).data());
+    const auto inner = std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
+    const SegmentedAssigner assigner(inner, 100, nsegment);
+    EXPECT_EQ(assigner.ncell, n * nsegment);
+    EXPECT_EQ(assigner.needs, unsigned(NEEDS_POST_ROPE | NEEDS_POSITION));
+    const int64_t count = 9;
+    const auto x = random.normal(count * d);
+    // The last ones begin anew with the first segment's cells.
+    const std::vector<int64_t> position = {
+            0, 99, 100, 250, 399, 400, 499, 500, int64_t(1) << 40};
+    RoutingInput input = post(x);
+    input.n = count;
+    input.position = position.data();
+    std::vector<int32_t> own(count), best(count), all(count * n * nsegment);
+    std::vector<float> of_inner(count * n), scores(all.size()), ranked(all.size());
+    inner->assign(input, nullptr, 1, own.data(), nullptr);
+    inner->scores(input, nullptr, of_inner.data());
+    assigner.assign(input, nullptr, 1, best.data(), nullptr);
+    assigner.scores(input, nullptr, scores.data());
+    assigner.assign(input, nullptr, n * nsegment, all.data(), ranked.data());
+    for (int64_t i = 0; i < count; i++) {
+        const auto segment = static_cast<int>(position[i] / 100 % nsegment);
+        EXPECT_EQ(best[i], segment * n + own[i]);
+        EXPECT_EQ(all[i * n * nsegment], best[i]);
+        for (int c = 0; c < n * nsegment; c++) {
+            EXPECT_EQ(
+                    scores[i * n * nsegment + c],
+                    c / n == segment ? of_inner[i * n + c % n] : -INFINITY);
+            const int32_t cell = all[i * n * nsegment + c];
+            EXPECT_EQ(cell < 0, c >= n);
+            EXPECT_EQ(ranked[i * n * nsegment + c] == -INFINITY, c >= n);
+        }
+    }
+    input.position = nullptr;
+    EXPECT_SENTENCE(
+            assigner.scores(input, nullptr, scores.data()), "position");
+    EXPECT_SENTENCE(SegmentedAssigner(nullptr, 1, 1), "inner is null");
+    EXPECT_SENTENCE(SegmentedAssigner(inner, 0, 1), "length = 0");
+    EXPECT_SENTENCE(SegmentedAssigner(inner, 1, 0), "nsegment = 0");
+    EXPECT_SENTENCE(SegmentedAssigner(inner, 1, 13108), "nsegment = 13108 of 5");
+    EXPECT_SENTENCE(
+            SegmentedAssigner(std::make_shared<CellMeanAssigner>(d, 3), 1, 1),
+            "statistics");
 }
 
 } // namespace

@@ -86,6 +86,7 @@ PlanParams small_params() {
     p.asked = 5;
     p.keys_per_cell = {16};
     p.splits = {.5};
+    p.segments = {3};
     return p;
 }
 
@@ -99,6 +100,12 @@ ProbePlan make_plan(TrainedQuery trained, double share, int keys, double own) {
     p.own_share = own;
     p.tokens = tokens;
     p.byte_budget = .5;
+    return p;
+}
+
+ProbePlan make_segments(int64_t segment, double share) {
+    ProbePlan p = make_plan(TrainedQuery::mean, share, 0, 0);
+    p.segment = segment;
     return p;
 }
 
@@ -134,6 +141,11 @@ TEST(ProbePlan, ChecksItsFields) {
             "keys_per_cell = -1");
     EXPECT_SENTENCE(
             make_plan(TrainedQuery::none, .1, 0, .1).check(), "probes nothing");
+    make_segments(100, .1).check();
+    EXPECT_SENTENCE(make_segments(-1, .1).check(), "segment = -1");
+    ProbePlan by_classifier = make_segments(100, .1);
+    by_classifier.trained = TrainedQuery::classifier;
+    EXPECT_SENTENCE(by_classifier.check(), "segments need means");
 }
 
 TEST(ProbePlan, FilesCarryPlans) {
@@ -296,6 +308,26 @@ TEST(LayerPlan, AnAdapterFollowsIt) {
             EXPECT_NEAR(lse[g], expected_lse, 1e-4);
         }
     }
+    // Cells of segments: in bulk as token by token, taken back, and in a file.
+    set.plans[1] = make_segments(300, .2);
+    const LayerPlan cut(set, layer, 2);
+    params.policy = cut.policy;
+    AttentionAdapter segmented(params, cut.trained);
+    const auto own_again = cut.own(world.view(prefill), 4, prefill);
+    const int64_t a = segmented.create(own_again), b = segmented.create(own_again);
+    EXPECT_EQ(segmented.lists(a, 1).ncell(), 3 * 12);
+    segmented.append(a, world.view(tokens));
+    for (int64_t n = 1; n <= tokens; n++) {
+        segmented.append(b, world.view(n));
+    }
+    tests::expect_same_state(segmented, a, b);
+    segmented.truncate(a, 350, world.view(350));
+    segmented.append(a, world.view(tokens));
+    tests::expect_same_state(segmented, a, b);
+    const tests::TemporaryFile saved;
+    segmented.save(a, saved.path);
+    tests::expect_same_state(segmented, segmented.load(saved.path), b);
+
     // A sequence with fewer keys than a cell should have gets one cell.
     EXPECT_EQ(plan.own(world.view(9), 4, 9)[0][0].ncell(), 1);
 }
@@ -310,7 +342,8 @@ TEST(MeasurePlans, AgreesWithTheDefinitions) {
             make_plan(TrainedQuery::classifier, .3, 0, 0),
             make_plan(TrainedQuery::mean, 1, 0, 0),
             make_plan(TrainedQuery::none, 0, 16, .2),
-            make_plan(TrainedQuery::mean, .2, 16, .2)};
+            make_plan(TrainedQuery::mean, .2, 16, .2),
+            make_segments(200, 1)};
     const auto figures = measure_plans(text, trained, plans, params);
     ASSERT_EQ(figures.size(), plans.size());
     // All cells: dense attention, and the index on top.
@@ -324,6 +357,12 @@ TEST(MeasurePlans, AgreesWithTheDefinitions) {
             figures[2].bytes - figures[2].selectivity,
             own_cells * (2 * d + 4) / dense,
             1e-12);
+
+    // Cells of four segments.
+    EXPECT_NEAR(figures[4].recall, 1, 1e-5);
+    EXPECT_NEAR(figures[4].output_error, 0, 1e-5);
+    EXPECT_GT(figures[4].bytes, 1 + 12 * 4 * 4 / dense);
+    EXPECT_LE(figures[4].bytes, 1 + 12 * 4 * (2 * d + 2 + 4) / dense);
 
     // The classifier's plan once more, in double precision and cell by cell.
     std::vector<int64_t> position(tokens);
@@ -457,7 +496,7 @@ TEST(CandidatePlans, SpendTheBudget) {
     PlanParams params = small_params();
     params.byte_budget = .4;
     const auto plans = candidate_plans(trained, tokens, params);
-    EXPECT_EQ(plans.size(), 3u + 1 + 3); // alone, own, both
+    EXPECT_EQ(plans.size(), 3u + 1 + 1 + 3); // alone, segments, own, both
     for (const ProbePlan& p : plans) {
         p.check();
         EXPECT_GT(p.trained_share + p.own_share, 0);
@@ -468,7 +507,7 @@ TEST(CandidatePlans, SpendTheBudget) {
     EXPECT_EQ(
             candidate_plans(make_trained(random, text, 1, false), tokens, params)
                     .size(),
-            2u + 1 + 2);
+            2u + 1 + 1 + 2);
     const auto first = measure_plans(text, trained, plans, params);
     const auto spent = spend_budget(plans, {first});
     const auto second = measure_plans(text, trained, spent, params);
@@ -488,6 +527,9 @@ TEST(CandidatePlans, SpendTheBudget) {
     params = small_params();
     params.keys_per_cell = {0};
     EXPECT_SENTENCE(candidate_plans(trained, tokens, params), "keys_per_cell");
+    params = small_params();
+    params.segments = {0};
+    EXPECT_SENTENCE(candidate_plans(trained, tokens, params), "segments has 0");
     params = small_params();
     params.splits = {1};
     EXPECT_SENTENCE(candidate_plans(trained, tokens, params), "splits has 1");
