@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <faiss_saap/AttentionAdapter.h>
+#include <faiss_saap/LayerPlan.h>
 
 #include "adapter_arguments.h"
 #include "bind.h"
@@ -138,13 +139,15 @@ void bind_adapter(nb::module_& m) {
                        std::optional<int64_t> max_keys,
                        double max_selectivity,
                        bool share_group,
-                       std::vector<double> split) {
+                       std::vector<double> split,
+                       std::vector<std::vector<double>> head_split) {
                         ProbePolicy p;
                         p.nprobe = nprobe;
                         p.max_keys = max_keys.value_or(INT64_MAX);
                         p.max_selectivity = max_selectivity;
                         p.share_group = share_group;
                         p.split = std::move(split);
+                        p.head_split = std::move(head_split);
                         p.check();
                         new (self) ProbePolicy(std::move(p));
                     },
@@ -152,7 +155,8 @@ void bind_adapter(nb::module_& m) {
                     "max_keys"_a = nb::none(),
                     "max_selectivity"_a = 1.0,
                     "share_group"_a = true,
-                    "split"_a = std::vector<double>())
+                    "split"_a = std::vector<double>(),
+                    "head_split"_a = std::vector<std::vector<double>>())
             .def_rw("nprobe",
                     &ProbePolicy::nprobe,
                     "Cells at most, of each partition.")
@@ -170,7 +174,11 @@ void bind_adapter(nb::module_& m) {
             .def_rw("split",
                     &ProbePolicy::split,
                     "Share of the key limit for each partition of a KV head; "
-                    "empty: equal shares.");
+                    "empty: equal shares.")
+            .def_rw("head_split",
+                    &ProbePolicy::head_split,
+                    "Shares of each KV head where heads differ, as a LayerPlan "
+                    "says; in place of split.");
 
     nb::class_<Asking>(
             m, "SequenceInput", "One sequence of a batch, and its tokens that ask.")
@@ -599,6 +607,52 @@ void bind_adapter(nb::module_& m) {
             "Partitions for one sequence, one list for each KV head, learnt "
             "from the keys of the slots begin .. end - 1 as the cache holds "
             "them (post-RoPE).");
+
+    nb::class_<LayerPlan>(
+            m,
+            "LayerPlan",
+            "What an AttentionAdapter of one layer needs to do as the plans of "
+            "a PartitionSet say: AttentionAdapter(..., plan.trained, "
+            "policy=plan.policy), and create(plan.own(...)) for each sequence.")
+            .def(nb::init<const PartitionSet&, int, int>(),
+                 "set"_a,
+                 "layer"_a,
+                 "heads_kv"_a)
+            .def_prop_ro(
+                    "trained",
+                    [](const LayerPlan& p) { return to_python(p.trained); },
+                    nb::sig("def trained(self) -> list[list[Partition]]"),
+                    "Partitions of every sequence, a list for each KV head.")
+            .def_ro("keys_per_cell",
+                    &LayerPlan::keys_per_cell,
+                    "Of each KV head's own cells; 0: it has none.")
+            .def_ro("policy",
+                    &LayerPlan::policy,
+                    nb::rv_policy::copy,
+                    "How much is read through each; a copy.")
+            .def(
+                    "own",
+                    [](const LayerPlan& plan,
+                       const ArrayView& view,
+                       int64_t begin,
+                       int64_t end,
+                       const KMeansParams& params) {
+                        HeadPartitions all;
+                        {
+                            nb::gil_scoped_release release;
+                            all = plan.own(view.kv, begin, end, params);
+                        }
+                        return to_python(all);
+                    },
+                    "prefill"_a,
+                    "begin"_a,
+                    "end"_a,
+                    "params"_a = KMeansParams(),
+                    nb::sig("def own(self, prefill: KvView, begin: int, end: "
+                            "int, params: KMeansParams = ...) -> "
+                            "list[list[Partition]]"),
+                    "A sequence's own partitions, learnt from the keys of the "
+                    "slots begin .. end - 1.");
 }
 
 } // namespace faiss_saap::python

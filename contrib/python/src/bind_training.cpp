@@ -157,6 +157,34 @@ void bind_training(nb::module_& m) {
                  &TrainedPartition::blended,
                  "The same cells with a BlendAssigner for queries.");
 
+    nb::class_<ProbePlan>(
+            m, "ProbePlan", "What a KV head probes (docs/classifier.md).")
+            .def_ro("layer", &ProbePlan::layer)
+            .def_ro("kv_head", &ProbePlan::kv_head)
+            .def_prop_ro(
+                    "trained",
+                    [](const ProbePlan& p) { return name(p.trained); },
+                    nb::sig("def trained(self) -> str"),
+                    "Who ranks the trained cells: none, classifier, mean or "
+                    "blend.")
+            .def_ro("trained_share",
+                    &ProbePlan::trained_share,
+                    "Of the far keys, read through them at most.")
+            .def_ro("segment",
+                    &ProbePlan::segment,
+                    "Tokens of a segment that they are cut into; 0: they are "
+                    "not.")
+            .def_ro("keys_per_cell",
+                    &ProbePlan::keys_per_cell,
+                    "Of the sequence's own cells; 0: it has none.")
+            .def_ro("own_share",
+                    &ProbePlan::own_share,
+                    "Of the far keys, read through these at most.")
+            .def_ro("tokens", &ProbePlan::tokens)
+            .def_ro("byte_budget", &ProbePlan::byte_budget)
+            .def_ro("recall", &ProbePlan::recall)
+            .def_ro("output_error", &ProbePlan::output_error);
+
     nb::class_<PartitionSet>(
             m,
             "PartitionSet",
@@ -189,6 +217,10 @@ void bind_training(nb::module_& m) {
                     "texts"_a = std::vector<std::string>(),
                     "seed"_a = 0)
             .def_ro("partitions", &PartitionSet::partitions)
+            .def_ro("plans",
+                    &PartitionSet::plans,
+                    "What KV heads probe; empty where nothing was chosen.")
+            .def_ro("plan_texts", &PartitionSet::plan_texts)
             .def_ro("model", &PartitionSet::model)
             .def_ro("rope", &PartitionSet::rope)
             .def_ro("sink", &PartitionSet::sink)
