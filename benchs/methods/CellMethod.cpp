@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include <faiss_saap/ProbePolicy.h>
+#include <faiss_saap/SegmentedAssigner.h>
 #include <faiss_saap/choose_plan.h>
 
 namespace faiss_saap::benchs {
@@ -178,7 +179,16 @@ void PartitionMethod::score(const Step& step, float* scores) const {
 }
 
 double PartitionMethod::scoring_bytes(const HeadData&) const {
-    return faiss_saap::scoring_bytes(*partition.query);
+    const auto filled = [this] {
+        const int32_t* count = lists.stats().count;
+        return lists.ncell() -
+                static_cast<int>(std::count(count, count + lists.ncell(), 0));
+    };
+    // Of content and segment, a cell may never be seen.
+    const bool segmented =
+            dynamic_cast<const SegmentedAssigner*>(partition.key.get());
+    return faiss_saap::scoring_bytes(
+            *partition.query, segmented ? filled() : -1);
 }
 
 } // namespace faiss_saap::benchs

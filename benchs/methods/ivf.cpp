@@ -5,6 +5,7 @@
 
 #include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/SegmentedAssigner.h>
 
 #include "CellMethod.h"
 #include "MethodList.h"
@@ -84,7 +85,13 @@ MethodEntries ivf_methods() {
                         return without_classifier(trained(s));
                     }),
             offline("offline_mean",
-                    [](const Setup& s) { return by_means(trained(s)); })};
+                    [](const Setup& s) { return by_means(trained(s)); }),
+            offline("offline_segments", [](const Setup& s) {
+                Partition p = trained(s);
+                p.key = std::make_shared<SegmentedAssigner>(
+                        p.key, (s.data.tokens + 7) / 8, 8);
+                return by_means(p);
+            })};
 }
 
 } // namespace faiss_saap::benchs

@@ -22,7 +22,7 @@ def run(*command):
 def test_there_are_programs():
     expected = {
         "demo", "bench_adapter", "bench_build", "bench_classifier", "bench_decode", "bench_recall", "bench_search",
-        "generate_trace", "train_partitions",
+        "choose_partitions", "generate_trace", "train_partitions",
     }
     assert expected <= {p.name for p in PROGRAMS}
 

@@ -231,3 +231,57 @@ def test_partitions_of_another_model_are_refused(programs, trained, trace, tmp_p
     done = run(*bench, "--partitions", trace)
     assert_one_sentence(done)
     assert "no file of partitions" in done.stderr
+
+
+def choose(programs, trained, trace, *options):
+    return run(programs / "choose_partitions", "--partitions", trained[0], "--trace", trace, "--queries", 6, *options)
+
+
+def test_choosing_keeps_to_the_budget(programs, trained, trace, tmp_path):
+    out, report = tmp_path / "planned.saap", tmp_path / "plans.json"
+    done = choose(
+        programs, trained, trace, "--lookup-trace", trace, "--test-trace", trace, "--asked", 4, "--byte-budget", 0.3,
+        "--out", out, "--json", report,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plan, = json.loads(Partition(out).metadata["plans"])
+    assert (plan["layer"], plan["kv_head"], plan["byte_budget"]) == (LAYER, KV_HEAD, 0.3)
+    with safe_open(trace, "numpy") as file:
+        text, tokens = file.metadata()["text"], len(file.get_tensor("tokens"))
+    assert plan["tokens"] == tokens
+    assert json.loads(Partition(out).metadata["plan_texts"]) == [text, text]
+    rows = json.loads(report.read_text())["rows"]
+    assert {row["role"] for row in rows} == {"text", "lookup", "test"}
+    chosen = {row["role"]: row for row in rows if row["chosen"]}
+    assert len([row for row in rows if row["chosen"]]) == 3
+    assert chosen["text"]["mass_recall"] == pytest.approx(plan["recall"], abs=1e-9)
+    assert chosen["text"]["bytes_fraction"] <= 0.3 * 1.02
+    # the text that it was chosen by, and the same one as a test
+    for field in ("mass_recall", "output_error", "bytes_fraction", "far_mass"):
+        assert chosen["test"][field] == chosen["text"][field]
+
+    def loss(role, method):
+        return sum(1 - r["mass_recall"] + r["output_error"] for r in rows if (r["role"], r["method"]) == (role, method))
+
+    fits = [r["method"] for r in rows if r["role"] == "text" and r["bytes_fraction"] <= 0.3 * 1.02]
+    best = min(fits, key=lambda m: loss("text", m) + loss("lookup", m))
+    assert chosen["text"]["method"] == best
+    # the cells and networks are those of the file that was read
+    assert (Partition(out).centroids == Partition(trained[0]).centroids).all()
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--byte-budget", 0.0001], "leaves nothing for keys"),
+        (["--layers", 10], "no partition of these layers"),
+        (["--window", 5000], "sink and window"),
+        (["--test-trace", "missing.safetensors"], "missing.safetensors"),
+    ],
+)
+def test_choosing_with_wrong_input(programs, trained, trace, tmp_path, options, sentence):
+    done = choose(programs, trained, trace, *options, "--out", tmp_path / "no.saap")
+    assert done.returncode == 1
+    assert_one_sentence(done)
+    assert sentence in done.stderr
+    assert not list(tmp_path.iterdir())
