@@ -23,7 +23,8 @@ struct Options {
     std::vector<int> layers, kv_heads;
     std::string partitions, out, json;
     PlanParams params;
-    int64_t sink = -1, window = -1;
+    int64_t sink = -1, window = -1; ///< as trained
+    int64_t tokens = 0;             ///< as the first trace
 };
 
 /// Figures of the plans of one head: [text][plan].
@@ -202,7 +203,7 @@ void run(Options o) {
     const auto texts = read_traces(o.traces, set);
     const auto lookups = read_traces(o.lookups, set);
     const auto tests = read_traces(o.tests, set);
-    const int64_t tokens = params.tokens ? params.tokens : texts[0].tokens;
+    const int64_t tokens = o.tokens ? o.tokens : texts[0].tokens;
 
     const auto wanted = [](const std::vector<int>& some, int x) {
         return some.empty() ||
@@ -245,11 +246,8 @@ void run(Options o) {
                 head.texts = measure(texts, false);
                 head.lookups = measure(lookups, true);
                 head.tests = measure(tests, false);
-                head.chosen = choose_plan(
-                        head.plans,
-                        head.texts,
-                        head.lookups,
-                        params.lookup_weight);
+                head.chosen =
+                        choose_plan(head.plans, head.texts, head.lookups);
                 progress.advance();
             } catch (...) {
 #pragma omp critical
@@ -311,8 +309,7 @@ void run(Options o) {
                  {"window", params.window},
                  {"prefill", params.prefill},
                  {"queries", params.queries},
-                 {"asked", params.asked},
-                 {"lookup_weight", params.lookup_weight}},
+                 {"asked", params.asked}},
                 rows);
     }
 }
@@ -334,8 +331,8 @@ int main(int argc, char** argv) {
     app.add_option(
                "--lookup-trace",
                o.lookups,
-               "traces of texts whose last tokens look something up, to choose "
-               "by as well")
+               "traces of texts whose last tokens look something up, at which no "
+               "plan may be worse than the classifier")
             ->delimiter(',');
     app.add_option(
                "--test-trace", o.tests, "traces of other texts, only measured")
@@ -360,7 +357,7 @@ int main(int argc, char** argv) {
             ->delimiter(',');
     app.add_option(
                "--tokens",
-               p.tokens,
+               o.tokens,
                "length of the texts that it is for; that of the first trace by "
                "default")
             ->check(CLI::PositiveNumber);
@@ -380,12 +377,6 @@ int main(int argc, char** argv) {
             ->capture_default_str();
     app.add_option("--asked", p.asked, "last tokens of a lookup, which ask")
             ->check(CLI::PositiveNumber)
-            ->capture_default_str();
-    app.add_option(
-               "--lookup-weight",
-               p.lookup_weight,
-               "of the lookups against the other texts")
-            ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);

@@ -62,8 +62,8 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     common.add_argument("--trained-share", type=fraction, default=0.5, metavar="X",
                         help="of the budget, for the trained cells of union and union_blend (default: 0.5)")
     measure = Parser(add_help=False)
-    measure.add_argument("--methods", type=list_of(str), default=list(METHODS), metavar="A,B",
-                         help=f"default: {','.join(METHODS)}")
+    measure.add_argument("--methods", type=list_of(str), default=[m for m in METHODS if m != "planned"], metavar="A,B",
+                         help=f"of {','.join(METHODS)} (default: all but planned, which needs a file with plans)")
     measure.add_argument("--budgets", type=list_of(fraction), default=[0.01, 0.02, 0.05, 0.1], metavar="X,Y",
                          help="far keys read at most, per KV head (default: 0.01,0.02,0.05,0.1)")
     measure.add_argument("--json", type=Path, metavar="FILE", help="file for the results, written after each case")
@@ -143,7 +143,7 @@ def decoding_for(tokens: int, options: argparse.Namespace):
 
 
 def trained_of(options: argparse.Namespace, methods: Sequence[str]) -> Optional[fs.PartitionSet]:
-    if any(METHODS_OF_CELLS.get(name, [False])[0] for name in methods):
+    if "planned" in methods or any(METHODS_OF_CELLS.get(name, [False])[0] for name in methods):
         return fs.read_partitions(str(options.partitions))
     return None
 
@@ -155,8 +155,8 @@ def layers_bar(model: SmolLM2, texts: int, what: str) -> Iterator[tqdm]:
 
 
 def budgets_of(name: str, budgets: list[float]) -> list[float]:
-    """Of methods that read all far keys, or none, there is one row."""
-    return [{"dense": 1.0, "window": 0.0}[name]] if name in WITHOUT_BUDGET else budgets
+    """Of methods that read all far keys, none, or what their plans allow, there is one row."""
+    return [{"dense": 1.0, "window": 0.0, "planned": 1.0}[name]] if name in WITHOUT_BUDGET else budgets
 
 
 def costs_of(method: Method, texts: int, started: float) -> list[dict]:

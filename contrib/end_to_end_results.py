@@ -17,7 +17,8 @@ from typing import Optional, Sequence
 
 import numpy as np
 
-WITHOUT_BUDGET = ("dense", "window")
+#: that read all far keys, none, or what their plans allow
+WITHOUT_BUDGET = ("dense", "window", "planned")
 #: what tells a row from all others, as far as rows have it
 IDENTITY = ("text", "tokens", "sparse", "depth", "key", "layers", "method", "budget")
 CASE = ("text", "tokens", "sparse", "depth", "key")

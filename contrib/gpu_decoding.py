@@ -299,6 +299,8 @@ class GpuDecoding:
                 split = [trained_share, 1 - trained_share] if offline and of_text else []
                 partitions = offline_partitions(self.model, trained, blend) if offline else []
                 yield GpuCells(name, cache, self.model, partitions, own() if of_text else [], split)
+            elif name == "planned":
+                raise ValueError("planned needs --device cpu: on the device, KV heads have no shares of their own")
             else:
                 yield {"dense": Dense, "window": WindowOnly, "oracle_topk": OracleTopK}[name](name, cache)
 

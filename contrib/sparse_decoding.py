@@ -221,6 +221,27 @@ class Cells(Method):
         return sum(p.query.bytes_read() for layer in self.partitions for head in layer for p in head)
 
 
+class Planned(Cells):
+    """Each KV head as the plan in the file of partitions says (choose_partitions): of the budget that was chosen for."""
+
+    def __init__(self, name: str, cache: KvCache, model: SmolLM2, trained: Optional[fs.PartitionSet]):
+        if trained is None:
+            raise ValueError("the method planned needs --partitions")
+        n = cache.length
+        plans = [fs.LayerPlan(trained, layer, model.num_kv_heads) for layer in range(model.num_layers)]
+        rope = rope_of(model)
+        super().__init__(name, cache, model, [
+            [[fs.Partition(p.key, p.query, rope) for p in head] + own
+             for head, own in zip(plan.trained, plan.own(cache.view(layer, n), SINK, n))]
+            for layer, plan in enumerate(plans)
+        ])  # fmt: skip
+        self._policies = [plan.policy for plan in plans]
+
+    def attend(self, layer: int, view: fs.KvView, q: np.ndarray) -> np.ndarray:
+        self._policy = self._policies[layer]
+        return super().attend(layer, view, q)
+
+
 #: methods of the library, and what their cells are: trained ones, these with a blend, those of the text's own keys
 METHODS_OF_CELLS = {
     "ivf_rope_ip": (False, False, True),
@@ -230,7 +251,11 @@ METHODS_OF_CELLS = {
     "union_blend": (True, True, True),
 }
 #: in the order of tables
-METHODS = ("dense", "window", "oracle_topk", *METHODS_OF_CELLS)
+METHODS = ("dense", "window", "oracle_topk", *METHODS_OF_CELLS, "planned")
+
+
+def rope_of(model: SmolLM2) -> fs.RopeParams:
+    return fs.RopeParams(model.head_dim, model.rope_theta, "interleaved", model.rope_scaling)
 
 
 def offline_partitions(
@@ -243,7 +268,7 @@ def offline_partitions(
     """
     if trained is None:
         raise ValueError("the methods saap and union, plain and with blends, need --partitions")
-    rope = fs.RopeParams(model.head_dim, model.rope_theta, "interleaved", model.rope_scaling)
+    rope = rope_of(model)
     found = [[trained.find(l, h) for h in range(model.num_kv_heads)] for l in range(model.num_layers)]
     parts = [[p.blended() if blend else p.partition for p in layer] for layer in found]
     return [[[fs.Partition(p.key, p.query, rope)] for p in layer] for layer in parts]
@@ -259,7 +284,7 @@ def make_methods(
 ) -> Iterable[Method]:
     """The methods of these names after the prefill in the cache, one after the other.
 
-    trained: needed by saap and union, plain and with blends. keys_per_cell: of the text's own cells. trained_share: of
+    trained: needed by saap, union, plain and with blends, and planned. keys_per_cell: of the text's own cells. trained_share: of
     the budget, where both kinds of cells are probed.
     """
     learnt: list[list[list[fs.Partition]]] = []
@@ -279,6 +304,8 @@ def make_methods(
             kinds += [own()] if of_text else []
             both = [[sum(head, []) for head in zip(*layer)] for layer in zip(*kinds)]
             yield Cells(name, cache, model, both, [trained_share, 1 - trained_share] if len(kinds) == 2 else [])
+        elif name == "planned":
+            yield Planned(name, cache, model, trained)
         elif name in METHODS:
             yield {"dense": Dense, "window": WindowOnly, "oracle_topk": OracleTopK}[name](name, cache)
         else:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace faiss_saap {
 
@@ -15,6 +16,8 @@ enum class TrainedQuery {
 
 /// As files and tables say it: "none", "classifier", "mean", "blend".
 const char* name(TrainedQuery query);
+/// @throws faiss::FaissException when there is none of this name
+TrainedQuery trained_query(const std::string& name);
 
 /// Which partitions a KV head has and how much its queries read through each:
 /// the trained one, cells of the sequence's own rotated keys

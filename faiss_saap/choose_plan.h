@@ -14,7 +14,6 @@ struct PlanParams {
     /// bytes that a token may read, as a fraction of a head's keys and values:
     /// those that choosing reads and those of the keys and values chosen
     double byte_budget = .1;
-    int64_t tokens = 0;   ///< length of the texts it is for; 0: the first's
     int64_t sink = 16;    ///< first tokens, always attended
     int64_t window = 256; ///< most recent tokens, likewise
     float scale = 0;      ///< attention scale; 0: 1 / sqrt(d)
@@ -23,11 +22,9 @@ struct PlanParams {
     /// are made from it
     double prefill = .5;
     int queries = 64; ///< tokens of each text that ask, evenly spaced
-    /// last tokens of a text that look something up, all of which ask; of
-    /// `lookups` alone, everything before them is there already
-    int64_t asked = 200;
-    /// how much lookups count against the other texts
-    double lookup_weight = 1;
+    /// last tokens of a text that looks something up: all of them ask, and
+    /// everything before them is there already
+    int64_t asked = 100;
 
     std::vector<int> keys_per_cell = {16, 32, 64}; ///< of own cells, to try
     /// segments of a text that trained cells are cut into, to try
@@ -68,10 +65,10 @@ PlanFigures mean_figures(
 double scoring_bytes(const CellAssigner& query, int filled = -1);
 
 /// Every plan that is tried: the trained cells by classifier, means, means of
-/// segments and, where trained, blend; own cells of each size; both with each
-/// split, segments apart. Each may spend
-/// on keys what its index leaves of the budget; those whose index leaves
-/// nothing are not among them.
+/// segments and, where trained, blend; own cells of each size; both (but for
+/// segments) with each split. Each may spend on keys what its index leaves of
+/// the budget; those whose index leaves nothing are not among them.
+/// @param tokens  length of the texts that the plan is for
 /// @throws faiss::FaissException when none is left
 std::vector<ProbePlan> candidate_plans(
         const TrainedPartition& trained,
@@ -98,15 +95,15 @@ std::vector<ProbePlan> spend_budget(
         std::vector<ProbePlan> plans,
         const std::vector<std::vector<PlanFigures>>& texts);
 
-/// The plan with the least loss: the mean over the texts plus, where there are
-/// some, `lookup_weight` times the mean over the lookups. Plans that read more
+/// The plan with the least mean loss over the texts, of those that are no worse
+/// than the trained classifier alone on what is looked up: mass that ordinary
+/// text moves is not what finds a needle. Plans that are worse, or that read more
 /// than 2 % above the budget, as coarse cells do, come last.
 /// @param texts    figures of each text, in the order of `plans`, at least one
-/// @param lookups  of each text that looks something up
+/// @param lookups  of each text that looks something up; may be empty
 ProbePlan choose_plan(
         const std::vector<ProbePlan>& plans,
         const std::vector<std::vector<PlanFigures>>& texts,
-        const std::vector<std::vector<PlanFigures>>& lookups = {},
-        double lookup_weight = 1);
+        const std::vector<std::vector<PlanFigures>>& lookups = {});
 
 } // namespace faiss_saap

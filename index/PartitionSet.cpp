@@ -375,18 +375,6 @@ ProbePlan read_plan(
     ProbePlan p;
     p.layer = value_of<int>(about, "layer", where);
     p.kv_head = value_of<int>(about, "kv_head", where);
-    const auto trained = value_of<std::string>(about, "trained", where);
-    for (TrainedQuery query :
-         {TrainedQuery::classifier, TrainedQuery::mean, TrainedQuery::blend}) {
-        if (trained == name(query)) {
-            p.trained = query;
-        }
-    }
-    FAISS_THROW_IF_NOT_FMT(
-            trained == name(p.trained),
-            "%s: there is no query assigner '%s'",
-            where.c_str(),
-            trained.c_str());
     p.trained_share = value_of<double>(about, "trained_share", where);
     p.segment = value_of<int64_t>(about, "segment", where);
     p.keys_per_cell = value_of<int>(about, "keys_per_cell", where);
@@ -395,7 +383,9 @@ ProbePlan read_plan(
     p.byte_budget = value_of<double>(about, "byte_budget", where);
     p.recall = value_of<double>(about, "recall", where);
     p.output_error = value_of<double>(about, "output_error", where);
+    const auto trained = value_of<std::string>(about, "trained", where);
     try {
+        p.trained = trained_query(trained);
         check_plan(p, set);
     } catch (const faiss::FaissException& e) {
         FAISS_THROW_FMT("%s: %s", where.c_str(), e.what());

@@ -18,6 +18,19 @@ const char* name(TrainedQuery query) {
     FAISS_THROW_FMT("there is no TrainedQuery %d", static_cast<int>(query));
 }
 
+TrainedQuery trained_query(const std::string& text) {
+    for (TrainedQuery query :
+         {TrainedQuery::none,
+          TrainedQuery::classifier,
+          TrainedQuery::mean,
+          TrainedQuery::blend}) {
+        if (text == name(query)) {
+            return query;
+        }
+    }
+    FAISS_THROW_FMT("there is no query assigner '%s'", text.c_str());
+}
+
 void ProbePlan::check() const {
     const auto fits = [&](double x, const char* field) {
         FAISS_THROW_IF_NOT_FMT(

@@ -1,6 +1,7 @@
 #include <faiss_saap/choose_plan.h>
 
 #include <algorithm>
+#include <array>
 #include <cinttypes>
 #include <cmath>
 #include <numeric>
@@ -271,11 +272,9 @@ void PlanParams::check() const {
             prefill > 0 && prefill < 1,
             "prefill = %g must be between 0 and 1",
             prefill);
-    require(tokens >= 0, "tokens must not be negative");
     require(sink >= 0 && window >= 0, "sink and window must not be negative");
     require(queries >= 1, "queries must be at least 1");
     require(asked >= 1, "asked must be at least 1");
-    require(lookup_weight >= 0, "lookup_weight must not be negative");
     require(std::isfinite(scale) && scale >= 0, "scale must be positive, or 0");
     for (int keys : keys_per_cell) {
         FAISS_THROW_IF_NOT_FMT(
@@ -497,25 +496,30 @@ std::vector<ProbePlan> spend_budget(
 ProbePlan choose_plan(
         const std::vector<ProbePlan>& plans,
         const std::vector<std::vector<PlanFigures>>& texts,
-        const std::vector<std::vector<PlanFigures>>& lookups,
-        double lookup_weight) {
+        const std::vector<std::vector<PlanFigures>>& lookups) {
     FAISS_THROW_IF_NOT_MSG(!plans.empty(), "plans is empty");
     check_figures(plans, texts);
+    double bar = INFINITY; // loss on what is looked up
     if (!lookups.empty()) {
         check_figures(plans, lookups);
+        for (size_t p = 0; p < plans.size(); p++) {
+            if (plans[p].trained == TrainedQuery::classifier &&
+                !plans[p].keys_per_cell) {
+                bar = mean_figures(lookups, p).loss();
+            }
+        }
     }
-    // By how far it exceeds the budget, then by loss.
-    using Rank = std::pair<double, double>;
+    // By how far a plan exceeds the budget and the bar, then by loss.
+    using Rank = std::array<double, 3>;
     size_t best = 0;
-    Rank least(INFINITY, INFINITY);
+    Rank least = {INFINITY, INFINITY, INFINITY};
     for (size_t p = 0; p < plans.size(); p++) {
         const PlanFigures f = mean_figures(texts, p);
         const double above = f.bytes / plans[p].byte_budget - 1;
-        double loss = f.loss();
-        if (!lookups.empty()) {
-            loss += lookup_weight * mean_figures(lookups, p).loss();
-        }
-        const Rank rank(above > .02 ? above : 0, loss);
+        const double worse =
+                bar < INFINITY ? mean_figures(lookups, p).loss() - bar : 0;
+        const Rank rank = {
+                above > .02 ? above : 0, std::max(worse, 0.0), f.loss()};
         if (rank < least) {
             least = rank;
             best = p;

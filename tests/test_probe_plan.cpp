@@ -558,13 +558,20 @@ TEST(ChoosePlan, TakesTheLeastLossWithinTheBudget) {
     EXPECT_EQ(best.keys_per_cell, 16);
     EXPECT_NEAR(best.recall, .8, 1e-12);
     EXPECT_NEAR(best.output_error, .15, 1e-12);
-    // A head that looks things up where the trained cells find them.
+    // A head that looks things up: own cells are worse at it than the
+    // classifier, the means are as good but worse on the texts.
     const Figures lookups = {
-            {figures(.9, .1, .5), figures(.95, .1, .5), figures(.3, .9, .5)}};
+            {figures(.96, .1, .5), figures(.95, .1, .5), figures(.9, .2, .5)}};
     EXPECT_EQ(
             choose_plan(plans, texts, lookups).trained,
             TrainedQuery::classifier);
-    EXPECT_EQ(choose_plan(plans, texts, lookups, .01).keys_per_cell, 16);
+    Figures harder = lookups;
+    harder[0][1].recall = .5;
+    EXPECT_EQ(choose_plan(plans, texts, harder).keys_per_cell, 16);
+    // Without a classifier there is no bar.
+    std::vector<ProbePlan> others = plans;
+    others[1].trained = TrainedQuery::blend;
+    EXPECT_EQ(choose_plan(others, texts, lookups).keys_per_cell, 16);
     // What reads more than its budget comes last, however good.
     Figures above = texts;
     above[0][2].bytes = .53;

@@ -44,7 +44,14 @@ def cache(model, tokens, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained():
-    return fs.read_partitions(str(ROOT / "data" / "smollm2_135m.saap"))
+    set = fs.read_partitions(str(ROOT / "data" / "smollm2_135m.saap"))
+    # a head of each kind, which may read everything
+    ways = [dict(trained="classifier", trained_share=1), dict(keys_per_cell=20, own_share=1),
+            dict(trained="mean", segment=100, trained_share=1)]  # fmt: skip
+    set.plans = [
+        fs.ProbePlan(layer=p.layer, kv_head=p.kv_head, tokens=TOKENS, **ways[p.kv_head]) for p in set.partitions
+    ]
+    return set
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,28 @@ def test_budgets_are_kept_and_reading_more_errs_less(model, tokens, cache, train
             else:
                 assert 0.5 * budget < method.selectivity <= budget * 1.05
         assert method.name == "window" or errors[1] < errors[0]
+
+
+def test_plans_are_followed(model, tokens, cache, trained):
+    layer = fs.LayerPlan(trained, 3, 3)
+    assert layer.keys_per_cell == [0, 20, 0] and layer.policy.head_split == [[1], [1], [1]]
+    assert [[p.ncell for p in head] for head in layer.trained] == [[256], [], [256 * -(-TOKENS // 100)]]
+    own = layer.own(cache.view(3, FIRST), 16, FIRST)
+    assert [[p.ncell for p in head] for head in own] == [[], [(FIRST - 16) // 20], []]
+    before = trained.plans
+    trained.plans = [
+        fs.ProbePlan(layer=p.layer, kv_head=p.kv_head, trained="mean", trained_share=0.2, keys_per_cell=20, own_share=0.1)
+        for p in trained.partitions
+    ]
+    (method,) = make_methods(["planned"], cache, model, trained)
+    trained.plans = before
+    method.begin(1.0)
+    decode(model, method, tokens[FIRST:], FIRST)
+    assert 0.1 < method.selectivity <= 0.3
+    with pytest.raises(fs.Error, match="no query assigner 'oracle'"):
+        fs.ProbePlan(trained="oracle")
+    with pytest.raises(fs.Error, match="no field 'share'"):
+        fs.ProbePlan(share=1)
 
 
 def test_a_prefill_goes_on_from_another(model, tokens, cache):

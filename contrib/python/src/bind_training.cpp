@@ -33,6 +33,17 @@ auto head_reader(ReadHead read) {
     };
 }
 
+void set_fields(nb::handle object, const char* type, const nb::kwargs& fields) {
+    for (const auto [name, value] : fields) {
+        FAISS_THROW_IF_NOT_FMT(
+                nb::hasattr(object, name),
+                "%s has no field '%s'",
+                type,
+                nb::str(name).c_str());
+        nb::setattr(object, name, value);
+    }
+}
+
 } // namespace
 
 void bind_training(nb::module_& m) {
@@ -84,13 +95,7 @@ void bind_training(nb::module_& m) {
                        const nb::kwargs& fields) {
                         new (self.p) TrainingParams();
                         nb::inst_mark_ready(self.h);
-                        for (const auto [name, value] : fields) {
-                            FAISS_THROW_IF_NOT_FMT(
-                                    nb::hasattr(self.h, name),
-                                    "TrainingParams has no field '%s'",
-                                    nb::str(name).c_str());
-                            nb::setattr(self.h, name, value);
-                        }
+                        set_fields(self.h, "TrainingParams", fields);
                     },
                     nb::sig("def __init__(self, **fields: object) -> None"))
             .def_rw("ncell", &TrainingParams::ncell, "Cells.")
@@ -158,32 +163,49 @@ void bind_training(nb::module_& m) {
                  "The same cells with a BlendAssigner for queries.");
 
     nb::class_<ProbePlan>(
-            m, "ProbePlan", "What a KV head probes (docs/classifier.md).")
-            .def_ro("layer", &ProbePlan::layer)
-            .def_ro("kv_head", &ProbePlan::kv_head)
-            .def_prop_ro(
+            m,
+            "ProbePlan",
+            "What a KV head probes (docs/classifier.md). Every field can be "
+            "given by name.")
+            .def(
+                    "__init__",
+                    [](nb::pointer_and_handle<ProbePlan> self,
+                       const nb::kwargs& fields) {
+                        new (self.p) ProbePlan();
+                        nb::inst_mark_ready(self.h);
+                        set_fields(self.h, "ProbePlan", fields);
+                    },
+                    nb::sig("def __init__(self, **fields: object) -> None"))
+            .def_rw("layer", &ProbePlan::layer)
+            .def_rw("kv_head", &ProbePlan::kv_head)
+            .def_prop_rw(
                     "trained",
                     [](const ProbePlan& p) { return name(p.trained); },
-                    nb::sig("def trained(self) -> str"),
+                    [](ProbePlan& p, const std::string& query) {
+                        p.trained = trained_query(query);
+                    },
+                    nb::for_getter(nb::sig("def trained(self) -> str")),
+                    nb::for_setter(
+                            nb::sig("def trained(self, query: str) -> None")),
                     "Who ranks the trained cells: none, classifier, mean or "
                     "blend.")
-            .def_ro("trained_share",
+            .def_rw("trained_share",
                     &ProbePlan::trained_share,
                     "Of the far keys, read through them at most.")
-            .def_ro("segment",
+            .def_rw("segment",
                     &ProbePlan::segment,
                     "Tokens of a segment that they are cut into; 0: they are "
                     "not.")
-            .def_ro("keys_per_cell",
+            .def_rw("keys_per_cell",
                     &ProbePlan::keys_per_cell,
                     "Of the sequence's own cells; 0: it has none.")
-            .def_ro("own_share",
+            .def_rw("own_share",
                     &ProbePlan::own_share,
                     "Of the far keys, read through these at most.")
-            .def_ro("tokens", &ProbePlan::tokens)
-            .def_ro("byte_budget", &ProbePlan::byte_budget)
-            .def_ro("recall", &ProbePlan::recall)
-            .def_ro("output_error", &ProbePlan::output_error);
+            .def_rw("tokens", &ProbePlan::tokens)
+            .def_rw("byte_budget", &ProbePlan::byte_budget)
+            .def_rw("recall", &ProbePlan::recall)
+            .def_rw("output_error", &ProbePlan::output_error);
 
     nb::class_<PartitionSet>(
             m,
@@ -217,7 +239,7 @@ void bind_training(nb::module_& m) {
                     "texts"_a = std::vector<std::string>(),
                     "seed"_a = 0)
             .def_ro("partitions", &PartitionSet::partitions)
-            .def_ro("plans",
+            .def_rw("plans",
                     &PartitionSet::plans,
                     "What KV heads probe; empty where nothing was chosen.")
             .def_ro("plan_texts", &PartitionSet::plan_texts)
