@@ -1,5 +1,6 @@
 /// Chooses, on recorded attention, what each KV head probes for a byte budget.
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <map>
 
@@ -98,12 +99,21 @@ std::vector<std::string> table_row(
             fmt::format("{:.4f}", sum.bytes)};
 }
 
-/// The plan that is best by `measure` (small is good), knowing the figures.
+/// The plan that keeps to the budget on these texts and is best at them by
+/// `measure` (small is good).
 template <class Measure>
-size_t best(const Measured& texts, const Measure& measure) {
+size_t best(
+        const std::vector<ProbePlan>& plans,
+        const Measured& texts,
+        const Measure& measure) {
     size_t at = 0;
-    for (size_t p = 1; p < texts[0].size(); p++) {
-        if (measure(mean_figures(texts, p)) < measure(mean_figures(texts, at))) {
+    double least = INFINITY;
+    for (size_t p = 0; p < plans.size(); p++) {
+        const PlanFigures f = mean_figures(texts, p);
+        const bool fits =
+                f.bytes <= plans[p].byte_budget * (1 + kBudgetTolerance);
+        if (fits && measure(f) < least) {
+            least = measure(f);
             at = p;
         }
     }
@@ -123,7 +133,7 @@ void report_part(
     table.push_back(table_row("the plans", heads, part, place_of_chosen));
     const auto hindsight = [&](const char* row, const auto& measure) {
         table.push_back(table_row(row, heads, part, [&](const HeadResult& h) {
-            return best(h.*part, measure);
+            return best(h.plans, h.*part, measure);
         }));
     };
     hindsight("best per head by loss", [](const PlanFigures& f) {

@@ -38,6 +38,9 @@ struct PlanParams {
     void check() const;
 };
 
+/// How far a plan may exceed its budget, as a fraction of it.
+constexpr double kBudgetTolerance = .02;
+
 /// How a plan does on a text. Means over the query heads of the group.
 struct PlanFigures {
     double recall = 1;       ///< mass of far keys read over that of all
@@ -97,8 +100,8 @@ std::vector<ProbePlan> spend_budget(
 
 /// The plan with the least mean loss over the texts, of those that are no worse
 /// than the trained classifier alone on what is looked up: mass that ordinary
-/// text moves is not what finds a needle. Plans that are worse, or that read more
-/// than 2 % above the budget, as coarse cells do, come last.
+/// text moves is not what finds a needle. Plans that are worse, or that exceed the
+/// budget by more than kBudgetTolerance, as coarse cells do, come last.
 /// @param texts    figures of each text, in the order of `plans`, at least one
 /// @param lookups  of each text that looks something up; may be empty
 ProbePlan choose_plan(

@@ -519,7 +519,7 @@ ProbePlan choose_plan(
         const double worse =
                 bar < INFINITY ? mean_figures(lookups, p).loss() - bar : 0;
         const Rank rank = {
-                above > .02 ? above : 0, std::max(worse, 0.0), f.loss()};
+                above > kBudgetTolerance ? above : 0, std::max(worse, 0.0), f.loss()};
         if (rank < least) {
             least = rank;
             best = p;
