@@ -136,15 +136,18 @@ void report_part(
             return best(h.plans, h.*part, measure);
         }));
     };
-    hindsight("best per head by loss", [](const PlanFigures& f) {
-        return f.loss();
-    });
-    hindsight("best per head by recall", [](const PlanFigures& f) {
-        return -f.recall;
-    });
-    hindsight("best per head by error", [](const PlanFigures& f) {
-        return f.output_error;
-    });
+    // Lookups may have another length, at which no plan keeps to the budget.
+    if (part != &HeadResult::lookups) {
+        hindsight("best per head by loss", [](const PlanFigures& f) {
+            return f.loss();
+        });
+        hindsight("best per head by recall", [](const PlanFigures& f) {
+            return -f.recall;
+        });
+        hindsight("best per head by error", [](const PlanFigures& f) {
+            return f.output_error;
+        });
+    }
     // Only what every head could afford is a method for all heads.
     std::map<std::string, size_t> heads_with;
     for (const HeadResult& head : heads) {
