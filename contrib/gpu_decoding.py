@@ -231,8 +231,7 @@ class GpuCells(GpuMethod):
         stats = torch.empty(*q.shape[:3], 4, dtype=torch.int64, device=q.device)
         adapter, batch = self.adapters[layer], self.batches[layer]
         for t in range(len(q)):
-            adapter.append(batch)
-            adapter.attend(batch, q[t], out[t], None, stats[t], self._policy)
+            adapter.step(batch, q[t], out[t], None, stats[t], self._policy)
         adapter.check()
         # the query heads of a KV head share their choice
         self.counted += stats[:, :, :: self.group, 1:3].sum((0, 2))

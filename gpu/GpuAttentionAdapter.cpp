@@ -164,6 +164,7 @@ GpuAttentionAdapter::GpuAttentionAdapter(
     FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
             &processors_, cudaDevAttrMultiProcessorCount, device));
     team_blocks_ = most_team_blocks();
+    route_room_ = route_room();
     fault_ = std::make_unique<Fault>();
     for (size_t h = 0; h < partitions.size(); h++) {
         auto lowered = std::make_shared<Lowered>();
@@ -704,8 +705,24 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
         return all_teams;
     };
     const int64_t at_once = 2 * processors_;
-    const int most_rows = most_team_rows(
-            group_, params_.d, b.most_cols, b.most_post, b.most_width);
+    RouteParams shape;
+    shape.heads_q = params_.heads_q;
+    shape.heads_kv = params_.heads_kv;
+    shape.d = params_.d;
+    shape.most_cells = b.most_cells;
+    shape.most_cols = b.most_cols;
+    shape.most_post = b.most_post;
+    shape.most_width = b.most_width;
+    FAISS_THROW_IF_NOT_FMT(
+            route_needs(shape) <= route_room_,
+            "%d cells a partition, or networks %d wide for groups of %d, take %zd "
+            "bytes of shared memory, a block has %zd on this device",
+            b.most_cells,
+            b.most_width,
+            group_,
+            route_needs(shape),
+            route_room_);
+    const int most_rows = most_team_rows(shape);
     while (2 * b.most_team_rows <= most_rows &&
            teams_of(b.most_team_rows) * kMaxTeam > at_once) {
         b.most_team_rows *= 2;
@@ -955,6 +972,7 @@ void GpuAttentionAdapter::start_route(
     p.most_cols = b.most_cols;
     p.most_post = b.most_post;
     p.most_width = b.most_width;
+    p.room = route_room_;
     p.heads_q = params_.heads_q;
     p.heads_kv = params_.heads_kv;
     p.d = params_.d;

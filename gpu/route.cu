@@ -653,28 +653,51 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-/// Floats that a row's vectors take: queries, hidden layers, the leaving key.
-int floats_of_row(int group, int d, int most_cols, int most_post, int most_width) {
-    return (group + 3) / 4 * 4 * (most_cols + most_post + 2 * most_width) + d;
+/// Bytes that a row's vectors take: queries, hidden layers, the leaving key.
+size_t bytes_of_row(const RouteParams& p) {
+    const int group = p.heads_q / p.heads_kv;
+    const int of_head = p.most_cols + p.most_post + 2 * p.most_width;
+    return sizeof(float) * ((group + 3) / 4 * 4 * of_head + p.d);
 }
 
-/// Bytes of shared memory: scoring and selection take turns in them.
-size_t shared_bytes(const RouteParams& p) {
+/// Bytes of keys and counts of a selection.
+size_t bytes_of_cells(const RouteParams& p) {
     size_t padded = 32;
     while (padded < size_t(p.most_cells)) {
         padded *= 2;
     }
-    const size_t scoring = sizeof(float) * p.most_team_rows *
-            floats_of_row(p.heads_q / p.heads_kv,
-                          p.d,
-                          p.most_cols,
-                          p.most_post,
-                          p.most_width);
+    return padded * 8 + size_t(p.most_cells) * 4;
+}
+
+/// Scoring and selection take turns.
+size_t shared_bytes(const RouteParams& p) {
     return p.staged * sizeof(float) +
-            std::max(scoring, padded * 8 + size_t(p.most_cells) * 4);
+            std::max(p.most_team_rows * bytes_of_row(p), bytes_of_cells(p));
 }
 
 } // namespace
+
+size_t route_room() {
+    int device = 0, room = 0;
+    cudaFuncAttributes attributes = {};
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(
+                &room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+                cudaSuccess ||
+        cudaFuncGetAttributes(&attributes, route_kernel) != cudaSuccess) {
+        return 0;
+    }
+    return room - attributes.sharedSizeBytes;
+}
+
+size_t route_needs(const RouteParams& p) {
+    return std::max(bytes_of_row(p), bytes_of_cells(p));
+}
+
+int most_team_rows(const RouteParams& p) {
+    constexpr size_t kBytes = 48 << 10;
+    return std::clamp(static_cast<int>(kBytes / bytes_of_row(p)), 1, kMaxTeamRows);
+}
 
 int most_team_blocks() {
     constexpr int kBytes = 64 << 10; // more than a step needs as a rule
@@ -708,14 +731,6 @@ int most_team_blocks() {
     return blocks;
 }
 
-int most_team_rows(int group, int d, int most_cols, int most_post, int most_width) {
-    constexpr int kFloats = 12 << 10;
-    return std::clamp(
-            kFloats / floats_of_row(group, d, most_cols, most_post, most_width),
-            1,
-            kMaxTeamRows);
-}
-
 cudaError_t route(RouteParams p, cudaStream_t stream) {
     if (p.nteam == 0) {
         return cudaSuccess;
@@ -723,7 +738,10 @@ cudaError_t route(RouteParams p, cudaStream_t stream) {
     const int group = p.heads_q / p.heads_kv;
     constexpr int kMostStaged = 16384; // floats
     const int scores = ((p.share_group ? group : 1) * p.most_cells + 3) / 4 * 4;
-    p.staged = scores <= kMostStaged ? scores : 0;
+    p.staged = scores;
+    if (scores > kMostStaged || shared_bytes(p) > p.room) {
+        p.staged = 0;
+    }
     const size_t shared = shared_bytes(p);
     cudaError_t error = cudaFuncSetAttribute(
             route_kernel,

@@ -30,6 +30,7 @@ struct RouteParams {
     /// floats per query head that scoring keeps at hand: of what rows are
     /// multiplied with first, of vectors after RoPE, of hidden layers
     int most_cols = 0, most_post = 0, most_width = 0;
+    size_t room = 0; ///< route_room()
     int staged = 0; ///< scores of a row that selection keeps at hand; by route()
     int heads_q = 0, heads_kv = 0, d = 0;
     int64_t sink = 0, window = 0, position_offset = 0, dense_below = 0;
@@ -59,8 +60,12 @@ struct RouteParams {
 /// Blocks that a team can have on this device: 1 where it has no clusters.
 int most_team_blocks();
 
-/// Rows that a team may have: what it keeps of them must fit into shared memory.
-int most_team_rows(int group, int d, int most_cols, int most_post, int most_width);
+/// Shared memory that a block may have on this device, and what route() needs at
+/// least, beside what is static: parameters as in RouteParams.
+size_t route_room();
+size_t route_needs(const RouteParams& params);
+/// Rows that a team may have: what it keeps of them must fit, too.
+int most_team_rows(const RouteParams& params);
 
 /// Scores all cells for all query heads, and takes cells for each row: one
 /// launch.

@@ -247,6 +247,7 @@ class GpuAttentionAdapter {
 
     AdapterParams params_;
     int group_ = 0, device_ = 0, processors_ = 0;
+    size_t route_room_ = 0; ///< shared memory of a block that routes
     int team_blocks_ = 1; ///< blocks that may score one row's cells together
     std::unique_ptr<Fault> fault_;
     std::vector<std::shared_ptr<const Lowered>> partitions_; ///< by KV head

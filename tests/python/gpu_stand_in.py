@@ -49,6 +49,10 @@ class GpuAttentionAdapter:
             columns = [result.cells, result.keys_read, result.far_keys, np.zeros_like(result.cells)]
             stats.copy_(torch.from_numpy(np.stack(columns, -1)))
 
+    def step(self, batch, queries, output, *others, **named):
+        self.append(batch)
+        self.attend(batch, queries, output, *others, **named)
+
     def truncate(self, sequence, length, kv, stream=None):
         self._adapter.truncate(sequence, length, kv)
 

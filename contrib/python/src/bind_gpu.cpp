@@ -91,6 +91,38 @@ T* written(
     return array.data();
 }
 
+/// GpuAttentionAdapter.attend, or step, which appends first.
+template <bool Appends>
+void attend_into(
+        GpuAttentionAdapter& a,
+        const PlannedBatch& batch,
+        const nb::object& queries,
+        const nb::object& output,
+        const nb::object& lse,
+        const nb::object& stats,
+        const ProbePolicy* policy,
+        bool merge,
+        const nb::object& stream) {
+    const AdapterParams& p = a.params();
+    const int64_t tokens = batch.batch->tokens();
+    const AnyArray q = queries_on(queries, batch, p, a.device());
+    AttendOutput out;
+    out.output = written<float>(
+            output, "output", {tokens, p.heads_q, p.d}, a.device());
+    out.lse = written<float>(lse, "lse", {tokens, p.heads_q}, a.device());
+    static_assert(sizeof(AttendStats) == 4 * sizeof(int64_t));
+    out.stats = reinterpret_cast<AttendStats*>(written<int64_t>(
+            stats, "stats", {tokens, p.heads_q, 4}, a.device()));
+    out.merge = merge;
+    const cudaStream_t s = stream_of(stream, a.device());
+    nb::gil_scoped_release release;
+    if (Appends) {
+        a.step(*batch.batch, q.data(), out, policy, s);
+    } else {
+        a.attend(*batch.batch, q.data(), out, policy, s);
+    }
+}
+
 } // namespace
 
 void bind_gpu(nb::module_& m) {
@@ -323,39 +355,7 @@ void bind_gpu(nb::module_& m) {
                     "Takes note of the next q_len tokens of each sequence.")
             .def(
                     "attend",
-                    [](const GpuAttentionAdapter& a,
-                       const PlannedBatch& batch,
-                       const nb::object& queries,
-                       const nb::object& output,
-                       const nb::object& lse,
-                       const nb::object& stats,
-                       const ProbePolicy* policy,
-                       bool merge,
-                       const nb::object& stream) {
-                        const AdapterParams& p = a.params();
-                        const int64_t tokens = batch.batch->tokens();
-                        const AnyArray q =
-                                queries_on(queries, batch, p, a.device());
-                        AttendOutput out;
-                        out.output = written<float>(
-                                output,
-                                "output",
-                                {tokens, p.heads_q, p.d},
-                                a.device());
-                        out.lse = written<float>(
-                                lse, "lse", {tokens, p.heads_q}, a.device());
-                        static_assert(sizeof(AttendStats) == 4 * sizeof(int64_t));
-                        out.stats = reinterpret_cast<AttendStats*>(
-                                written<int64_t>(
-                                        stats,
-                                        "stats",
-                                        {tokens, p.heads_q, 4},
-                                        a.device()));
-                        out.merge = merge;
-                        const cudaStream_t s = stream_of(stream, a.device());
-                        nb::gil_scoped_release release;
-                        a.attend(*batch.batch, q.data(), out, policy, s);
-                    },
+                    &attend_into<false>,
                     "batch"_a,
                     "queries"_a,
                     "output"_a,
@@ -377,7 +377,27 @@ void bind_gpu(nb::module_& m) {
                     "distinct cells probed, distinct far keys read, far keys "
                     "there are, and what has no meaning as an integer. policy: "
                     "None for the adapter's. merge: output and lse already hold "
-                    "results over other keys and become those of the union.");
+                    "results over other keys and become those of the union.")
+            .def(
+                    "step",
+                    &attend_into<true>,
+                    "batch"_a,
+                    "queries"_a,
+                    "output"_a,
+                    "lse"_a = nb::none(),
+                    "stats"_a = nb::none(),
+                    "policy"_a = nb::none(),
+                    nb::kw_only(),
+                    "merge"_a = false,
+                    "stream"_a = nb::none(),
+                    nb::sig("def step(self, batch: GpuBatch, queries: object, "
+                            "output: object, lse: object = None, stats: object "
+                            "= None, policy: ProbePolicy | None = None, *, "
+                            "merge: bool = False, stream: object = None) -> "
+                            "None"),
+                    "append, then attend: a decode step, in two launches where each "
+                    "sequence has one token, the policy chooses for groups and no "
+                    "assigner reads cell means. Arguments as of attend.");
 
     m.def(
             "gpu_sequence_partitions",
