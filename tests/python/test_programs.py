@@ -12,7 +12,8 @@ TRACE = os.environ.get("FAISS_SAAP_TRACE")
 if not BIN or not TRACE:
     pytest.skip("FAISS_SAAP_BIN and FAISS_SAAP_TRACE are not set", allow_module_level=True)
 
-PROGRAMS = sorted(p for p in Path(BIN).iterdir() if p.name == "demo" or p.name.startswith(("bench_", "generate_", "train_")))
+NAMES = ("demo", "bench_", "choose_", "generate_", "train_")
+PROGRAMS = sorted(p for p in Path(BIN).iterdir() if p.name.startswith(NAMES))
 
 
 def run(*command):
