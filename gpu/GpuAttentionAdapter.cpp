@@ -945,6 +945,15 @@ void GpuAttentionAdapter::truncate(
     s.length = length;
 }
 
+void GpuAttentionAdapter::check_policy(
+        const GpuBatch& batch,
+        const ProbePolicy& policy) const {
+    policy.check();
+    for (const BatchRow& row : batch.state_->rows) {
+        policy.share(0, row.nlist); // fits, or throws
+    }
+}
+
 void GpuAttentionAdapter::start_route(
         const GpuBatch& batch,
         const void* queries,
@@ -954,11 +963,6 @@ void GpuAttentionAdapter::start_route(
         bool appends,
         cudaStream_t stream) const {
     const GpuBatch::State& b = *batch.state_;
-    policy.check();
-    for (const BatchRow& row : b.rows) {
-        policy.share(0, row.nlist); // fits, or throws
-    }
-    FAISS_THROW_IF_NOT_MSG(b.tokens == 0 || queries, "queries is null");
     RouteParams p;
     p.items = b.d_items;
     p.lists = b.d_lists;
@@ -1024,6 +1028,8 @@ void GpuAttentionAdapter::route(
             b.stride);
     FAISS_THROW_IF_NOT_MSG(probed.cells, "probed.cells is null");
     FAISS_THROW_IF_NOT_MSG(probed.count, "probed.count is null");
+    check_policy(batch, chosen);
+    FAISS_THROW_IF_NOT_MSG(b.tokens == 0 || queries, "queries is null");
     DeviceScope scope(device_);
     start_route(
             batch,
@@ -1121,29 +1127,32 @@ void GpuAttentionAdapter::start_attend(
     FAISS_SAAP_CUDA_CHECK(gpu::attend(p, stream));
 }
 
+void GpuAttentionAdapter::route_and_attend(
+        const GpuBatch& batch,
+        const void* queries,
+        const AttendOutput& out,
+        const ProbePolicy& policy,
+        bool appends,
+        cudaStream_t stream) const {
+    GpuProbedCells probed = batch.state_->probed;
+    probed.share_group = policy.share_group;
+    start_route(batch, queries, probed, policy, /*plans=*/true, appends, stream);
+    start_attend(batch, queries, probed, /*planned=*/true, appends, out, stream);
+}
+
 void GpuAttentionAdapter::attend(
         const GpuBatch& batch,
         const void* queries,
         const AttendOutput& out,
         const ProbePolicy* policy,
         cudaStream_t stream) const {
+    const ProbePolicy& chosen = policy ? *policy : params_.policy;
     check();
     check_batch(batch, true);
     check_output(batch, queries, out);
-    const ProbePolicy& chosen = policy ? *policy : params_.policy;
-    GpuProbedCells probed = batch.state_->probed;
-    probed.share_group = chosen.share_group;
+    check_policy(batch, chosen);
     DeviceScope scope(device_);
-    start_route(
-            batch,
-            queries,
-            probed,
-            chosen,
-            /*plans=*/true,
-            /*appends=*/false,
-            stream);
-    start_attend(
-            batch, queries, probed, /*planned=*/true, /*appends=*/false, out, stream);
+    route_and_attend(batch, queries, out, chosen, /*appends=*/false, stream);
 }
 
 void GpuAttentionAdapter::step(
@@ -1152,31 +1161,21 @@ void GpuAttentionAdapter::step(
         const AttendOutput& out,
         const ProbePolicy* policy,
         cudaStream_t stream) {
+    const ProbePolicy& chosen = policy ? *policy : params_.policy;
     check();
     check_batch(batch, true);
     check_output(batch, queries, out);
+    check_policy(batch, chosen);
     const GpuBatch::State& b = *batch.state_;
-    const ProbePolicy& chosen = policy ? *policy : params_.policy;
-    if (!b.one_each || b.keeps_means || !chosen.share_group ||
-        b.most_partitions > kMaxAppendPartitions) {
-        append(batch, stream);
-        attend(batch, queries, out, policy, stream);
-        return;
-    }
-    chosen.check();
+    const bool in_two = b.one_each && !b.keeps_means && chosen.share_group &&
+            b.most_partitions <= kMaxAppendPartitions;
     DeviceScope scope(device_);
-    prepare_append(batch, stream);
-    const GpuProbedCells& probed = b.probed;
-    start_route(
-            batch,
-            queries,
-            probed,
-            chosen,
-            /*plans=*/true,
-            /*appends=*/true,
-            stream);
-    start_attend(
-            batch, queries, probed, /*planned=*/true, /*appends=*/true, out, stream);
+    if (in_two) {
+        prepare_append(batch, stream);
+    } else {
+        append(batch, stream);
+    }
+    route_and_attend(batch, queries, out, chosen, /*appends=*/in_two, stream);
 }
 
 GpuListsCopy GpuAttentionAdapter::lists(

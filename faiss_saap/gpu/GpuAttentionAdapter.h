@@ -223,6 +223,7 @@ class GpuAttentionAdapter {
             cudaStream_t stream) const;
     void check_view(const KvView& kv) const;
     void check_batch(const GpuBatch& batch, bool attends) const;
+    void check_policy(const GpuBatch& batch, const ProbePolicy& policy) const;
     void prepare_append(const GpuBatch& batch, cudaStream_t stream);
     void start_route(
             const GpuBatch& batch,
@@ -231,6 +232,13 @@ class GpuAttentionAdapter {
             const ProbePolicy& policy,
             bool plans,   ///< for start_attend
             bool appends, ///< likewise
+            cudaStream_t stream) const;
+    void route_and_attend(
+            const GpuBatch& batch,
+            const void* queries,
+            const AttendOutput& out,
+            const ProbePolicy& policy,
+            bool appends,
             cudaStream_t stream) const;
     void check_output(
             const GpuBatch& batch,
