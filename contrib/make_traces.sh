@@ -25,6 +25,10 @@ cd "$1"
 # bible-kjv 4.38, debian-handbook 11.20220922, html2text 1.3.2a-28,
 # jargon-text 4.4.7-4.1, libpython3.11-stdlib 3.11.2-6+deb12u6,
 # libstdc++-12-dev 12.2.0-14+deb12u1, linux-doc-6.1 6.1.192-2.
+if [ ! -d /usr/lib/python3.11 ] && [ ! -e python.txt ]; then
+  echo "error: the texts are made of packages of Debian 12; elsewhere put texts of your own into $PWD under the same names" >&2
+  exit 1
+fi
 [ -e kjv.txt ] && [ -e handbook.txt ] ||
   apt-get install -y bible-kjv bible-kjv-text debian-handbook html2text
 [ -e kjv.txt ] || bible -f '1sam1:1-2sam24:25' | sed 's/^[^ ]* //' >kjv.txt
