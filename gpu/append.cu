@@ -49,8 +49,7 @@ __device__ void find_best_of_few(
         const float score = bias +
                 warp_products<RowType::float32, 1>(row, p.d, few + t * p.d, 0);
         unsigned long long mine = row
-                ? static_cast<unsigned long long>(ordered(score)) << 32 |
-                        ~static_cast<uint32_t>(cell)
+                ? scored_cell(score, cell)
                 : 0;
         for (int step = 16; step >= 4; step /= 2) {
             mine = max(mine, __shfl_xor_sync(0xffffffffu, mine, step));
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) append_few(AppendParams p) {
         const auto cell_of = [&](int64_t slot) {
             const unsigned long long packed =
                     *static_cast<volatile unsigned long long*>(best + slot - begin);
-            return static_cast<int>(~static_cast<uint32_t>(packed));
+            return cell_of_scored(packed);
         };
         if (!bad) {
             list_slots(list, p.sink, begin, end, cell_of);

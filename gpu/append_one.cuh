@@ -39,7 +39,7 @@ __device__ inline Fault fault_of_key(const char* key, int d, int bf16) {
 }
 
 /// The best of a block's share of the cells for a key; warp `warp` of `warps` writes
-/// what it has found. Of equal scores the lower cell's is larger.
+/// what it has found.
 __device__ __noinline__ void find_best_cell(
         const DeviceAssigner& key,
         const float* x,
@@ -62,10 +62,7 @@ __device__ __noinline__ void find_best_cell(
         const float score =
                 bias + warp_products<RowType::float32, 1>(row, key.d, x, 0);
         if (there) {
-            mine = max(
-                    mine,
-                    static_cast<unsigned long long>(ordered(score)) << 32 |
-                            ~static_cast<uint32_t>(cell));
+            mine = max(mine, scored_cell(score, cell));
         }
     }
     const auto high = static_cast<uint32_t>(mine >> 32);
@@ -99,7 +96,7 @@ __device__ inline OneAppend begin_listing(
     for (unsigned b = 0; b < kMaxTeam; b++) {
         best = b < gridDim.x ? max(best, found[b]) : best;
     }
-    one.cell = static_cast<int>(~static_cast<uint32_t>(best));
+    one.cell = cell_of_scored(best);
     one.slot = slot;
     one.entry = static_cast<uint32_t>(counts[one.cell]++);
     one.extent = __ldcg(

@@ -39,6 +39,13 @@ T guarded(T failed, const Body& body) {
     return failed;
 }
 
+AttendOutput output_of(float* output, float* lse) {
+    AttendOutput out;
+    out.output = output;
+    out.lse = lse;
+    return out;
+}
+
 cudaStream_t as_stream(void* stream) {
     return static_cast<cudaStream_t>(stream);
 }
@@ -220,11 +227,12 @@ int saap_attend(
         void* stream) {
     return guarded(1, [&] {
         FAISS_THROW_IF_NOT_MSG(adapter && batch, "adapter or batch is null");
-        AttendOutput out;
-        out.output = output;
-        out.lse = lse;
         adapter->adapter.attend(
-                *batch->batch, queries, out, nullptr, as_stream(stream));
+                *batch->batch,
+                queries,
+                output_of(output, lse),
+                nullptr,
+                as_stream(stream));
         return 0;
     });
 }
@@ -238,11 +246,12 @@ int saap_step(
         void* stream) {
     return guarded(1, [&] {
         FAISS_THROW_IF_NOT_MSG(adapter && batch, "adapter or batch is null");
-        AttendOutput out;
-        out.output = output;
-        out.lse = lse;
         adapter->adapter.step(
-                *batch->batch, queries, out, nullptr, as_stream(stream));
+                *batch->batch,
+                queries,
+                output_of(output, lse),
+                nullptr,
+                as_stream(stream));
         return 0;
     });
 }

@@ -76,24 +76,6 @@ __device__ inline int2 rotary_pair(const DeviceRotary& rotary, int d, int pair) 
                               : make_int2(pair, pair + d / 2);
 }
 
-/// Component j of a row before its rotation.
-__device__ inline float derotated(
-        const DeviceRotary& rotary,
-        int d,
-        int64_t position,
-        int j,
-        const char* row,
-        int bf16) {
-    if (!rotary.inverse_frequency) {
-        return element(row, bf16, j);
-    }
-    const int pair = rotary.interleaved ? j / 2 : j % (d / 2);
-    const int2 at = rotary_pair(rotary, d, pair);
-    const float2 r = rotation(rotary, position, pair);
-    const float a = element(row, bf16, at.x), b = element(row, bf16, at.y);
-    return rotary.shrink * (j == at.y ? b * r.x - a * r.y : a * r.x + b * r.y);
-}
-
 /// A row as floats, before its rotation if `derotates`; by threads that take every
 /// `step`-th pair from `first` on. A null row is 0. A step's kernels run once and
 /// wait for their code as for data: what they use in several places is not inlined.
@@ -248,7 +230,16 @@ __device__ inline uint32_t ordered(float x) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/// The inverse.
+/// A cell in the order of its score; of equal scores the lower cell's is larger.
+__device__ inline unsigned long long scored_cell(float score, int cell) {
+    return static_cast<unsigned long long>(ordered(score)) << 32 |
+            ~static_cast<uint32_t>(cell);
+}
+__device__ inline int cell_of_scored(unsigned long long scored) {
+    return static_cast<int>(~static_cast<uint32_t>(scored));
+}
+
+/// The inverse of `ordered`.
 __device__ inline float of_ordered(uint32_t x) {
     return __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);
 }

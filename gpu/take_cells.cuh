@@ -11,12 +11,9 @@ namespace faiss_saap::gpu {
 constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / 32;
 
-/// The order of cells: by score, of equal ones the lower first. 0 is never taken.
+/// The order of cells. 0 is never taken.
 __device__ inline unsigned long long cell_key(float score, int cell) {
-    return score > -INFINITY
-            ? static_cast<unsigned long long>(ordered(score)) << 32 |
-                    ~static_cast<uint32_t>(cell)
-            : 0ull;
+    return score > -INFINITY ? scored_cell(score, cell) : 0ull;
 }
 
 /// What a block keeps of a selection, beside scores, keys and counts.
@@ -180,7 +177,7 @@ __device__ int2 take_sorted_cells(
 #pragma unroll 1
     for (int first = 0; first < n; first += 32) {
         const unsigned long long key = sorted[first + lane];
-        const int cell = static_cast<int>(~static_cast<uint32_t>(key));
+        const int cell = cell_of_scored(key);
         const int count = key ? counts[cell] : 0;
         int end = count; // with the lanes before
 #pragma unroll
@@ -418,7 +415,7 @@ __device__ void take_cells(
     __syncthreads();
     const int run = min(s.taken, m); // taken one after the other
     if (speaks && rank < run) {
-        take(rank, static_cast<int>(~static_cast<uint32_t>(mine)), count, before);
+        take(rank, cell_of_scored(mine), count, before);
     }
     if (speaks && rank == run - 1) {
         s.keys = before + count;
@@ -435,7 +432,7 @@ __device__ void take_cells(
         below = best_that_fits(
                 s, keys, n, counts, limit - taken_keys, below, round);
         if (below) {
-            const int cell = static_cast<int>(~static_cast<uint32_t>(below));
+            const int cell = cell_of_scored(below);
             if (threadIdx.x == 0) {
                 take(taken, cell, counts[cell], taken_keys);
             }
