@@ -3,12 +3,12 @@
 
 #include <CLI/CLI.hpp>
 #include <faiss/impl/FaissAssert.h>
-#include <faiss/utils/fp16.h>
 #include <fmt/core.h>
 #include <fmt/ranges.h>
 
 #include <faiss_saap/SafetensorsFile.h>
 #include <faiss_saap/Trace.h>
+#include <faiss_saap/dtype.h>
 
 #include "common/TraceReplay.h"
 #include "common/report.h"
@@ -45,10 +45,8 @@ std::string stretched(const RopeParams& rope, double by) {
 
 std::vector<uint16_t> to_half(const std::vector<float>& x) {
     std::vector<uint16_t> half(x.size());
-#pragma omp parallel for
-    for (size_t i = 0; i < x.size(); i++) {
-        half[i] = faiss::encode_fp16(x[i]);
-    }
+    from_float(
+            DType::float16, x.data(), static_cast<int64_t>(x.size()), half.data());
     return half;
 }
 

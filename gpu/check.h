@@ -19,6 +19,13 @@ inline bool loses_context(cudaError_t error) {
         case cudaErrorLaunchTimeout:
         case cudaErrorAssert:
         case cudaErrorECCUncorrectable:
+        case cudaErrorNvlinkUncorrectable:
+        case cudaErrorMpsClientTerminated:
+        case cudaErrorExternalDevice:
+#if CUDART_VERSION >= 13000
+        case cudaErrorContained:
+        case cudaErrorTensorMemoryLeak:
+#endif
             return true;
         default:
             return false;

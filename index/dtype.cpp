@@ -1,10 +1,37 @@
 #include <faiss_saap/dtype.h>
 
+#include <cmath>
+
 #include <faiss/utils/fp16.h>
 
 namespace faiss_saap {
 
 namespace {
+
+/// faiss::encode_fp16 rounds ties away from zero where it is compiled for a
+/// processor without the instruction.
+uint16_t to_float16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) {
+        return sign | 0x7e00; // NaN stays NaN
+    }
+    if (bits >= 0x477ff000) {
+        return sign | 0x7c00; // half a unit above the largest: infinite
+    }
+    if (bits < 0x38800000) {
+        // Below 2^-14 the unit is that of 0.5: the addition rounds.
+        constexpr uint32_t kHalf = 0x3f000000;
+        const float sum = std::abs(x) + 0.5f;
+        std::memcpy(&bits, &sum, sizeof(bits));
+        return static_cast<uint16_t>(sign | (bits - kHalf));
+    }
+    bits -= 112 << 23; // the exponents' bias
+    bits = (bits + 0xfff + (bits >> 13 & 1)) >> 13;
+    return static_cast<uint16_t>(sign | bits);
+}
 
 float from_bfloat16(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -65,7 +92,7 @@ void from_float(DType type, const float* source, int64_t n, void* target) {
     char* bytes = static_cast<char*>(target);
     for (int64_t i = 0; i < n; i++) {
         const uint16_t bits = type == DType::float16
-                ? faiss::encode_fp16(source[i])
+                ? to_float16(source[i])
                 : to_bfloat16(source[i]);
         std::memcpy(bytes + 2 * i, &bits, sizeof(bits));
     }

@@ -427,9 +427,39 @@ TEST(DType, ConversionsRoundToNearestEven) {
     EXPECT_EQ(bits, 0x3f82);
     const float nan = NAN;
     float back;
-    from_float(DType::bfloat16, &nan, 1, &bits);
-    to_float(DType::bfloat16, &bits, 1, &back);
-    EXPECT_TRUE(std::isnan(back));
+    for (DType t : {DType::float16, DType::bfloat16}) {
+        from_float(t, &nan, 1, &bits);
+        to_float(t, &bits, 1, &back);
+        EXPECT_TRUE(std::isnan(back)) << name(t);
+    }
+}
+
+TEST(DType, Float16RoundsToNearestEvenEverywhere) {
+    const auto value = [](int bits) {
+        const int exponent = bits >> 10, fraction = bits & 0x3ff;
+        return exponent ? std::ldexp(1024.0f + fraction, exponent - 25)
+                        : std::ldexp(static_cast<float>(fraction), -24);
+    };
+    for (int low = 0; low < 0x7c00; low++) { // and the one above, in the end 2^16
+        const float a = value(low), b = value(low + 1), middle = (a + b) / 2;
+        for (int sign : {0, 0x8000}) {
+            const float s = sign ? -1.0f : 1.0f;
+            const float x[] = {
+                    s * a,
+                    s * std::nextafter(middle, a),
+                    s * middle,
+                    s * std::nextafter(middle, b)};
+            const int expected[] = {low, low, low + low % 2, low + 1};
+            uint16_t bits[4];
+            from_float(DType::float16, x, 4, bits);
+            float back;
+            to_float(DType::float16, bits, 1, &back);
+            ASSERT_EQ(back, x[0]);
+            for (int i = 0; i < 4; i++) {
+                ASSERT_EQ(bits[i], sign | expected[i]) << x[i];
+            }
+        }
+    }
 }
 
 } // namespace

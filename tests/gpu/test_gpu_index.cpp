@@ -229,6 +229,19 @@ struct Pair {
     }
 };
 
+/// Says where the first difference is.
+void expect_same_vectors(
+        const std::vector<float>& got,
+        const std::vector<float>& expected,
+        int d) {
+    ASSERT_EQ(got.size(), expected.size());
+    for (size_t i = 0; i < got.size(); i++) {
+        ASSERT_EQ(got[i], expected[i])
+                << "component " << i % d << " of vector " << i / d << ": got "
+                << std::hexfloat << got[i] << ", expected " << expected[i];
+    }
+}
+
 class GpuIndexCases : public DeviceTest,
                       public ::testing::WithParamInterface<IndexCase> {};
 
@@ -285,6 +298,7 @@ TEST_F(GpuIndex, ReconstructsWhatItHolds) {
     IndexCase c = index_cases()[0];
     c.d = 37;
     for (bool float16 : {false, true}) {
+        SCOPED_TRACE(float16 ? "float16" : "float32");
         c.float16 = float16;
         GpuIndexParams params;
         params.slab_bytes = 1 << 16; // several slabs
@@ -298,10 +312,10 @@ TEST_F(GpuIndex, ReconstructsWhatItHolds) {
             to_float(DType::float16, half.data(), c.n * c.d, expected.data());
         }
         p.device->reconstruct_n(0, c.n, got.data());
-        EXPECT_EQ(got, expected);
+        expect_same_vectors(got, expected, c.d);
         const OnDevice<float> on_device(c.n * c.d);
         p.device->reconstruct_n(0, c.n, on_device.data());
-        EXPECT_EQ(on_device.host(), expected);
+        expect_same_vectors(on_device.host(), expected, c.d);
 
         const idx_t gone[] = {7, 2999};
         p.device->remove_ids(faiss::IDSelectorBatch(2, gone));
