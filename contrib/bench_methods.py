@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 BUDGETS = "0.005,0.01,0.02,0.03,0.04,0.06,0.1,0.2"
 # Texts that no method was chosen or tuned on; kjv and python were what methods were developed on.
-TEXTS = {"8k": ["handbook", "kernel", "jargon", "headers"], "32k": ["handbook"]}
+TEXTS = {length: ["handbook", "kernel", "jargon", "headers"] for length in ("8k", "32k")}
 # Longer texts are generated: of this length, by its name, from these traces.
 GENERATED = {"32k": (32768, ["kjv_8k", "python_8k"]), "128k": (131072, [f"{text}_8k" for text in TEXTS["8k"]])}
 WINDOW = {"8k": 256, "32k": 2048, "128k": 2048}
@@ -91,17 +93,18 @@ def recorded(traces: Path, name: str) -> Path:
 
 
 def heads(traces: Path, length: str) -> list[tuple[str, Path, int, int]]:
-    """Text, trace, layer and KV head: one head of each layer, every other layer where there are several texts, the others
-    in the next one."""
-    sampled, step = [], min(2, len(TEXTS[length]))
+    """Text, trace, layer and KV head. Of 8,192 tokens every other layer, the others in the next text, so that many heads
+    are seen in little time; of 32,768 the same head of each layer in all texts, so that texts can be compared."""
+    sampled = []
     for t, text in enumerate(TEXTS[length]):
         trace = recorded(traces, f"{text}_{length}")
         with trace.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
         layers = [int(x) for x in header["layers"].split(",")]
         kv_heads = [int(x) for x in header.get("kv_heads", "0,1,2").split(",")]
-        for n, layer in list(enumerate(layers))[t % step :: step]:
-            sampled.append((text, trace, layer, kv_heads[(n + n % 2 + t // 2 * 2) % len(kv_heads)]))
+        first, step, shift = (t % 2, 2, t // 2 * 2) if length == "8k" else (0, 1, 0)
+        for n, layer in list(enumerate(layers))[first::step]:
+            sampled.append((text, trace, layer, kv_heads[(n + n % 2 + shift) % len(kv_heads)]))
     return sampled
 
 
@@ -139,6 +142,30 @@ def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
     return everything + decoding + generated + coarse
 
 
+def measure(run: Run, options: argparse.Namespace, threads: int) -> None:
+    commands = [run.command(options.bin / "bench_recall", options.cache / f"{run.name}.json")]
+    if run.sources and not run.trace.exists():
+        run.trace.parent.mkdir(exist_ok=True)
+        commands.insert(0, run.generate(options.bin / "generate_trace"))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    for command in commands:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+        if done.returncode != 0:
+            raise SystemExit(f"error: {run.name}: {done.stderr.strip()}")
+
+
+def skipped(runs: list[Run], full: bool) -> list[str]:
+    """What a reader of the results might miss, in sentences."""
+    sentences = []
+    if not full:
+        sentences.append("texts of 32,768 tokens and generated ones: --full measures them")
+    untrained = sorted({run.layer for run in runs if run.length == "32k" and not (run.sources or run.partitions)})
+    if untrained:
+        layers = ", ".join(map(str, untrained))
+        sentences.append(f"saap at 32,768 tokens on layers {layers}: no partitions are trained (docs/classifier.md)")
+    return sentences
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--traces", type=Path, required=True, help="folder of contrib/make_traces.sh")
@@ -149,22 +176,35 @@ def main() -> None:
     options = parser.parse_args()
     runs = plan(options.traces, options.data, ["8k", "32k"] if options.full else ["8k"])
     options.cache.mkdir(parents=True, exist_ok=True)
-    start, made = time.monotonic(), 0
     todo = [run for run in runs if not (options.cache / f"{run.name}.json").exists()]
-    for run in todo:
-        commands = [run.command(options.bin / "bench_recall", options.cache / f"{run.name}.json")]
-        if run.sources and not run.trace.exists():
-            run.trace.parent.mkdir(exist_ok=True)
-            commands.insert(0, run.generate(options.bin / "generate_trace"))
-        for command in commands:
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            if done.returncode != 0:
-                raise SystemExit(f"{run.name}: {done.stderr.strip()}")
+    start, made = time.monotonic(), 0
+
+    def count() -> None:
+        nonlocal made
         made += 1
         spent = time.monotonic() - start
         left = spent / made * (len(todo) - made)
         end = "\r" if sys.stderr.isatty() else "\n"
         print(f"{made} of {len(todo)} runs, {spent:.0f} s, about {left:.0f} s left   ", file=sys.stderr, end=end)
+
+    # A run is mostly serial and counts the time of its own threads: one for each core. Searches are timed by the clock:
+    # alone, on all cores.
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:
+        futures = [pool.submit(measure, run, options, 1) for run in todo if not isinstance(run, SearchRun)]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                count()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for run in todo:
+        if isinstance(run, SearchRun):
+            measure(run, options, cores)
+            count()
+    for sentence in skipped(runs, options.full):
+        print(f"not measured: {sentence}", file=sys.stderr)
 
 
 if __name__ == "__main__":

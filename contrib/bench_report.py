@@ -84,6 +84,7 @@ def summarise(curves: dict, heads: dict) -> dict:
                     for h in names
                 ],
             }
+        entry["texts"] = by_text(entry)
         if setting in heads:
             entry["keys_for_95"] = {
                 h: [[round(x, 5) for x in head["keys_for_95"]] for head in of_head]
@@ -91,6 +92,27 @@ def summarise(curves: dict, heads: dict) -> dict:
             }
         settings[setting] = entry
     return settings
+
+
+def by_text(entry: dict) -> list[dict]:
+    """For each text, mass recall and output error at 5 % of the bytes, means of its KV heads: of the best keys one by
+    one, of our best method and of the best baseline by recall and by error."""
+    found = []
+    for text in dict.fromkeys(head.split()[0] for head in entry["heads"]):
+        at = [i for i, head in enumerate(entry["heads"]) if head.split()[0] == text]
+        means = defaultdict(dict)
+        for method, m in entry["methods"].items():
+            points = [m["at5"][i] for i in at]
+            if not any(None in point for point in points):
+                means[m["kind"]][method] = [round(float(x), 4) for x in np.mean(points, axis=0)]
+        if "oracle_topk_group" in means["oracle"] and means["ours"] and means["baseline"]:
+            most = lambda kind: max(means[kind].items(), key=lambda item: item[1][0])
+            least = min(means["baseline"].items(), key=lambda item: item[1][1])
+            found.append({
+                "text": text, "heads": len(at), "oracle": means["oracle"]["oracle_topk_group"],
+                "ours": most("ours"), "baseline": most("baseline"), "baseline_by_error": least,
+            })  # fmt: skip
+    return found
 
 
 def searches(cache: Path) -> dict:
@@ -147,20 +169,25 @@ def agreement(settings: dict) -> dict | None:
     def correlation(a: list[float], b: list[float]) -> float:
         return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
-    same, other = {}, []
+    same, of_texts, other = {}, [], []
     for head in real["heads"]:
         for twin in generated["heads"]:
-            found = correlation(of_head(real, head), of_head(generated, twin))
             if head.split()[1] == twin.split()[1]:
-                same[head] = round(found, 3)
-        other += [correlation(of_head(real, head), of_head(real, h)) for h in real["heads"] if h < head]
+                same[head] = round(correlation(of_head(real, head), of_head(generated, twin)), 3)
+        for h in real["heads"]:
+            if h < head:
+                found = correlation(of_head(real, head), of_head(real, h))
+                (of_texts if head.split()[1] == h.split()[1] else other).append(found)
     mean_recall = {
         m: [round(at_share(e["methods"][m]["curve"], 0.05, 1) or 0.0, 4) for e in (real, generated)] for m in methods
     }
     return {
         "of_means": round(correlation(*zip(*mean_recall.values())), 3),
         "of_heads": same,
-        "of_different_recorded_heads": round(mean(other), 3),
+        "of_recorded": {
+            name: round(mean(found), 3)
+            for name, found in (("the same head in two texts", of_texts), ("different heads", other)) if found
+        },
         "recall": mean_recall,
     }
 
@@ -170,8 +197,8 @@ def agreement_sentence(found: dict) -> str:
     return (
         f"Generated and recorded texts of 32,768 tokens, {len(found['recall'])} methods, mass recall at 5 % of the bytes: "
         f"Spearman's rank correlation of the means is {found['of_means']:.3f}, of single heads {mean(of_heads):.3f} on "
-        f"average ({of_heads[0]:.3f} to {of_heads[-1]:.3f}, {len(of_heads)} heads); of different heads of recorded texts "
-        f"{found['of_different_recorded_heads']:.3f}."
+        f"average ({of_heads[0]:.3f} to {of_heads[-1]:.3f}, {len(of_heads)} heads). Among recorded ones: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in found["of_recorded"].items()) + "."
     )
 
 
@@ -179,7 +206,9 @@ def table(settings: dict) -> str:
     lines = []
     for setting, entry in settings.items():
         length, clustering = setting.rsplit(" ", 1)
-        lines += [f"## {length}, `--cluster-on {clustering}`, {len(entry['heads'])} KV heads", ""]
+        texts = len({head.split()[0] for head in entry["heads"]})
+        of_texts = f" of {texts} texts" if texts > 1 else ""
+        lines += [f"## {length}, `--cluster-on {clustering}`, {len(entry['heads'])} KV heads{of_texts}", ""]
         lines += ["Mass recall (output error) by share of dense bytes, index included; – where the index alone is more.", ""]
         lines += ["| method | " + " | ".join(f"{100 * s:g} %" for s in SHARES) + " | µs per query at the last |"]
         lines += ["|---" * (len(SHARES) + 2) + "|"]
@@ -195,8 +224,24 @@ def table(settings: dict) -> str:
                 cells.append("–" if recall is None else f"{recall:.3f} ({error:.3f})")
             name = f"**{method}**" if m["kind"] == "ours" else method
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {m['curve'][-1][3]:.0f} |")
-        lines += ["", verdict(entry), ""]
+        lines += ["", verdict(entry), "", *texts_table(entry)]
     return "\n".join(lines)
+
+
+def texts_table(entry: dict) -> list[str]:
+    if len(entry["texts"]) < 2:
+        return []
+    lines = ["Text by text, mass recall (output error) at 5 % of the bytes, means of its KV heads:", ""]
+    lines += ["| text | KV heads | best keys one by one | ours | of the best keys | best baseline by recall | by error |"]
+    lines += ["|---" * 7 + "|"]
+    figures = lambda x: f"{x[0]:.3f} ({x[1]:.3f})"
+    named = lambda x: f"{x[0]} {figures(x[1])}"
+    for t in entry["texts"]:
+        lines.append(
+            f"| {t['text']} | {t['heads']} | {figures(t['oracle'])} | {named(t['ours'])} | "
+            f"{t['ours'][1][0] / t['oracle'][0]:.2f} | {named(t['baseline'])} | {named(t['baseline_by_error'])} |"
+        )
+    return [*lines, ""]
 
 
 def agreement_table(found: dict) -> str:

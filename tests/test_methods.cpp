@@ -4,6 +4,11 @@
 #include <numeric>
 #include <set>
 
+#include <faiss/IndexHNSW.h>
+#include <faiss/IndexPQ.h>
+
+#include <faiss_saap/faiss_compat.h>
+
 #include "common.h"
 #include "common/evaluate.h"
 #include "example_method.h"
@@ -210,18 +215,109 @@ TEST(Methods, MagicPigSamplesWithTheProbabilityItDividesBy) {
     EXPECT_NEAR(ratio, 1, .15);
 }
 
-TEST(Methods, HnswFindsMostOfTheBest) {
+/// Far keys that a search of Faiss's own returns, ascending.
+std::vector<int32_t> found_by_faiss(
+        const faiss::Index& index,
+        const float* query,
+        int64_t k,
+        int64_t first) {
+    std::vector<float> distances(k);
+    std::vector<idx_t> labels(k);
+    index.search(1, query, k, distances.data(), labels.data());
+    std::vector<int32_t> slots;
+    for (idx_t label : labels) {
+        slots.push_back(static_cast<int32_t>(first + label));
+    }
+    std::sort(slots.begin(), slots.end());
+    return slots;
+}
+
+TEST(Methods, HnswFindsWhatFaissFinds) {
     const World& w = world();
-    const auto method = w.built("hnsw");
+    auto method = find_method("hnsw").make(w.setup, false);
+    method->build(w.data, w.far.end);
+    faiss::IndexHNSWFlat faiss_index(w.data.d, 16, faiss::METRIC_INNER_PRODUCT);
+    faiss_index.hnsw.efSearch = 200;
+    faiss_index.add(
+            w.far.size(), w.data.keys_post.data() + w.far.begin * w.data.d);
     const Selection s = method->probe(w.step, 200);
     for (int h = 0; h < w.data.group; h++) {
         std::vector<float> logits;
         for (int64_t j = w.far.begin; j < w.far.end; j++) {
             logits.push_back(static_cast<float>(std::log(w.truth[h].mass[j])));
         }
-        EXPECT_GT(agreement(best_keys(logits.data(), w.far, 200), s.slots[h]), .5);
+        const auto best = best_keys(logits.data(), w.far, 200);
+        const auto faiss_keys = found_by_faiss(
+                faiss_index,
+                w.data.query_post(w.token, h),
+                200,
+                w.far.begin);
+        // Graphs differ by the order in which threads insert.
+        EXPECT_NEAR(
+                agreement(best, s.slots[h]), agreement(best, faiss_keys), .05);
+        EXPECT_GT(agreement(best, s.slots[h]), .5);
     }
 }
+
+/// Sub-quantizers and bits of a scan of codes, and its bytes for a key.
+struct Codes {
+    const char* method;
+    int m, bits;
+    double bytes;
+};
+
+class ScanOfCodes : public ::testing::TestWithParam<Codes> {};
+
+TEST_P(ScanOfCodes, ReadsWhatFaissFinds) {
+    // An index of Faiss's own, trained on the same keys and asked by search.
+    const World& w = world();
+    const Codes c = GetParam();
+    const int d = w.data.d;
+    faiss::IndexPQ index(d, c.m, c.bits, faiss::METRIC_INNER_PRODUCT);
+    index.pq.cp.niter = w.setup.niter;
+    index.pq.cp.seed = w.setup.seed;
+    index.pq.cp.min_points_per_centroid = 1;
+    index.train(w.data.tokens, w.data.keys_post.data());
+    index.add(w.far.size(), w.data.keys_post.data() + w.far.begin * d);
+
+    const int64_t limit = 300;
+    const Selection s = w.built(c.method)->probe(w.step, limit);
+    for (int h = 0; h < w.data.group; h++) {
+        const float* q = w.data.query_post(w.token, h);
+        // Keys of one code have one score: the last ones may be others.
+        const auto faiss_keys = found_by_faiss(index, q, limit, w.far.begin);
+        EXPECT_GE(agreement(faiss_keys, s.slots[h]), .97);
+        EXPECT_NEAR(
+                w.truth[h].mass_of(s.slots[h]),
+                w.truth[h].mass_of(faiss_keys),
+                .01 * w.truth[h].mass_of(w.far.begin, w.far.end));
+
+        // Brute force over the decoded keys: no key left out scores higher.
+        std::vector<float> key(d);
+        float worst_read = INFINITY, best_left = -INFINITY;
+        for (int64_t j = w.far.begin; j < w.far.end; j++) {
+            index.reconstruct(j - w.far.begin, key.data());
+            const float dot = std::inner_product(q, q + d, key.begin(), 0.0f);
+            const bool read = std::binary_search(
+                    s.slots[h].begin(), s.slots[h].end(), j);
+            (read ? worst_read : best_left) = read
+                    ? std::min(worst_read, dot)
+                    : std::max(best_left, dot);
+        }
+        EXPECT_GE(worst_read, best_left - 1e-4f * std::abs(best_left));
+    }
+    EXPECT_DOUBLE_EQ(
+            s.index_bytes, c.bytes * w.data.tokens + 2.0 * (1 << c.bits) * d);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+        Methods,
+        ScanOfCodes,
+        ::testing::Values(
+                Codes{"pq_scan", 8, 8, 8},
+                Codes{"pq_scan_4bit", 8, 4, 4},
+                Codes{"pqcache", 2, 6, 1.5}),
+        [](const auto& info) { return info.param.method; });
 
 TEST(Methods, SegmentsAreClusteredOnTheirOwn) {
     // Clustering half of the text and the rest in short segments: every far key

@@ -66,6 +66,18 @@ def bench(folder, *more):
     return (folder / "log").read_text().splitlines()[len(before) :]
 
 
+def test_a_run_that_fails_is_named(folder, tmp_path):
+    (tmp_path / "bench_recall").write_text("#!/bin/sh\necho 'the text is too short' >&2\nexit 1\n")
+    (tmp_path / "bench_recall").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, CONTRIB / "bench_methods.py", "--traces", folder / "traces", "--bin", tmp_path,
+         "--data", folder / "data", "--cache", tmp_path / "cache"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and re.search(r"error: 8k-\w+-\d+-\d: the text is too short", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
 def test_only_what_is_missing_runs(folder):
     calls = bench(folder)
     made = sorted(p.name for p in (folder / "cache").iterdir())
@@ -85,6 +97,16 @@ def test_no_text_that_methods_were_developed_on(folder):
     # and the heads of generated texts are those of recorded ones
     of = lambda text: {(r.layer, r.kv_head) for r in runs if (r.length == "32k") and (("generated" in r.name) == text)}
     assert of(True) == of(False)
+    # of 32,768 tokens every text has the same heads
+    by_text = {t: {(r.layer, r.kv_head) for r in runs if r.name.startswith(f"32k-{t}-")} for t in bench_methods.TEXTS["32k"]}
+    assert len(by_text) == 4 and all(heads == of(False) for heads in by_text.values())
+
+
+def test_what_was_not_measured_is_said(folder):
+    runs = lambda *lengths: bench_methods.plan(folder / "traces", folder / "data", lengths)
+    short, full = bench_methods.skipped(runs("8k"), False), bench_methods.skipped(runs("8k", "32k"), True)
+    assert len(short) == 1 and "32,768" in short[0] and "--full" in short[0]
+    assert len(full) == 1 and "saap" in full[0] and "1, 5, 9, 13, 17, 21, 25, 29" in full[0]
 
 
 def test_report(folder, tmp_path):
@@ -101,7 +123,12 @@ def test_report(folder, tmp_path):
     # halfway between the budgets of 1 and 4 % lies 3.5 % of the bytes
     at = bench_report.at_share(entry["methods"]["quest_64_group"]["curve"], 0.035, 1)
     assert at == pytest.approx(0.5 * (0.05**0.1 + 0.2**0.1) / 2, abs=1e-4)
-    assert re.search("metric_codes_group has 0.88 of oracle_topk_group's recall.*8 of 8 KV heads", bench_report.verdict(entry))
+    assert re.search("metric_codes_group has 0.88 of oracle_topk_group's recall.*32 of 32 KV heads", bench_report.verdict(entry))
+    assert [text["text"] for text in entry["texts"]] == sorted(bench_methods.TEXTS["32k"])
+    for text in entry["texts"]:
+        assert text["heads"] == 8 and text["ours"][0] == "metric_codes_group" and text["baseline"][0] == "quest_64_group"
+        assert text["ours"][1][0] == pytest.approx(0.8 * 0.2**0.1, abs=1e-3)  # the index is 1 %
+    assert results["agreement"]["of_recorded"] == {"the same head in two texts": 1, "different heads": 1}
     assert results["agreement"]["of_means"] == 1 and set(results["agreement"]["of_heads"].values()) == {1}
     page = (tmp_path / "index.html").read_text()
     assert "/*DATA*/" not in page and "http" not in page.replace("http-equiv", "")
