@@ -332,6 +332,61 @@ TEST(Methods, SegmentsAreClusteredOnTheirOwn) {
     }
 }
 
+TEST(Methods, SegmentsTakeCellsByTheMeansOfTheirKeys) {
+    // The text is one segment: spherical k-means of the keys less their mean,
+    // 16 keys a cell, and the inner product with the mean of a cell's keys.
+    const World& w = world();
+    const int d = w.data.d;
+    const int64_t n = w.data.tokens - w.far.begin;
+    const int ncell = static_cast<int>(n / 16);
+    const float* keys = w.data.keys_post.data() + w.far.begin * d;
+    std::vector<float> centred(keys, keys + n * d);
+    for (int i = 0; i < d; i++) {
+        double mean = 0;
+        for (int64_t j = 0; j < n; j++) {
+            mean += double(keys[j * d + i]) / n;
+        }
+        for (int64_t j = 0; j < n; j++) {
+            centred[j * d + i] -= static_cast<float>(mean);
+        }
+    }
+    KMeansParams params;
+    params.niter = w.setup.niter;
+    params.seed = w.setup.seed;
+    params.spherical = true;
+    const Partition partition = kmeans_partition(
+            n, d, centred.data(), ncell, NEEDS_POST_ROPE, params);
+    RoutingInput input;
+    input.n = n;
+    input.d = d;
+    input.post_rope = centred.data();
+    std::vector<int32_t> cells(n);
+    partition.key->assign(input, nullptr, 1, cells.data(), nullptr);
+
+    std::vector<double> sum(ncell * d, 0.0), count(ncell, 0.0);
+    for (int64_t j = 0; j < n; j++) {
+        count[cells[j]]++;
+        for (int i = 0; i < d; i++) {
+            sum[cells[j] * d + i] += keys[j * d + i];
+        }
+    }
+    const Selection s = w.built("retroinfer")->probe(w.step, 200);
+    const std::vector<int> far_cells(cells.begin(), cells.begin() + w.far.size());
+    for (int h = 0; h < w.data.group; h++) {
+        const float* q = w.data.query_post(w.token, h);
+        std::vector<double> score(ncell);
+        for (int c = 0; c < ncell; c++) {
+            const double* of_cell = sum.data() + c * d;
+            score[c] = std::inner_product(of_cell, of_cell + d, q, 0.0) /
+                    std::max(count[c], 1.0);
+        }
+        const auto expected = take(far_cells, score, 200, w.far.begin);
+        EXPECT_GE(agreement(expected, s.slots[h]), .95);
+        EXPECT_NEAR(expected.size(), s.slots[h].size(), 10);
+    }
+    EXPECT_DOUBLE_EQ(s.index_bytes, ncell * (2.0 * d + 4));
+}
+
 TEST(Methods, CodesInTheQueriesMetricFindMoreThanCodesOfKeys) {
     const World& w = world();
     const auto ours = w.built("metric_codes_group")->probe(w.step, 300);
