@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <ostream>
 #include <set>
 #include <string>
@@ -401,6 +402,13 @@ struct CaseWorld {
     }
 };
 
+/// What a row chooses its cells by: scores of all cells of its KV head, and by how
+/// much two that differ may change places where sums are taken in another order.
+struct RowScores {
+    std::vector<float> score;
+    float rounding = 0;
+};
+
 /// What an adapter made of a case.
 struct CaseResult {
     ProbedCells probed;
@@ -408,6 +416,7 @@ struct CaseResult {
     std::vector<AttendStats> stats;
     /// slots of the cells: by sequence, KV head and partition
     std::vector<std::vector<std::vector<std::vector<std::vector<int32_t>>>>> slots;
+    std::vector<RowScores> scores; ///< of each row of probed; on the CPU alone
 };
 
 /// Holds for every adapter: each far key lies in one cell of each partition, the
@@ -535,6 +544,114 @@ inline void check_case(
     }
 }
 
+/// The scores that each row of a batch, which is the whole case, chooses by.
+inline std::vector<RowScores> row_scores(
+        const CaseWorld& world,
+        const AttentionAdapter& adapter,
+        const std::vector<SequenceInput>& batch) {
+    const AdapterCase& c = world.c;
+    const int group = c.heads_q / c.heads_kv;
+    const float scale = adapter.params().scale;
+    std::vector<RowScores> rows;
+    for (size_t s = 0; s < batch.size(); s++) {
+        for (int64_t t = 0; t < batch[s].q_len; t++) {
+            const int64_t slot = c.lengths[s] - batch[s].q_len + t;
+            for (int h = 0; h < c.heads_kv; h++) {
+                std::vector<RowScores> mine(c.share_group ? 1 : group);
+                for (int p = 0; p < adapter.npartition(batch[s].sequence, h); p++) {
+                    const Partition& partition =
+                            adapter.partition(batch[s].sequence, h, p);
+                    const CellLists& lists = adapter.lists(batch[s].sequence, h, p);
+                    const auto first = world.q[s].begin() +
+                            (t * c.heads_q + int64_t(h) * group) * c.d;
+                    const std::vector<float> post(first, first + int64_t(group) * c.d);
+                    std::vector<float> pre = post;
+                    const std::vector<int64_t> position(group, slot);
+                    if (partition.query->needs & NEEDS_PRE_ROPE) {
+                        RotaryEmbedding(partition.rope)
+                                .derotate(group, position.data(), pre.data());
+                    }
+                    std::vector<int32_t> head(group);
+                    std::iota(head.begin(), head.end(), 0);
+                    RoutingInput in;
+                    in.n = group;
+                    in.d = c.d;
+                    in.pre_rope = pre.data();
+                    in.post_rope = post.data();
+                    in.position = position.data();
+                    in.head = head.data();
+                    const CellStats stats = lists.stats();
+                    std::vector<float> scores(size_t(group) * c.ncell);
+                    partition.query->scores(in, &stats, scores.data());
+                    float largest = 0;
+                    for (float x : scores) {
+                        largest = std::isfinite(x) ? std::max(largest, std::abs(x))
+                                                   : largest;
+                    }
+                    float rounding = 1e-5f * largest;
+                    if (c.share_group) {
+                        std::vector<int64_t> counts;
+                        for (int cell = 0; cell < c.ncell; cell++) {
+                            counts.push_back(
+                                    lists.count_before(cell, slot + 1 - c.window));
+                        }
+                        std::vector<float> shared(c.ncell);
+                        share_scores(
+                                group,
+                                c.ncell,
+                                scores.data(),
+                                counts.data(),
+                                scale,
+                                shared.data());
+                        scores = std::move(shared);
+                        rounding = 1e-5f + scale * rounding; // logarithms
+                    }
+                    for (size_t i = 0; i < mine.size(); i++) {
+                        RowScores& row = mine[i];
+                        const auto of_row =
+                                scores.begin() + static_cast<int64_t>(i) * c.ncell;
+                        row.score.insert(row.score.end(), of_row, of_row + c.ncell);
+                        row.rounding = std::max(row.rounding, rounding);
+                    }
+                }
+                rows.insert(rows.end(), mine.begin(), mine.end());
+            }
+        }
+    }
+    return rows;
+}
+
+/// The same choice as the CPU's: at the first place where a row differs, the two
+/// cells' scores differ by rounding. (Cells are taken best first, while they fit:
+/// from there on the room is another.)
+/// @return  rows that are the same
+inline size_t check_choice(
+        const ProbedCells& got,
+        const CaseResult& cpu) {
+    EXPECT_EQ(got.begin.size(), cpu.probed.begin.size());
+    size_t same = 0;
+    for (size_t r = 0; r < cpu.scores.size() && r + 1 < got.begin.size(); r++) {
+        const auto row = [&](const ProbedCells& p) {
+            return std::vector<int32_t>(
+                    p.cells.begin() + p.begin[r], p.cells.begin() + p.begin[r + 1]);
+        };
+        const std::vector<int32_t> a = row(cpu.probed), b = row(got);
+        const auto [x, y] = std::mismatch(a.begin(), a.end(), b.begin(), b.end());
+        if (x == a.end() && y == b.end()) {
+            same++;
+        } else if (x == a.end() || y == b.end()) {
+            ADD_FAILURE() << "row " << r << " probes " << b.size() << " cells, "
+                          << a.size() << " on the CPU";
+        } else {
+            const RowScores& scores = cpu.scores[r];
+            EXPECT_NEAR(
+                    scores.score.at(*x), scores.score.at(*y), scores.rounding)
+                    << "row " << r << " takes cell " << *y << " and the CPU " << *x;
+        }
+    }
+    return same;
+}
+
 /// The case on the CPU.
 inline CaseResult run_on_cpu(const CaseWorld& world, Random& random) {
     const AdapterCase& c = world.c;
@@ -570,6 +687,7 @@ inline CaseResult run_on_cpu(const CaseWorld& world, Random& random) {
     result.lse.resize(rows);
     result.stats.resize(rows);
     result.probed = adapter.route(batch, queries.data());
+    result.scores = row_scores(world, adapter, batch);
     AttendOutput out;
     out.output = result.output.data();
     out.lse = result.lse.data();

@@ -152,15 +152,7 @@ inline void expect_equal_to_the_cpu(const CaseWorld& world, Random& random) {
     if (same < all) {
         return; // other lists, other choices
     }
-    ASSERT_EQ(got.probed.begin.size(), cpu.probed.begin.size());
-    size_t rows_alike = 0;
-    for (size_t r = 0; r + 1 < cpu.probed.begin.size(); r++) {
-        const auto row = [&](const ProbedCells& p) {
-            return std::vector<int32_t>(
-                    p.cells.begin() + p.begin[r], p.cells.begin() + p.begin[r + 1]);
-        };
-        rows_alike += row(got.probed) == row(cpu.probed);
-    }
+    const size_t rows_alike = check_choice(got.probed, cpu);
     // Scores that rounding may swap are rare among random ones.
     const size_t rows = cpu.probed.begin.size() - 1;
     EXPECT_GE(rows_alike, rows - rows / 20 - 1) << rows;

@@ -5,7 +5,9 @@
 
 #include <faiss/IndexFlat.h>
 #include <faiss/IndexHNSW.h>
+#include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
+#include <faiss_saap/SegmentedAssigner.h>
 
 #include "device_adapter.h"
 
@@ -59,6 +61,10 @@ TEST_F(GpuAdapterRefusals, Partitions) {
     const size_t held = p.device.bytes_used();
     EXPECT_SENTENCE(with(graph(20), flat(20)), "the key assigner of KV head 0");
     EXPECT_SENTENCE(with(flat(20), graph(20)), "the query assigner of KV head 0");
+    const auto cut = std::make_shared<SegmentedAssigner>(flat(20), 100, 2);
+    EXPECT_SENTENCE(
+            with(cut, std::make_shared<CellMeanAssigner>(kD, 40)),
+            "the key assigner of KV head 0");
     const auto many = flat(8193);
     EXPECT_SENTENCE(with(many, many), "8193 cells");
     const auto few = flat(3);
@@ -159,6 +165,11 @@ TEST_F(GpuAdapterRefusals, Calls) {
     EXPECT_SENTENCE(
             attend(queries.data(), out, &policy), "policy.split has 3 shares");
     policy.split.clear();
+    policy.head_split = {{0.5, 0.5}, {0.5, 0.5}};
+    EXPECT_SENTENCE(attend(queries.data(), out, &policy), "policy.head_split");
+    EXPECT_SENTENCE(
+            p.device.step(*plan, queries.data(), out, &policy), "policy.head_split");
+    policy.head_split.clear();
     policy.share_group = false;
 
     OnDevice<int32_t> cells(rows * 100), count(rows);
