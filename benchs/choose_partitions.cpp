@@ -99,20 +99,21 @@ std::vector<std::string> table_row(
             fmt::format("{:.4f}", sum.bytes)};
 }
 
-/// The plan that keeps to the budget on these texts and is best at them by
-/// `measure` (small is good).
+/// The plan that is best on these texts by `measure` (small is good), of those
+/// that keep to the budget on them or read no more than the chosen one does.
 template <class Measure>
 size_t best(
-        const std::vector<ProbePlan>& plans,
+        const HeadResult& head,
         const Measured& texts,
         const Measure& measure) {
-    size_t at = 0;
+    size_t at = place_of_chosen(head);
+    const double limit = std::max(
+            mean_figures(texts, at).bytes,
+            head.chosen.byte_budget * (1 + kBudgetTolerance));
     double least = INFINITY;
-    for (size_t p = 0; p < plans.size(); p++) {
+    for (size_t p = 0; p < head.plans.size(); p++) {
         const PlanFigures f = mean_figures(texts, p);
-        const bool fits =
-                f.bytes <= plans[p].byte_budget * (1 + kBudgetTolerance);
-        if (fits && measure(f) < least) {
+        if (f.bytes <= limit && measure(f) < least) {
             least = measure(f);
             at = p;
         }
@@ -133,7 +134,7 @@ void report_part(
     table.push_back(table_row("the plans", heads, part, place_of_chosen));
     const auto hindsight = [&](const char* row, const auto& measure) {
         table.push_back(table_row(row, heads, part, [&](const HeadResult& h) {
-            return best(h.plans, h.*part, measure);
+            return best(h, h.*part, measure);
         }));
     };
     // Lookups may have another length, at which no plan keeps to the budget.

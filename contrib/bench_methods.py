@@ -34,7 +34,7 @@ FAMILIES = (
     "retroinfer_group,quest_64_group,pq_scan_group,pq_scan_4bit_group,pqcache_group,magicpig,streaming_llm,"
     "metric_cells_group,metric_codes,metric_codes_group"
 )
-FAMILIES_TRAINED = ",saap,saap_group"
+TRAINED = "saap,saap_group,offline_segments_group"
 FAMILIES_LONG = (
     "oracle_topk_group,ivf_rope_l2_group,ivf_rope_ip_group,retroinfer_group,quest_64_group,pq_scan_4bit_group,"
     "pqcache_group,streaming_llm,metric_codes_group"
@@ -50,10 +50,10 @@ class Run:
     trace: Path
     layer: int
     kv_head: int
-    partitions: Path | None
     methods: str
     keys_per_cell: int = 16
     cluster_on: str = "all"
+    partitions: Path | None = None
     sources: list[Path] = field(default_factory=list)
 
     def generate(self, program: Path) -> list[str]:
@@ -92,16 +92,26 @@ def recorded(traces: Path, name: str) -> Path:
     return trace
 
 
+def trained(traces: Path, data: Path, length: str) -> Path:
+    """Partitions for texts of a length: those of another RoPE scaling do not fit."""
+    return data / "smollm2_135m.saap" if length == "8k" else traces / f"smollm2_135m_{length}.saap"
+
+
+def header(file: Path) -> dict:
+    """Of a safetensors file."""
+    with file.open("rb") as opened:
+        return json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+
+
 def heads(traces: Path, length: str) -> list[tuple[str, Path, int, int]]:
     """Text, trace, layer and KV head. Of 8,192 tokens every other layer, the others in the next text, so that many heads
     are seen in little time; of 32,768 the same head of each layer in all texts, so that texts can be compared."""
     sampled = []
     for t, text in enumerate(TEXTS[length]):
         trace = recorded(traces, f"{text}_{length}")
-        with trace.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
-        layers = [int(x) for x in header["layers"].split(",")]
-        kv_heads = [int(x) for x in header.get("kv_heads", "0,1,2").split(",")]
+        about = header(trace)["__metadata__"]
+        layers = [int(x) for x in about["layers"].split(",")]
+        kv_heads = [int(x) for x in about.get("kv_heads", "0,1,2").split(",")]
         first, step, shift = (t % 2, 2, t // 2 * 2) if length == "8k" else (0, 1, 0)
         for n, layer in list(enumerate(layers))[first::step]:
             sampled.append((text, trace, layer, kv_heads[(n + n % 2 + shift) % len(kv_heads)]))
@@ -112,21 +122,25 @@ def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
     """What is asked first comes first: the whole text clustered, then the decode-like listing, then coarser cells."""
     everything, coarse, decoding = [], [], []
     for length in lengths:
+        partitions = trained(traces, data, length)
+        holds = header(partitions) if partitions.exists() else {}
         for text, trace, layer, kv_head in heads(traces, length):
-            trained = data / "smollm2_135m.saap" if length == "8k" else traces / f"{layer}_{length}.saap"
-            partitions = trained if trained.exists() else None
             name = f"{length}-{text}-{layer}-{kv_head}"
-            common = dict(length=length, trace=trace, layer=layer, kv_head=kv_head, partitions=partitions)
-            families = FAMILIES + (FAMILIES_TRAINED if partitions else "")
-            everything.append(Run(name, **common, methods=families))
+            common = dict(length=length, trace=trace, layer=layer, kv_head=kv_head)
+            everything.append(Run(name, **common, methods=FAMILIES))
+            decoding.append(Run(f"{name}-prefix", **common, methods=FAMILIES, cluster_on="prefix"))
             coarse.append(Run(f"{name}-more", **common, methods=MORE))
-            for keys in (32, 64):
-                coarse.append(Run(f"{name}-cells{keys}", **common, methods=COARSE, keys_per_cell=keys))
-            blend = ",saap_blend_group" if partitions and length == "8k" else ""
-            decoding.append(Run(f"{name}-prefix", **common, methods=families + blend, cluster_on="prefix"))
+            for clustering, runs, suffix in (("all", everything, ""), ("prefix", decoding, "-prefix")):
+                if f"layer.{layer}.kv.{kv_head}.centroids" in holds:
+                    methods = TRAINED + (",saap_blend_group" if clustering == "prefix" else "")
+                    more = dict(methods=methods, cluster_on=clustering, partitions=partitions)
+                    runs.append(Run(f"{name}{suffix}-trained", **common, **more))
+                for keys in (32, 64):
+                    more = dict(methods=COARSE, cluster_on=clustering, keys_per_cell=keys)
+                    coarse.append(Run(f"{name}{suffix}-cells{keys}", **common, **more))
         for text, layer, kv_head in SEARCHED.get(length, []):
             name, trace = f"ann-{length}-{text}-{layer}-{kv_head}", recorded(traces, f"{text}_{length}")
-            coarse.append(SearchRun(name, length, trace, layer, kv_head, None, ""))
+            coarse.append(SearchRun(name, length, trace, layer, kv_head, ""))
     generated = []
     if "32k" in lengths:
         # of the heads that are measured on recorded texts, so that both can be compared
@@ -135,7 +149,7 @@ def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
             for layer, kv_head in sampled:
                 generated.append(Run(
                     f"{length}-generated-{layer}-{kv_head}", length,
-                    traces / "generated" / f"{layer}.{kv_head}_{length}.safetensors", layer, kv_head, None,
+                    traces / "generated" / f"{layer}.{kv_head}_{length}.safetensors", layer, kv_head,
                     FAMILIES if length in TEXTS else FAMILIES_LONG,
                     sources=[recorded(traces, name) for name in sources],
                 ))  # fmt: skip
@@ -154,15 +168,15 @@ def measure(run: Run, options: argparse.Namespace, threads: int) -> None:
             raise SystemExit(f"error: {run.name}: {done.stderr.strip()}")
 
 
-def skipped(runs: list[Run], full: bool) -> list[str]:
+def left_out(runs: list[Run], full: bool) -> list[str]:
     """What a reader of the results might miss, in sentences."""
     sentences = []
     if not full:
-        sentences.append("texts of 32,768 tokens and generated ones: --full measures them")
-    untrained = sorted({run.layer for run in runs if run.length == "32k" and not (run.sources or run.partitions)})
-    if untrained:
-        layers = ", ".join(map(str, untrained))
-        sentences.append(f"saap at 32,768 tokens on layers {layers}: no partitions are trained (docs/classifier.md)")
+        sentences.append("texts of 32,768 tokens and generated ones; --full measures them")
+    for length in TEXTS:
+        of_length = [run for run in runs if run.length == length and not run.sources]
+        if of_length and not any(run.partitions for run in of_length):
+            sentences.append(f"saap at {length} tokens: its partitions are not there (benchs/README.md makes them)")
     return sentences
 
 
@@ -203,8 +217,8 @@ def main() -> None:
         if isinstance(run, SearchRun):
             measure(run, options, cores)
             count()
-    for sentence in skipped(runs, options.full):
-        print(f"not measured: {sentence}", file=sys.stderr)
+    for sentence in left_out(runs, options.full):
+        print(f"left out: {sentence}", file=sys.stderr)
 
 
 if __name__ == "__main__":

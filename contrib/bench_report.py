@@ -16,7 +16,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-OURS = ("saap", "union", "metric_")
+OURS = ("saap", "offline_segments", "union", "metric_")
 ORACLES = ("oracle_",)
 FIGURES = ("bytes_fraction", "mass_recall", "output_error", "us_per_query", "selectivity")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -43,13 +43,13 @@ def read(cache: Path) -> tuple[dict, dict, dict]:
     curves = defaultdict(lambda: defaultdict(dict))
     heads, environment = defaultdict(dict), {}
     for path in sorted(cache.glob("*.json")):
-        match = re.fullmatch(r"(\d+k)-(\w+)-(\d+)-(\d+)(?:-(cells\d+|prefix|more))?", path.stem)
+        match = re.fullmatch(r"(\d+k)-(\w+)-(\d+)-(\d+)(-prefix)?(?:-(cells\d+|more|trained))?", path.stem)
         if not match:
             continue
-        length, text, layer, kv_head, variant = match.groups()
+        length, text, layer, kv_head, prefix, variant = match.groups()
         report = json.loads(path.read_text())
         environment = report["environment"]
-        clustering = "prefix" if variant == "prefix" else "all"
+        clustering = "prefix" if prefix else "all"
         setting = f"{length} generated {clustering}" if text == "generated" else f"{length} {clustering}"
         by_budget = defaultdict(lambda: defaultdict(list))
         for row in report["rows"]:
@@ -62,7 +62,7 @@ def read(cache: Path) -> tuple[dict, dict, dict]:
             curves[setting][method + suffix][f"{text} {layer}.{kv_head}"] = [
                 list(np.mean(rows, axis=0)) for _, rows in sorted(budgets.items())
             ]
-        if not variant:
+        if not (prefix or variant):
             heads[setting][f"{text} {layer}.{kv_head}"] = report["heads"]
     return curves, heads, environment
 
@@ -327,7 +327,8 @@ def plot_heads(setting: str, entry: dict, path: Path) -> None:
         best = max(found, key=found.get)
         y, x = texts.index(head.split()[0]), columns.index(head.split()[1])
         grid[y, x] = found[best] / oracle[i][0]
-        axes.text(x, y, best.replace("_", "\n") + f"\n{grid[y, x]:.2f}", ha="center", va="center", fontsize=6)
+        label, colour = best.replace("_", "\n") + f"\n{grid[y, x]:.2f}", "white" if grid[y, x] > 0.8 else "black"
+        axes.text(x, y, label, ha="center", va="center", fontsize=6, color=colour)
     axes.imshow(grid, vmin=0.5, vmax=1, cmap="YlGn", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, fontsize=7)
     axes.set_yticks(range(len(texts)), texts)

@@ -156,13 +156,15 @@ Figures evaluate(
             fmt::format("layer {}, KV head {}", data.layer, data.kv_head),
             static_cast<int64_t>(tokens.size()));
     // Statistics of cells move on in blocks, so that queries can share threads,
-    // but not past a query that looks at the newest keys.
+    // sixteen times at least, and not past a query that looks at the newest keys.
     bool exact = false;
     for (const auto& method : methods) {
         exact = exact || method->needs_newest_keys();
     }
-    const size_t block =
-            !evaluation.decoding ? tokens.size() : exact ? 1 : 32;
+    const size_t block = !evaluation.decoding
+            ? tokens.size()
+            : exact ? 1
+                    : std::clamp<size_t>(tokens.size() / 16, 1, 32);
     for (size_t begin = 0; begin < tokens.size(); begin += block) {
         const size_t end = std::min(begin + block, tokens.size());
         const int64_t listed = !evaluation.decoding

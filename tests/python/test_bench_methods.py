@@ -102,11 +102,17 @@ def test_no_text_that_methods_were_developed_on(folder):
     assert len(by_text) == 4 and all(heads == of(False) for heads in by_text.values())
 
 
-def test_what_was_not_measured_is_said(folder):
-    runs = lambda *lengths: bench_methods.plan(folder / "traces", folder / "data", lengths)
-    short, full = bench_methods.skipped(runs("8k"), False), bench_methods.skipped(runs("8k", "32k"), True)
-    assert len(short) == 1 and "32,768" in short[0] and "--full" in short[0]
-    assert len(full) == 1 and "saap" in full[0] and "1, 5, 9, 13, 17, 21, 25, 29" in full[0]
+def test_what_is_left_out_is_said(folder, tmp_path):
+    plan = lambda *lengths: bench_methods.plan(folder / "traces", tmp_path, lengths)
+    short, full = bench_methods.left_out(plan("8k"), False), bench_methods.left_out(plan("8k", "32k"), True)
+    assert [bool(re.search("32,768.*--full", s)) for s in short] == [True, False]
+    assert [s[:11] for s in full] == ["saap at 8k ", "saap at 32k"] and short[1] == full[0]
+    # a file that holds one of the heads is asked about this one
+    tensors = json.dumps({"layer.9.kv.2.centroids": {}}).encode()
+    (tmp_path / "smollm2_135m.saap").write_bytes(len(tensors).to_bytes(8, "little") + tensors)
+    asked = {run.name for run in plan("8k") if run.partitions}
+    assert asked == {"8k-handbook-9-2-trained", "8k-handbook-9-2-prefix-trained"}
+    assert len(bench_methods.left_out(plan("8k"), False)) == 1
 
 
 def test_report(folder, tmp_path):
