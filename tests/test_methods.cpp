@@ -308,6 +308,33 @@ TEST_P(ScanOfCodes, ReadsWhatFaissFinds) {
     }
     EXPECT_DOUBLE_EQ(
             s.index_bytes, c.bytes * w.data.tokens + 2.0 * (1 << c.bits) * d);
+
+    // One choice for the heads, as PQCache makes it: their softmaxes over the
+    // scores of the codes are added up.
+    const int64_t n = w.far.size();
+    std::vector<double> shared(n, 0.0);
+    for (int h = 0; h < w.data.group; h++) {
+        const float* q = w.data.query_post(w.token, h);
+        std::vector<double> mass(n);
+        std::vector<float> key(d);
+        for (int64_t j = 0; j < n; j++) {
+            index.reconstruct(j, key.data());
+            mass[j] = std::exp(
+                    w.data.scale * std::inner_product(q, q + d, key.begin(), 0.0));
+        }
+        const double sum = std::accumulate(mass.begin(), mass.end(), 0.0);
+        for (int64_t j = 0; j < n; j++) {
+            shared[j] += mass[j] / sum;
+        }
+    }
+    std::vector<int> one_by_one(n);
+    std::iota(one_by_one.begin(), one_by_one.end(), 0);
+    const auto expected = take(one_by_one, shared, limit, w.far.begin);
+    const auto group = w.built(std::string(c.method) + "_group")->probe(w.step, limit);
+    for (const auto& slots : group.slots) {
+        EXPECT_EQ(slots, group.slots[0]);
+        EXPECT_GE(agreement(expected, slots), .97);
+    }
 }
 
 INSTANTIATE_TEST_SUITE_P(
