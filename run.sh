@@ -7,6 +7,7 @@
 #   ./run.sh needle            a model finds a pass key through the index
 #   ./run.sh bench             methods side by side on traces of 8,192 tokens
 #   ./run.sh bench --full      32,768 tokens too, and generated texts of 131,072
+#   ./run.sh bench --with X,Y  methods X and Y beside the usual ones
 #
 # Works on Debian 12 and Ubuntu 24.04, as root or with sudo. Safe to repeat.
 set -euo pipefail
@@ -129,15 +130,18 @@ needle() {
 }
 
 bench() {
-  local lengths=(8k)
-  case "${1:-}" in
-    '') [ $# -eq 0 ] || die "unknown option of bench: ''" ;;
-    --full)
-      [ $# -eq 1 ] || die "unknown option of bench: $2"
-      lengths=(8k 32k)
-      ;;
-    *) die "unknown option of bench: $1" ;;
-  esac
+  local lengths=(8k) options=("$@")
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --full) lengths=(8k 32k) ;;
+      --with)
+        [ $# -ge 2 ] || die "--with needs names of methods"
+        shift
+        ;;
+      *) die "unknown option of bench: '$1'" ;;
+    esac
+    shift
+  done
   set_up
   build "$(main_preset)"
   local traces=${FAISS_SAAP_TRACES:-build/traces} length
@@ -146,7 +150,7 @@ bench() {
     contrib/make_traces.sh --bench "$length" "$traces"
   done
   say "measuring; what build/bench holds already is not measured again"
-  "$VENV/bin/python" contrib/bench_methods.py --traces "$traces" "$@"
+  "$VENV/bin/python" contrib/bench_methods.py --traces "$traces" "${options[@]}"
   "$VENV/bin/python" contrib/bench_report.py build/bench build/bench/report
   say "the page: build/bench/report/index.html"
 }
@@ -183,6 +187,6 @@ case "$command" in
   test) run_tests "$@" ;;
   needle) needle "$@" ;;
   bench) bench "$@" ;;
-  -h | --help | help | '') sed -n '2,11s/^# \{0,1\}//p' "$0" ;;
+  -h | --help | help | '') sed -n '2,12s/^# \{0,1\}//p' "$0" ;;
   *) die "unknown command: $command (there are demo, test, needle and bench)" ;;
 esac

@@ -54,6 +54,7 @@ class Run:
     keys_per_cell: int = 16
     cluster_on: str = "all"
     partitions: Path | None = None
+    again: bool = False  # even where its result is there
     sources: list[Path] = field(default_factory=list)
 
     def generate(self, program: Path) -> list[str]:
@@ -118,9 +119,9 @@ def heads(traces: Path, length: str) -> list[tuple[str, Path, int, int]]:
     return sampled
 
 
-def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
-    """What is asked first comes first: the whole text clustered, then the decode-like listing, then coarser cells."""
-    everything, coarse, decoding = [], [], []
+def plan(traces: Path, data: Path, lengths: list[str], more_methods: tuple[str, ...] = ()) -> list[Run]:
+    """What is asked first comes first: methods by name, the whole text clustered, the decode-like listing, coarser cells."""
+    asked_for, everything, coarse, decoding = [], [], [], []
     for length in lengths:
         partitions = trained(traces, data, length)
         holds = header(partitions) if partitions.exists() else {}
@@ -131,6 +132,9 @@ def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
             decoding.append(Run(f"{name}-prefix", **common, methods=FAMILIES, cluster_on="prefix"))
             coarse.append(Run(f"{name}-more", **common, methods=MORE))
             for clustering, runs, suffix in (("all", everything, ""), ("prefix", decoding, "-prefix")):
+                for method in more_methods:
+                    more = dict(methods=method, cluster_on=clustering, again=True)
+                    asked_for.append(Run(f"{name}{suffix}-with_{method}", **common, **more))
                 if f"layer.{layer}.kv.{kv_head}.centroids" in holds:
                     methods = TRAINED + (",saap_blend_group" if clustering == "prefix" else "")
                     more = dict(methods=methods, cluster_on=clustering, partitions=partitions)
@@ -153,7 +157,7 @@ def plan(traces: Path, data: Path, lengths: list[str]) -> list[Run]:
                     FAMILIES if length in TEXTS else FAMILIES_LONG,
                     sources=[recorded(traces, name) for name in sources],
                 ))  # fmt: skip
-    return everything + decoding + generated + coarse
+    return asked_for + everything + decoding + generated + coarse
 
 
 def measure(run: Run, options: argparse.Namespace, threads: int) -> None:
@@ -187,10 +191,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the trained partitions")
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="folder for the results of single runs")
     parser.add_argument("--full", action="store_true", help="32,768 tokens too, and 131,072 generated ones")
+    parser.add_argument("--with", dest="methods", default="", metavar="NAME,...",
+                        help="methods of bench_recall that are not among the usual ones, measured anew each time")
     options = parser.parse_args()
-    runs = plan(options.traces, options.data, ["8k", "32k"] if options.full else ["8k"])
+    methods = tuple(filter(None, options.methods.split(",")))
+    runs = plan(options.traces, options.data, ["8k", "32k"] if options.full else ["8k"], methods)
     options.cache.mkdir(parents=True, exist_ok=True)
-    todo = [run for run in runs if not (options.cache / f"{run.name}.json").exists()]
+    todo = [run for run in runs if run.again or not (options.cache / f"{run.name}.json").exists()]
     start, made = time.monotonic(), 0
 
     def count() -> None:

@@ -43,7 +43,7 @@ def read(cache: Path) -> tuple[dict, dict, dict]:
     curves = defaultdict(lambda: defaultdict(dict))
     heads, environment = defaultdict(dict), {}
     for path in sorted(cache.glob("*.json")):
-        match = re.fullmatch(r"(\d+k)-(\w+)-(\d+)-(\d+)(-prefix)?(?:-(cells\d+|more|trained))?", path.stem)
+        match = re.fullmatch(r"(\d+k)-(\w+)-(\d+)-(\d+)(-prefix)?(?:-(cells\d+|more|trained|with_\w+))?", path.stem)
         if not match:
             continue
         length, text, layer, kv_head, prefix, variant = match.groups()
