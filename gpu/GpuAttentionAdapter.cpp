@@ -6,6 +6,7 @@
 
 #include "append.h"
 #include "attend.h"
+#include "decode.h"
 #include "lower.h"
 #include "route.h"
 
@@ -117,7 +118,12 @@ struct GpuBatch::State {
     GpuProbedCells probed;
     RowWork work;
     float *part = nullptr, *part_lse = nullptr;
-    int* blocks_done = nullptr;
+    DecodeParams decode; ///< what a policy adds to
+
+    /// One launch can serve it.
+    bool decodes(const ProbePolicy& policy) const {
+        return decode.team_blocks > 0 && policy.share_group;
+    }
 };
 
 GpuBatch::GpuBatch(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -780,7 +786,6 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             const int64_t pieces = 2 * (nrow + processors_) * group_;
             b.part = layout.take<float>(pieces * params_.d);
             b.part_lse = layout.take<float>(pieces);
-            b.blocks_done = layout.take<int>(1);
         }
         return layout.size();
     };
@@ -818,10 +823,36 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
          team_rows.size() * sizeof(int32_t),
          cudaMemcpyHostToDevice,
          stream);
-    if (b.blocks_done) {
-        FAISS_SAAP_CUDA_CHECK(
-                cudaMemsetAsync(b.blocks_done, 0, sizeof(int), stream));
+    DecodeParams& d = b.decode;
+    d.items = b.d_items;
+    d.rows = b.d_rows;
+    d.nrow = static_cast<int>(nrow);
+    d.most_cells = b.most_cells;
+    d.most_cols = b.most_cols;
+    d.most_width = b.most_width;
+    d.heads_q = params_.heads_q;
+    d.heads_kv = params_.heads_kv;
+    d.d = params_.d;
+    d.sink = params_.sink;
+    d.window = params_.window;
+    d.position_offset = params_.position_offset;
+    d.dense_below = params_.dense_below;
+    d.scale = params_.scale;
+    d.attend_dense = params_.attend_dense;
+    d.bf16 = b.dtype == DType::bfloat16;
+    d.flag = fault_->device;
+    for (int64_t length : b.view_length) {
+        const int64_t dense = std::min(length, params_.sink + params_.window);
+        const auto far = static_cast<double>(length - dense);
+        d.bytes += params_.heads_kv * 2 * params_.d * 2 *
+                (dense +
+                 std::min(
+                         params_.policy.max_keys,
+                         static_cast<int64_t>(params_.policy.max_selectivity * far)));
     }
+    d.team_blocks = b.attends && b.one_each && !b.keeps_means && b.most_partitions == 1
+            ? decode_blocks(d)
+            : 0;
     return std::unique_ptr<GpuBatch>(new GpuBatch(std::move(state)));
 }
 
@@ -960,7 +991,6 @@ void GpuAttentionAdapter::start_route(
         const GpuProbedCells& probed,
         const ProbePolicy& policy,
         bool plans,
-        bool appends,
         cudaStream_t stream) const {
     const GpuBatch::State& b = *batch.state_;
     RouteParams p;
@@ -988,7 +1018,6 @@ void GpuAttentionAdapter::start_route(
     p.queries = queries;
     p.bf16 = b.dtype == DType::bfloat16;
     p.scores = b.scores;
-    p.appends = appends;
     p.share_group = policy.share_group;
     p.nprobe = policy.nprobe;
     p.max_keys = policy.max_keys;
@@ -1037,7 +1066,6 @@ void GpuAttentionAdapter::route(
             probed,
             chosen,
             /*plans=*/false,
-            /*appends=*/false,
             stream);
 }
 
@@ -1051,8 +1079,7 @@ void GpuAttentionAdapter::attend_preassigned(
     check_batch(batch, true);
     check_output(batch, queries, out);
     DeviceScope scope(device_);
-    start_attend(
-            batch, queries, probed, /*planned=*/false, /*appends=*/false, out, stream);
+    start_attend(batch, queries, probed, /*planned=*/false, out, stream);
 }
 
 void GpuAttentionAdapter::check_output(
@@ -1081,7 +1108,6 @@ void GpuAttentionAdapter::start_attend(
         const void* queries,
         const GpuProbedCells& probed,
         bool planned,
-        bool appends,
         const AttendOutput& out,
         cudaStream_t stream) const {
     const GpuBatch::State& b = *batch.state_;
@@ -1117,8 +1143,6 @@ void GpuAttentionAdapter::start_attend(
     p.part = b.part;
     p.part_lse = b.part_lse;
     p.pieces = p.nrow * (p.share_group ? 1 : group_) + processors_;
-    p.appends = appends;
-    p.blocks_done = b.blocks_done;
     p.out = out;
     p.flag = fault_->device;
     if (!planned) {
@@ -1127,17 +1151,23 @@ void GpuAttentionAdapter::start_attend(
     FAISS_SAAP_CUDA_CHECK(gpu::attend(p, stream));
 }
 
-void GpuAttentionAdapter::route_and_attend(
+void GpuAttentionAdapter::start_decode(
         const GpuBatch& batch,
         const void* queries,
         const AttendOutput& out,
         const ProbePolicy& policy,
         bool appends,
         cudaStream_t stream) const {
-    GpuProbedCells probed = batch.state_->probed;
-    probed.share_group = policy.share_group;
-    start_route(batch, queries, probed, policy, /*plans=*/true, appends, stream);
-    start_attend(batch, queries, probed, /*planned=*/true, appends, out, stream);
+    const GpuBatch::State& b = *batch.state_;
+    DecodeParams p = b.decode;
+    p.queries = queries;
+    p.appends = appends;
+    p.nprobe = policy.nprobe;
+    p.max_keys = policy.max_keys;
+    p.max_selectivity = policy.max_selectivity;
+    p.share = policy.share(0, 1);
+    p.out = out;
+    FAISS_SAAP_CUDA_CHECK(gpu::decode(p, stream));
 }
 
 void GpuAttentionAdapter::attend(
@@ -1152,7 +1182,14 @@ void GpuAttentionAdapter::attend(
     check_output(batch, queries, out);
     check_policy(batch, chosen);
     DeviceScope scope(device_);
-    route_and_attend(batch, queries, out, chosen, /*appends=*/false, stream);
+    if (batch.state_->decodes(chosen)) {
+        start_decode(batch, queries, out, chosen, /*appends=*/false, stream);
+        return;
+    }
+    GpuProbedCells probed = batch.state_->probed;
+    probed.share_group = chosen.share_group;
+    start_route(batch, queries, probed, chosen, /*plans=*/true, stream);
+    start_attend(batch, queries, probed, /*planned=*/true, out, stream);
 }
 
 void GpuAttentionAdapter::step(
@@ -1166,16 +1203,14 @@ void GpuAttentionAdapter::step(
     check_batch(batch, true);
     check_output(batch, queries, out);
     check_policy(batch, chosen);
-    const GpuBatch::State& b = *batch.state_;
-    const bool in_two = b.one_each && !b.keeps_means && chosen.share_group &&
-            b.most_partitions <= kMaxAppendPartitions;
     DeviceScope scope(device_);
-    if (in_two) {
+    if (batch.state_->decodes(chosen)) {
         prepare_append(batch, stream);
-    } else {
-        append(batch, stream);
+        start_decode(batch, queries, out, chosen, /*appends=*/true, stream);
+        return;
     }
-    route_and_attend(batch, queries, out, chosen, /*appends=*/in_two, stream);
+    append(batch, stream);
+    attend(batch, queries, out, &chosen, stream);
 }
 
 GpuListsCopy GpuAttentionAdapter::lists(

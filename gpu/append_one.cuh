@@ -38,42 +38,6 @@ __device__ inline Fault fault_of_key(const char* key, int d, int bf16) {
     return !key ? Fault::append_page : finite ? Fault::none : Fault::append_key;
 }
 
-/// The best of a block's share of the cells for a key; warp `warp` of `warps` writes
-/// what it has found.
-__device__ __noinline__ void find_best_cell(
-        const DeviceAssigner& key,
-        const float* x,
-        int warp,
-        int warps,
-        unsigned long long* found) {
-    constexpr int kRows = 8;
-    const int lane = threadIdx.x % 32;
-    const int blocks = (key.ncell + kRows - 1) / kRows;
-    unsigned long long mine = 0;
-#pragma unroll 1
-    for (int block = warp * gridDim.x + blockIdx.x; block < blocks;
-         block += warps * gridDim.x) {
-        const int cell = block * kRows + lane / 4;
-        const bool there = cell < key.ncell;
-        const float* row = there ? static_cast<const float*>(key.rows) +
-                        int64_t(cell) * key.padded_cols
-                                 : nullptr;
-        const float bias = there && key.bias ? key.bias[cell] : 0.0f;
-        const float score =
-                bias + warp_products<RowType::float32, 1>(row, key.d, x, 0);
-        if (there) {
-            mine = max(mine, scored_cell(score, cell));
-        }
-    }
-    const auto high = static_cast<uint32_t>(mine >> 32);
-    const uint32_t most = __reduce_max_sync(0xffffffffu, high);
-    const uint32_t low = __reduce_max_sync(
-            0xffffffffu, high == most ? static_cast<uint32_t>(mine) : 0u);
-    if (lane == 0) {
-        found[warp] = static_cast<unsigned long long>(most) << 32 | low;
-    }
-}
-
 /// An entry of a list on its way, in thread 0.
 struct OneAppend {
     int cell = -1; ///< -1: there is none
@@ -82,25 +46,18 @@ struct OneAppend {
     uint32_t extent = 0; ///< where the entry's extent begins
 };
 
-/// Counts the leaving slot in the cell that the team has found. The extent is read
-/// here and needed in end_listing only: the answer takes long. By thread 0.
-/// @param found   what each block of the team has found; shared memory, as `counts`
+/// Begins to list the slot in a cell that has `entry` ones. The extent is read here and
+/// needed in end_listing only: the answer takes long. By thread 0.
 __device__ inline OneAppend begin_listing(
         const ListState& list,
-        const unsigned long long* found,
+        int cell,
         int64_t slot,
-        int32_t* counts) {
+        int32_t entry) {
     OneAppend one;
-    unsigned long long best = 0;
-#pragma unroll
-    for (unsigned b = 0; b < kMaxTeam; b++) {
-        best = b < gridDim.x ? max(best, found[b]) : best;
-    }
-    one.cell = cell_of_scored(best);
+    one.cell = cell;
     one.slot = slot;
-    one.entry = static_cast<uint32_t>(counts[one.cell]++);
-    one.extent = __ldcg(
-            list.extents + int64_t(one.cell) * kExtents + extent_of(one.entry));
+    one.entry = static_cast<uint32_t>(entry);
+    one.extent = __ldcg(list.extents + int64_t(cell) * kExtents + extent_of(one.entry));
     return one;
 }
 

@@ -36,10 +36,6 @@ struct AttendParams {
     float* part = nullptr;
     float* part_lse = nullptr; ///< nq for each
     int pieces = 0;            ///< rows and blocks
-    /// The sequences' lengths lack the token of this step (RouteParams::appends);
-    /// the last block to end adds it.
-    int appends = 0;
-    int* blocks_done = nullptr; ///< 0 before and after
     AttendOutput out;
     FaultFlag* flag = nullptr;
 };

@@ -239,6 +239,15 @@ __device__ inline int cell_of_scored(unsigned long long scored) {
     return static_cast<int>(~static_cast<uint32_t>(scored));
 }
 
+/// By all lanes.
+__device__ inline unsigned long long largest_of_warp(unsigned long long x) {
+    const auto high = static_cast<uint32_t>(x >> 32);
+    const uint32_t most = __reduce_max_sync(0xffffffffu, high);
+    const uint32_t low = __reduce_max_sync(
+            0xffffffffu, high == most ? static_cast<uint32_t>(x) : 0u);
+    return static_cast<unsigned long long>(most) << 32 | low;
+}
+
 /// The inverse of `ordered`.
 __device__ inline float of_ordered(uint32_t x) {
     return __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);

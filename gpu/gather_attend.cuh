@@ -145,7 +145,7 @@ __device__ Share find_share(int rows, int least, const TilesOf& tiles_of) {
 
 /// What a row reads of sink and window, which is known before its cells are.
 __device__ RowPlan dense_plan(const AttendParams& p, const BatchRow& row) {
-    const int64_t length = __ldcg(&row.sequence->length) + (p.appends ? 1 : 0);
+    const int64_t length = __ldcg(&row.sequence->length);
     return plan_dense(
             reach_of(length, row.q_len, row.token, p.sink, p.window),
             length,
@@ -306,7 +306,7 @@ __device__ __noinline__ void end_row(
         float* weights) {
     RowPlan* shared_plan = p.work.plans + r;
     const int all = dense_tiles(plan) + far_tiles(plan);
-    if (arrive(&shared_plan->tiles_done, here) + here == all && !plan.refused) {
+    if (arrive(&shared_plan->tiles_done, here) + here == all) {
         const TileShare::Range of_dense = dense.blocks(begins.x, dense_tiles(plan));
         const TileShare::Range of_far = far.blocks(begins.y, far_tiles(plan));
         merge_pieces(
@@ -418,9 +418,7 @@ __device__ __forceinline__ void attend_tiles(
                     in_page = slot % page_size;
                     if (at < 0 || at >= npages) {
                         slot = -1;
-                        raise(p.flag,
-                              p.appends ? Fault::append_page : Fault::attend_page,
-                              item);
+                        raise(p.flag, Fault::attend_page, item);
                     }
                 }
                 if (slot >= 0) {
@@ -612,18 +610,12 @@ __global__ void __launch_bounds__(32 * most_warps(D))
     // Of the dense tiles, and of the far ones; and the rows that they are of.
     Share dense, share;
     int dense_rows_end = 0, far_rows_end = 0;
-    int ended_before = 0;
     // The kernel before this one lets it begin when all that came before has
     // ended: for sink and window, queries, caches and lengths are there.
 #pragma unroll 1
     for (int far = 0; far < 2; far++) {
         if (far) {
-            __syncthreads(); // all have read what they need of the lengths
             wait_for_previous();
-            // Answered long before it is asked for, at the end.
-            if (p.appends && threadIdx.x == 0) {
-                ended_before = atomicAdd(p.blocks_done, 1);
-            }
         }
         const auto plan_of = [&](int r) {
             return far ? plans[r] : dense_plan(p, p.rows[r / choices]);
@@ -718,18 +710,6 @@ __global__ void __launch_bounds__(32 * most_warps(D))
                     first_query(p.rows[r / choices], r),
                     nq,
                     reinterpret_cast<float*>(shared));
-        }
-    }
-    if (p.appends && threadIdx.x < 32 &&
-        __shfl_sync(0xffffffffu, ended_before, 0) == int(gridDim.x) - 1) {
-        for (int i = lane; i < p.nrow; i += 32) {
-            const BatchRow& row = p.rows[i];
-            if (row.kv_head == 0 && !plans[i].refused) {
-                row.sequence->length++;
-            }
-        }
-        if (lane == 0) {
-            *p.blocks_done = 0;
         }
     }
 }

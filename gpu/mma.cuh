@@ -10,12 +10,16 @@
 
 namespace faiss_saap::gpu {
 
+/// An address of shared memory.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 /// From global to shared memory, without waiting; zeros where nothing is there.
 __device__ __forceinline__ void copy_16_bytes(
-        void* to,
+        uint32_t at,
         const void* from,
         bool there) {
-    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(at),
                  "l"(from),
                  "r"(there ? 16 : 0));
@@ -25,6 +29,13 @@ __device__ __forceinline__ void commit_copies() {
     asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 
+__device__ __forceinline__ void copy_16_bytes(
+        void* to,
+        const void* from,
+        bool there) {
+    copy_16_bytes(shared_address(to), from, there);
+}
+
 /// Waits until at most kLeft groups of copies are on their way.
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
@@ -32,8 +43,7 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 /// Four matrices of 8 * 8, each lane naming one of their 32 rows.
-__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* row) {
-    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t at) {
     asm volatile(
             "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
             : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -41,16 +51,27 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* row)
             : "memory");
 }
 
-__device__ __forceinline__ void load_transposed(
-        uint32_t (&m)[4],
-        const void* row) {
-    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_transposed(uint32_t (&m)[4], uint32_t at) {
     asm volatile(
             "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, "
             "[%4];\n"
             : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
             : "r"(at)
             : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* row) {
+    load_matrices(m, shared_address(row));
+}
+__device__ __forceinline__ void load_transposed(uint32_t (&m)[4], const void* row) {
+    load_transposed(m, shared_address(row));
+}
+
+/// The transpose of an 8 * 8 matrix of 16-bit elements, in a warp's registers.
+__device__ __forceinline__ uint32_t transpose(uint32_t m) {
+    uint32_t t;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(m));
+    return t;
 }
 
 /// c <- c + a b of 16 * 16 and 16 * 8.

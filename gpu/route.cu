@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "append_one.cuh"
 #include "device_vectors.cuh"
 #include "far_keys.cuh"
 #include "launch.h"
@@ -13,7 +12,7 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-constexpr int kThreads = kSelectThreads;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRows = 8; ///< rows of weights that a warp multiplies at once
 
@@ -26,11 +25,9 @@ struct TeamRow {
     ListState first_list;
     BatchList first_in_batch;
     // What does.
-    int64_t length = 0;  ///< of the sequence, with the token of this step
-    int64_t leaving = 0; ///< the slot that leaves the window in this step; -1: none
+    int64_t length = 0; ///< of the sequence
     Reach reach;
-    bool asks = false;           ///< there is something to choose
-    Fault refused = Fault::none; ///< of the token; known to the block of the row
+    bool asks = false; ///< there is something to choose
 
     __device__ const ListState& list(int partition) const {
         return partition == 0 ? first_list : row.lists[partition];
@@ -55,7 +52,6 @@ struct Team {
     float* staged;
     float *x, *post;           ///< queries as rows want them, and after RoPE
     float *hidden, *activated; ///< of networks
-    float* leaving;            ///< a key for each row
 
     /// The block that takes the cells of a row, of the first query head at least.
     __device__ unsigned block_of(int t, int choices) const {
@@ -63,51 +59,38 @@ struct Team {
     }
 };
 
-/// Queries, and keys that leave their window, a pair of components for each thread,
-/// so that all are on their way at once.
+/// Queries, a pair of components for each thread, so that all are on their way at
+/// once.
 __device__ void load_vectors(
         const RouteParams& p,
         const Team& team,
-        const ListState& list,
-        bool asks,
-        bool leaves) {
+        const ListState& list) {
     const DeviceAssigner& a = list.query;
     const bool networks = a.input == RowInput::hidden;
     const int half = p.d / 2, each = team.group * half;
     const int stride = networks ? a.padded_d : a.padded_cols;
-    const int queries = asks ? team.n * each : 0;
-    // Queries as the rows want them, after RoPE, and then keys.
+    const int queries = team.n * each;
+    // Queries as the rows want them, and after RoPE.
     const int linear = a.input != RowInput::none ? queries : 0;
     const int plain = a.blend ? queries : 0;
-    const int all = linear + plain + (leaves ? team.n * half : 0);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < all; i += kThreads) {
-        const bool is_key = i >= linear + plain, is_plain = i >= linear;
-        const int j = is_key ? i - linear - plain : is_plain ? i - linear : i;
+    for (int i = threadIdx.x; i < linear + plain; i += kThreads) {
+        const bool is_plain = i >= linear;
+        const int j = is_plain ? i - linear : i;
         const int v = j / half, pair = j % half;
-        const int t = is_key ? v : v / team.group, g = v % team.group;
+        const int t = v / team.group, g = v % team.group;
         const TeamRow& row = team.rows[t];
-        if (is_key && row.leaving < 0) {
-            continue;
-        }
-        const int64_t position = is_key
-                ? row.leaving
-                : row.length - row.row.q_len + row.row.token;
+        const int64_t position = row.length - row.row.q_len + row.row.token;
         const int64_t head = int64_t(row.row.query) * p.heads_q +
                 row.row.kv_head * team.group + g;
-        const bool derotates = is_key ? list.key.input == RowInput::pre_rope
-                                      : !is_plain && a.input != RowInput::post_rope;
-        float* to = is_key ? team.leaving + t * p.d
-                : is_plain
-                ? team.post + (t * team.padded_group + g) * p.d
-                : team.x + (t * team.padded_group + g) * stride;
+        float* to = is_plain ? team.post + (t * team.padded_group + g) * p.d
+                             : team.x + (t * team.padded_group + g) * stride;
         load_vector(
                 list.rotary,
                 p.d,
                 position + p.position_offset,
-                derotates,
-                is_key ? key_row(row.kv, row.row.kv_head, row.leaving)
-                       : static_cast<const char*>(p.queries) + head * p.d * 2,
+                !is_plain && a.input != RowInput::post_rope,
+                static_cast<const char*>(p.queries) + head * p.d * 2,
                 p.bf16,
                 pair,
                 half,
@@ -223,26 +206,23 @@ __device__ __noinline__ float blended(
     return score;
 }
 
-/// Scores of one partition's cells for all rows and heads, shared out over warps
-/// first, first + 1, ... of each block; the rows one after the other, so that weights
-/// stay near.
+/// Scores of one partition's cells for all rows and heads, shared out over the team's
+/// warps; the rows one after the other, so that weights stay near.
 /// @param x  of the cells' rows: queries, or what networks make of them
 __device__ __noinline__ void score_cells(
         const RouteParams& p,
         const Team& team,
         int partition,
         const DeviceAssigner& a,
-        const float* x,
-        int warp,
-        int warps) {
+        const float* x) {
     const int cols = a.padded_cols, ncell = a.ncell;
     const size_t bytes = size_t(cols) * (a.bf16 ? 2 : 4);
     const bool per_head = a.networks > 1;
-    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int blocks = (ncell + kRows - 1) / kRows;
 #pragma unroll 1
     for (int block = warp * gridDim.x + blockIdx.x; block < blocks;
-         block += warps * gridDim.x) {
+         block += kWarps * gridDim.x) {
         const int cell = block * kRows + lane / 4;
         const bool there = cell < ncell;
 #pragma unroll 1
@@ -331,15 +311,13 @@ __device__ void select_row(
         const Team& team,
         const TeamRow& row,
         int choice,
-        const unsigned long long* found,
         unsigned long long* keys) {
     const int group = team.group;
     const int64_t r =
             int64_t(row.number) * (p.share_group ? 1 : group) + choice;
     int32_t* out = p.cells + r * p.stride;
     __shared__ Selection s;
-    const bool refused = row.refused != Fault::none;
-    const auto far = static_cast<int>(refused ? 0 : row.reach.far_keys());
+    const auto far = static_cast<int>(row.reach.far_keys());
     const bool plans = p.work.plans;
     const bool shares_keys = plans && row.row.nlist > 1;
     uint32_t* probed = p.work.probed + r * p.work.probed_words;
@@ -349,7 +327,7 @@ __device__ void select_row(
     }
     int taken = 0, taken_keys = 0;
 #pragma unroll 1
-    for (int i = 0; i < row.row.nlist && !refused; i++) {
+    for (int i = 0; i < row.row.nlist; i++) {
         const ListState& list = row.list(i);
         const int n = list.ncell;
         int padded = 32;
@@ -372,18 +350,7 @@ __device__ void select_row(
             }
             scores = fits ? team.staged : scores;
         }
-        far_counts(
-                list,
-                row.length - (p.appends ? 1 : 0),
-                row.reach,
-                p.sink,
-                p.window,
-                counts);
-        OneAppend listing;
-        if (threadIdx.x == 0 && row.leaving >= 0) {
-            listing = begin_listing(list, found + i * kMaxTeam, row.leaving, counts);
-        }
-        __syncthreads();
+        far_counts(list, row.length, row.reach, p.sink, p.window, counts);
         const double share = p.nsplit ? p.split[i] : 1.0 / row.row.nlist;
         if (far > 0 && (all ? i == 0 : share != 0)) {
             // log of the mass per key, of which the group's heads are summed.
@@ -419,8 +386,11 @@ __device__ void select_row(
                     ? far
                     : static_cast<int64_t>(share * limit_of_head + 1e-9);
             RowCell* cells = p.work.cells + r * p.work.stride;
+            clear_selection(s, all ? n : p.nprobe);
+            const Bins bins = find_bins(s, keys, padded);
             take_cells(
                     s,
+                    bins,
                     keys,
                     padded,
                     counts,
@@ -444,13 +414,9 @@ __device__ void select_row(
             taken += s.taken;
             taken_keys += s.keys;
         }
-        end_listing(list, listing, p.sink);
     }
     if (threadIdx.x == 0) {
         p.count[r] = taken;
-        if (refused && row.row.kv_head == 0) {
-            raise(p.flag, row.refused, row.row.item);
-        }
         if (plans) {
             RowPlan plan = plan_dense(
                     row.reach,
@@ -458,11 +424,10 @@ __device__ void select_row(
                     row.row.view_length,
                     p.attend_dense,
                     row.row.item,
-                    refused ? nullptr : p.flag);
+                    p.flag);
             const bool readable = row.length <= row.row.view_length;
             plan.cells = readable ? taken : 0;
             plan.keys = readable ? taken_keys : 0;
-            plan.refused = refused;
             p.work.plans[r] = plan;
         }
     }
@@ -484,11 +449,6 @@ __global__ void __launch_bounds__(kThreads, 2)
         route_kernel(const __grid_constant__ RouteParams p) {
     __shared__ __align__(16) char row_bytes[kMaxTeamRows * sizeof(TeamRow)];
     auto* rows = reinterpret_cast<TeamRow*>(row_bytes);
-    // Best cells of the leaving keys: of this block's warps; and of each block, for
-    // each partition of the rows whose cells this block takes.
-    __shared__ unsigned long long of_warps[kWarps];
-    __shared__ unsigned long long found[kMaxTeamRows][kMaxAppendPartitions]
-                                        [kMaxTeam];
     extern __shared__ __align__(16) float shared[];
     const RowTeam members = p.teams[blockIdx.y];
 #pragma unroll 1
@@ -496,7 +456,6 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int number = p.team_rows[members.first + t];
         if (threadIdx.x == 0) {
             rows[t].number = number;
-            rows[t].refused = Fault::none;
         }
         copy_words(&rows[t].row, p.rows + number);
     }
@@ -523,14 +482,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     team.post = team.x + vectors * p.most_cols;
     team.hidden = team.post + vectors * p.most_post;
     team.activated = team.hidden + vectors * p.most_width;
-    team.leaving = team.activated + vectors * p.most_width;
 #pragma unroll 1
     for (int i = 0; i < nlist; i++) {
         const ListState& list = rows[0].list(i);
         prefetch_weights(list.query, team.group);
-        if (p.appends) {
-            prefetch_weights(list.key, 1);
-        }
 #pragma unroll 1
         for (int t = 0; t < team.n; t++) {
             prefetch_bytes(rows[t].list(i).count, 4 * list.ncell);
@@ -546,58 +501,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     let_next_begin();
     if (threadIdx.x < team.n) {
         TeamRow& row = rows[threadIdx.x];
-        const int64_t before = __ldcg(&row.row.sequence->length);
-        const int64_t capacity = __ldcg(&row.row.sequence->capacity);
-        row.length = before + (p.appends ? 1 : 0);
-        row.leaving = p.appends ? leaving_slot(before, p.sink, p.window) : -1;
+        row.length = __ldcg(&row.row.sequence->length);
         row.reach = reach_of(
                 row.length, row.row.q_len, row.row.token, p.sink, p.window);
         row.asks = row.reach.far_keys() > p.dense_below;
-        if (p.appends) {
-            row.refused = row.length > capacity ? Fault::append_capacity
-                    : row.length > row.row.view_length ? Fault::append_view
-                                                       : Fault::none;
-        }
     }
     __syncthreads();
-    bool any_asks = false, any_leaves = false;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    bool asks = false;
 #pragma unroll 1
     for (int t = 0; t < team.n; t++) {
-        any_asks = any_asks || rows[t].asks;
-        any_leaves = any_leaves || rows[t].leaving >= 0;
-        // The last warps look at the new keys while others load queries.
-        if (p.appends && team.block_of(t, choices) == blockIdx.x &&
-            rows[t].refused == Fault::none) {
-#pragma unroll 1
-            for (int first = 2 * (kWarps - 1 - warp); first < p.heads_kv;
-                 first += 2 * kWarps) {
-                const int h = first + lane / 16;
-                const bool there = h < p.heads_kv;
-                const Fault fault = fault_of_key(
-                        there ? key_row(rows[t].kv, h, rows[t].length - 1) : nullptr,
-                        p.d,
-                        p.bf16);
-                if (there && fault != Fault::none) {
-                    // The worse one of two, whoever is first.
-                    atomicMax(
-                            reinterpret_cast<int*>(&rows[t].refused),
-                            static_cast<int>(fault));
-                }
-            }
-        }
+        asks = asks || rows[t].asks;
     }
 #pragma unroll 1
-    for (int i = 0; i < nlist && (any_asks || any_leaves); i++) {
+    for (int i = 0; i < nlist && asks; i++) {
         const ListState& list = rows[0].list(i);
         const DeviceAssigner& query = list.query;
         __syncthreads(); // the partition before is done with the vectors
-        load_vectors(p, team, list, any_asks, any_leaves);
+        load_vectors(p, team, list);
         __syncthreads();
         const float* x = team.x;
 #pragma unroll 1
         for (int layer = 0;
-             query.input == RowInput::hidden && any_asks && layer < 1 + 2 * query.depth;
+             query.input == RowInput::hidden && layer < 1 + 2 * query.depth;
              layer++) {
             // in; then up and down of each block, which adds to what was.
             const bool up = layer % 2;
@@ -607,38 +532,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             x = to;
             team_sync();
         }
-        // Half of the warps score cells, the others look for the leaving keys'.
-        const int scoring = any_leaves && any_asks ? kWarps / 2 : any_asks ? kWarps : 0;
-        if (warp < scoring) {
-            score_cells(p, team, i, query, x, warp, scoring);
-        }
-#pragma unroll 1
-        for (int t = 0; t < team.n; t++) {
-            if (rows[t].leaving < 0) {
-                continue;
-            }
-            if (warp >= scoring) {
-                find_best_cell(
-                        list.key,
-                        team.leaving + t * p.d,
-                        warp - scoring,
-                        kWarps - scoring,
-                        of_warps);
-            }
-            __syncthreads();
-            if (warp == 0) {
-                unsigned long long best = lane < kWarps - scoring ? of_warps[lane] : 0;
-#pragma unroll
-                for (int step = kWarps / 2; step; step /= 2) {
-                    best = max(best, __shfl_xor_sync(0xffffffffu, best, step));
-                }
-                if (lane == 0) {
-                    store_in_block(
-                            &found[t][i][blockIdx.x], team.block_of(t, choices), best);
-                }
-            }
-            __syncthreads();
-        }
+        score_cells(p, team, i, query, x);
     }
     team_sync(); // and the vectors are no longer needed
 #pragma unroll 1
@@ -648,16 +542,15 @@ __global__ void __launch_bounds__(kThreads, 2)
                 team,
                 rows[task / choices],
                 task % choices,
-                found[task / choices][0],
                 reinterpret_cast<unsigned long long*>(shared + p.staged));
     }
 }
 
-/// Bytes that a row's vectors take: queries, hidden layers, the leaving key.
+/// Bytes that a row's vectors take: queries, hidden layers.
 size_t bytes_of_row(const RouteParams& p) {
     const int group = p.heads_q / p.heads_kv;
     const int of_head = p.most_cols + p.most_post + 2 * p.most_width;
-    return sizeof(float) * ((group + 3) / 4 * 4 * of_head + p.d);
+    return sizeof(float) * ((group + 3) / 4 * 4 * of_head);
 }
 
 /// Bytes of keys and counts of a selection.

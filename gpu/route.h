@@ -12,7 +12,6 @@ namespace faiss_saap::gpu {
 
 constexpr int kMaxGroup = 16;
 constexpr int kMaxPartitions = 16; ///< of a KV head
-constexpr int kMaxAppendPartitions = 4; ///< with RouteParams::appends
 /// Cells of a partition: what selection sorts in shared memory.
 constexpr int kMaxCells = 8192;
 constexpr int kMaxTeam = 16;    ///< blocks of a team
@@ -39,10 +38,6 @@ struct RouteParams {
     const void* queries = nullptr; ///< tokens * heads_q * d, as the cache's type
     int bf16 = 0;                  ///< else float16
     float* scores = nullptr;       ///< see BatchList::scores
-    /// Each sequence is appended a token first (append_one.cuh), which its only
-    /// query sees; its length stays as it was until that query has attended. Rows
-    /// must choose by KV head, and no assigner may read means or newest keys.
-    int appends = 0;
     // policy
     int share_group = 1, nprobe = 0;
     int64_t max_keys = 0;

@@ -20,7 +20,6 @@ struct RowPlan {
     int cells = 0;    ///< distinct ones
     int far = 0;      ///< far keys that there are
     int dropped = 0;  ///< keys that another partition's cell had read
-    int refused = 0;  ///< its sequence was not appended, nothing is to be written
     int tiles_done = 0;
 };
 

@@ -8,8 +8,9 @@
 
 namespace faiss_saap::gpu {
 
-constexpr int kSelectThreads = 512;
-constexpr int kSelectWarps = kSelectThreads / 32;
+/// Threads of a block that selects, at most.
+constexpr int kMostSelectThreads = 512;
+constexpr int kMostSelectWarps = kMostSelectThreads / 32;
 
 /// The order of cells. 0 is never taken.
 __device__ inline unsigned long long cell_key(float score, int cell) {
@@ -18,21 +19,23 @@ __device__ inline unsigned long long cell_key(float score, int cell) {
 
 /// What a block keeps of a selection, beside scores, keys and counts.
 struct Selection {
-    static constexpr int kBins = 128;
-    static constexpr int kRanked = 512; ///< cells put in order without a sort
-    float norm[kMaxGroup];              ///< by find_norms
-    float of_warp[kSelectWarps][4];
+    static constexpr int kBins = 256;
+    static constexpr int kListed = kMostSelectThreads; ///< cells dealt with unsorted
+    float norm[kMaxGroup];                             ///< by find_norms
+    float of_warp[kMostSelectWarps][4];
     uint32_t most[4];
+    uint32_t highest, lowest; ///< ordered scores, by find_range
     // by take_cells
-    uint32_t highest, lowest; ///< ordered scores
-    int least;                ///< keys of the smallest cell
-    int keys_of[kBins], cells_of[kBins];
-    unsigned long long ranked[kRanked];
-    int counts[kRanked]; ///< of the ranked cells
-    int nranked, edge;   ///< cells to rank: those of the bins up to `edge`
-    int taken, keys;     ///< cells and keys
+    alignas(16) int keys_of[kBins];
+    alignas(16) int cells_of[kBins];
+    int least; ///< keys of the smallest cell
+    /// Cells that are ranked.
+    unsigned long long listed[kListed];
+    int counts[kListed]; ///< of theirs
+    int nranked;
+    int taken, keys;           ///< cells and keys
     unsigned long long passed; ///< the best cell that did not fit
-    unsigned long long best[2][kSelectWarps];
+    unsigned long long best[2][kMostSelectWarps];
 };
 
 /// log of the sum over all cells of count * exp(scale * score), for each head of
@@ -57,7 +60,7 @@ __device__ inline void find_norms(
         }
         float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
 #pragma unroll 2
-        for (int c = threadIdx.x; c < ncell; c += kSelectThreads) {
+        for (int c = threadIdx.x; c < ncell; c += blockDim.x) {
             const bool there = counts[c];
 #pragma unroll
             for (int g = 0; g < 4; g++) {
@@ -74,7 +77,7 @@ __device__ inline void find_norms(
         }
         __syncthreads();
         if (warp < 4) { // a head for each
-            const float x = lane < kSelectWarps ? s.of_warp[lane][warp] : -INFINITY;
+            const float x = lane < blockDim.x / 32 ? s.of_warp[lane][warp] : -INFINITY;
             const uint32_t all = __reduce_max_sync(0xffffffffu, ordered(x));
             if (lane == 0) {
                 s.most[warp] = all;
@@ -87,7 +90,7 @@ __device__ inline void find_norms(
             most[g] = of_ordered(s.most[g]);
         }
 #pragma unroll 2
-        for (int c = threadIdx.x; c < ncell; c += kSelectThreads) {
+        for (int c = threadIdx.x; c < ncell; c += blockDim.x) {
             const float keys = counts[c];
 #pragma unroll
             for (int g = 0; g < 4; g++) {
@@ -111,9 +114,9 @@ __device__ inline void find_norms(
         }
         __syncthreads();
         if (warp < n) { // in a fixed order: the result must not depend on timing
-            float x = lane < kSelectWarps ? s.of_warp[lane][warp] : 0.0f;
+            float x = lane < blockDim.x / 32 ? s.of_warp[lane][warp] : 0.0f;
 #pragma unroll
-            for (int step = kSelectWarps / 2; step; step /= 2) {
+            for (int step = kMostSelectWarps / 2; step; step /= 2) {
                 x += __shfl_xor_sync(0xffffffffu, x, step);
             }
             if (lane == 0) {
@@ -128,7 +131,7 @@ __device__ inline void find_norms(
 /// keys; others are waited for only where pairs leave it.
 __device__ inline void sort_descending(unsigned long long* keys, int n) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int pairs = max(32, n / 2 / kSelectWarps); // of a warp
+    const int pairs = max(32, n / 2 / (static_cast<int>(blockDim.x) / 32)); // of a warp
     const int begin = warp * pairs, end = min(n / 2, begin + pairs);
     __syncthreads();
 #pragma unroll 1
@@ -224,6 +227,120 @@ __device__ int2 take_sorted_cells(
     return make_int2(cells, keys);
 }
 
+/// Which scores bins are for: the first one begins at `top`.
+struct Bins {
+    float top, scale;
+
+    /// Of a cell_key; falls with the score, whatever is rounded.
+    __device__ int operator()(unsigned long long key) const {
+        const float x = top - of_ordered(static_cast<uint32_t>(key >> 32));
+        return max(0, min(Selection::kBins - 1, static_cast<int>(x * scale)));
+    }
+};
+
+/// Bins for scores of which nothing is known. By a block.
+__device__ inline Bins find_bins(Selection& s, const unsigned long long* keys, int n) {
+    if (threadIdx.x == 0) {
+        s.highest = 0;
+        s.lowest = UINT32_MAX;
+    }
+    __syncthreads();
+    uint32_t high = 0, low = UINT32_MAX;
+#pragma unroll 2
+    for (int c = threadIdx.x; c < n; c += blockDim.x) {
+        const unsigned long long key = keys[c];
+        if (key) {
+            high = max(high, static_cast<uint32_t>(key >> 32));
+            low = min(low, static_cast<uint32_t>(key >> 32));
+        }
+    }
+    high = __reduce_max_sync(0xffffffffu, high);
+    low = __reduce_min_sync(0xffffffffu, low);
+    if (threadIdx.x % 32 == 0) {
+        atomicMax(&s.highest, high);
+        atomicMin(&s.lowest, low);
+    }
+    __syncthreads();
+    const float top = of_ordered(s.highest), range = top - of_ordered(s.lowest);
+    return {top, range > 0 && range < INFINITY ? Selection::kBins / range : 0.0f};
+}
+
+/// Makes room for take_cells; a barrier is between.
+__device__ inline void clear_selection(Selection& s, int nprobe) {
+#pragma unroll 1
+    for (int b = threadIdx.x; b < Selection::kBins; b += blockDim.x) {
+        s.keys_of[b] = s.cells_of[b] = 0;
+    }
+    if (threadIdx.x == 0) {
+        s.least = INT32_MAX;
+        s.nranked = 0;
+        s.taken = nprobe;
+        s.keys = 0;
+        s.passed = 0;
+    }
+}
+
+/// The first bin with which there are more keys or cells than allowed, else the last.
+/// By each warp for itself.
+__device__ inline int last_bin(const Selection& s, int nprobe, int limit) {
+    constexpr int kEach = Selection::kBins / 32;
+    static_assert(kEach == 8);
+    const int lane = threadIdx.x % 32;
+    int keys[kEach], cells[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i += 4) {
+        *reinterpret_cast<int4*>(keys + i) =
+                *reinterpret_cast<const int4*>(s.keys_of + kEach * lane + i);
+        *reinterpret_cast<int4*>(cells + i) =
+                *reinterpret_cast<const int4*>(s.cells_of + kEach * lane + i);
+    }
+#pragma unroll
+    for (int i = 1; i < kEach; i++) {
+        keys[i] += keys[i - 1];
+        cells[i] += cells[i - 1];
+    }
+    int keys_end = keys[kEach - 1], cells_end = cells[kEach - 1];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int x = __shfl_up_sync(0xffffffffu, keys_end, step);
+        const int y = __shfl_up_sync(0xffffffffu, cells_end, step);
+        keys_end += lane >= step ? x : 0;
+        cells_end += lane >= step ? y : 0;
+    }
+    const int keys_before = keys_end - keys[kEach - 1];
+    const int cells_before = cells_end - cells[kEach - 1];
+    int within = 0; // bins of this lane that are within the limits
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        within += keys_before + keys[i] <= limit && cells_before + cells[i] < nprobe;
+    }
+    const unsigned beyond = __ballot_sync(0xffffffffu, within < kEach);
+    const int who = beyond ? __ffs(static_cast<int>(beyond)) - 1 : 31;
+    return min(
+            Selection::kBins - 1,
+            kEach * who + __shfl_sync(0xffffffffu, within, who));
+}
+
+/// Adds a cell of each lane that has one to the listed ones.
+__device__ inline void list_cells(
+        Selection& s,
+        int& n,
+        bool mine,
+        unsigned long long key,
+        int count) {
+    const int lane = threadIdx.x % 32;
+    const unsigned all = __ballot_sync(0xffffffffu, mine);
+    int at = 0;
+    if (lane == 0 && all) {
+        at = atomicAdd(&n, __popc(all));
+    }
+    at = __shfl_sync(0xffffffffu, at, 0) + __popc(all & ((1u << lane) - 1));
+    if (mine && at < Selection::kListed) {
+        s.listed[at] = key;
+        s.counts[at] = count;
+    }
+}
+
 /// The best of the keys below `below` whose cells have at most `limit` keys; 0: none.
 /// By a block; `round` counts the calls.
 __device__ inline unsigned long long best_that_fits(
@@ -236,37 +353,32 @@ __device__ inline unsigned long long best_that_fits(
         int round) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     unsigned long long mine = 0;
-#pragma unroll 2
-    for (int c = threadIdx.x; c < n; c += kSelectThreads) {
+#pragma unroll 4
+    for (int c = threadIdx.x; c < n; c += blockDim.x) {
         const unsigned long long key = keys[c];
         if (key && key < below && counts[c] <= limit) {
             mine = max(mine, key);
         }
     }
-    const auto of_lanes = [](unsigned long long x) {
-        const auto high = static_cast<uint32_t>(x >> 32);
-        const uint32_t most = __reduce_max_sync(0xffffffffu, high);
-        const uint32_t low = __reduce_max_sync(
-                0xffffffffu, high == most ? static_cast<uint32_t>(x) : 0u);
-        return static_cast<unsigned long long>(most) << 32 | low;
-    };
-    mine = of_lanes(mine);
+    mine = largest_of_warp(mine);
     if (lane == 0) {
         s.best[round & 1][warp] = mine;
     }
     __syncthreads(); // the next call writes to the other half
-    return of_lanes(lane < kSelectWarps ? s.best[round & 1][lane] : 0ull);
+    return largest_of_warp(lane < blockDim.x / 32 ? s.best[round & 1][lane] : 0ull);
 }
 
 /// take_cells (ProbePolicy.h), by a block. keys[i] is the cell_key of cell i; n is
-/// their number, 2^k >= 32. A histogram of the scores says about where the limit is
+/// their number, 2^k >= 32. A histogram of the scores says where the limit is
 /// crossed; cells down to there are put in order by counting, for each, the better
 /// ones and their keys, and the few beyond that still fit are found one by one. Where
 /// that would be many, `keys` are sorted instead. `take` is as in take_sorted_cells;
-/// what was taken is in s.taken and s.keys after the next barrier.
+/// what was taken is in s.taken and s.keys after the
+/// next barrier. clear_selection comes first, and a barrier.
 template <class Take>
 __device__ void take_cells(
         Selection& s,
+        const Bins& bin_of,
         unsigned long long* keys,
         int n,
         const int32_t* counts,
@@ -274,176 +386,102 @@ __device__ void take_cells(
         int limit,
         bool at_least_one,
         const Take& take) {
-    constexpr int kBins = Selection::kBins, kRanked = Selection::kRanked;
     const int lane = threadIdx.x % 32;
-    if (threadIdx.x < kBins) {
-        s.keys_of[threadIdx.x] = s.cells_of[threadIdx.x] = 0;
-    }
-    if (threadIdx.x == 0) {
-        s.highest = 0;
-        s.lowest = UINT32_MAX;
-        s.least = INT32_MAX;
-        s.nranked = 0;
-        s.edge = kBins - 1;
-        s.taken = nprobe;
-        s.keys = 0;
-        s.passed = 0;
-    }
-    __syncthreads();
-    uint32_t high = 0, low = UINT32_MAX, least = INT32_MAX;
+    const int threads = blockDim.x, most_listed = min(threads, Selection::kListed);
+    int least = INT32_MAX;
 #pragma unroll 2
-    for (int c = threadIdx.x; c < n; c += kSelectThreads) {
-        const unsigned long long key = keys[c];
-        if (key) {
-            high = max(high, static_cast<uint32_t>(key >> 32));
-            low = min(low, static_cast<uint32_t>(key >> 32));
-            least = min(least, static_cast<uint32_t>(counts[c]));
+    for (int c = threadIdx.x; c < n; c += threads) {
+        if (keys[c]) {
+            const int bin = bin_of(keys[c]), count = counts[c];
+            atomicAdd(&s.keys_of[bin], count);
+            atomicAdd(&s.cells_of[bin], 1);
+            least = min(least, count);
         }
     }
-    high = __reduce_max_sync(0xffffffffu, high);
-    low = __reduce_min_sync(0xffffffffu, low);
     least = __reduce_min_sync(0xffffffffu, least);
     if (lane == 0) {
-        atomicMax(&s.highest, high);
-        atomicMin(&s.lowest, low);
-        atomicMin(&s.least, static_cast<int>(least));
+        atomicMin(&s.least, least);
     }
     __syncthreads();
-    if (s.highest == 0) {
-        if (threadIdx.x == 0) {
-            s.taken = 0;
-        }
-        return;
-    }
-    const float top = of_ordered(s.highest);
-    const float range = top - of_ordered(s.lowest);
-    const float scale = range > 0 && range < INFINITY ? kBins / range : 0.0f;
-    // Falls with the score, whatever is rounded.
-    const auto bin_of = [&](unsigned long long key) {
-        const float x = top - of_ordered(static_cast<uint32_t>(key >> 32));
-        return min(kBins - 1, static_cast<int>(x * scale));
-    };
-#pragma unroll 2
-    for (int c = threadIdx.x; c < n; c += kSelectThreads) {
-        if (keys[c]) {
-            const int bin = bin_of(keys[c]);
-            atomicAdd(&s.keys_of[bin], counts[c]);
-            atomicAdd(&s.cells_of[bin], 1);
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        constexpr int kEach = kBins / 32;
-        int of_keys = 0, of_cells = 0;
-#pragma unroll
-        for (int i = 0; i < kEach; i++) {
-            of_keys += s.keys_of[kEach * lane + i];
-            of_cells += s.cells_of[kEach * lane + i];
-        }
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int x = __shfl_up_sync(0xffffffffu, of_keys, step);
-            const int y = __shfl_up_sync(0xffffffffu, of_cells, step);
-            of_keys += lane >= step ? x : 0;
-            of_cells += lane >= step ? y : 0;
-        }
-        const unsigned beyond = __ballot_sync(
-                0xffffffffu, of_keys > limit || of_cells >= nprobe);
-        if (lane == 0 && beyond) {
-            s.edge = kEach * __ffs(static_cast<int>(beyond)) - 1;
-        }
-    }
-    __syncthreads();
-    const int edge = s.edge;
+    const int last = last_bin(s, nprobe, limit);
 #pragma unroll 1
-    for (int first = 0; first < n; first += kSelectThreads) {
-        const int c = first + static_cast<int>(threadIdx.x);
-        const unsigned long long key = c < n ? keys[c] : 0;
-        const bool ranks = key && bin_of(key) <= edge;
-        const unsigned all = __ballot_sync(0xffffffffu, ranks);
-        int at = 0;
-        if (lane == 0 && all) {
-            at = atomicAdd(&s.nranked, __popc(all));
-        }
-        at = __shfl_sync(0xffffffffu, at, 0) + __popc(all & ((1u << lane) - 1));
-        if (ranks && at < kRanked) {
-            s.ranked[at] = key;
-            s.counts[at] = counts[c];
-        }
+    for (int c = threadIdx.x; c < n; c += threads) {
+        const unsigned long long key = keys[c];
+        list_cells(
+                s, s.nranked, key && bin_of(key) <= last, key, key ? counts[c] : 0);
     }
     __syncthreads();
     const int m = s.nranked;
-    if (m > kRanked) {
-        sort_descending(keys, n);
-        if (threadIdx.x < 32) {
-            const int2 taken = take_sorted_cells(
-                    keys, n, counts, nprobe, limit, at_least_one, s.least, take);
-            if (lane == 0) {
-                s.taken = taken.x;
-                s.keys = taken.y;
+    if (m <= most_listed) {
+        // Some threads for each cell.
+        int each = 1;
+        while (each < 32 && 2 * each * m <= threads) {
+            each *= 2;
+        }
+        const int i = static_cast<int>(threadIdx.x) / each;
+        const unsigned long long mine = i < m ? s.listed[i] : 0;
+        int rank = 0, before = 0;
+#pragma unroll 4
+        for (int j = threadIdx.x % each; j < m; j += each) {
+            const bool better = s.listed[j] > mine;
+            rank += better;
+            before += better ? s.counts[j] : 0;
+        }
+#pragma unroll 1
+        for (int step = each / 2; step; step /= 2) {
+            rank += __shfl_xor_sync(0xffffffffu, rank, step);
+            before += __shfl_xor_sync(0xffffffffu, before, step);
+        }
+        const bool speaks = mine && threadIdx.x % each == 0;
+        const int count = speaks ? s.counts[i] : 0;
+        const bool fits = rank < nprobe &&
+                (before + count <= limit || (at_least_one && rank == 0));
+        if (speaks && !fits) {
+            atomicMin(&s.taken, rank);
+        }
+        __syncthreads();
+        const int run = min(s.taken, m); // taken one after the other
+        if (speaks && rank < run) {
+            take(rank, cell_of_scored(mine), count, before);
+        }
+        if (speaks && rank == run - 1) {
+            s.keys = before + count;
+        }
+        if (speaks && rank == run) {
+            s.passed = mine;
+        }
+        __syncthreads();
+        int taken = run, taken_keys = s.keys;
+        unsigned long long below = s.passed;
+#pragma unroll 1
+        for (int round = 0; below && taken < nprobe && taken_keys + s.least <= limit;
+             round++) {
+            below = best_that_fits(
+                    s, keys, n, counts, limit - taken_keys, below, round);
+            if (below) {
+                const int cell = cell_of_scored(below);
+                if (threadIdx.x == 0) {
+                    take(taken, cell, counts[cell], taken_keys);
+                }
+                taken++;
+                taken_keys += counts[cell];
             }
+        }
+        __syncthreads(); // all have read what was
+        if (threadIdx.x == 0) {
+            s.taken = taken;
+            s.keys = taken_keys;
         }
         return;
     }
-    // Some threads for each cell.
-    int each = 1;
-    while (each < 32 && 2 * each * m <= kSelectThreads) {
-        each *= 2;
-    }
-    const int i = static_cast<int>(threadIdx.x) / each;
-    const unsigned long long mine = i < m ? s.ranked[i] : 0;
-    int rank = 0, before = 0;
-#pragma unroll 4
-    for (int j = threadIdx.x % each; j < m; j += each) {
-        if (s.ranked[j] > mine) {
-            rank++;
-            before += s.counts[j];
+    sort_descending(keys, n);
+    if (threadIdx.x < 32) {
+        const int2 taken = take_sorted_cells(
+                keys, n, counts, nprobe, limit, at_least_one, s.least, take);
+        if (lane == 0) {
+            s.taken = taken.x;
+            s.keys = taken.y;
         }
-    }
-#pragma unroll 1
-    for (int step = each / 2; step; step /= 2) {
-        rank += __shfl_xor_sync(0xffffffffu, rank, step);
-        before += __shfl_xor_sync(0xffffffffu, before, step);
-    }
-    const bool speaks = mine && threadIdx.x % each == 0;
-    const int count = speaks ? s.counts[i] : 0;
-    const bool fits = rank < nprobe &&
-            (before + count <= limit || (at_least_one && rank == 0));
-    if (speaks && !fits) {
-        atomicMin(&s.taken, rank);
-    }
-    __syncthreads();
-    const int run = min(s.taken, m); // taken one after the other
-    if (speaks && rank < run) {
-        take(rank, cell_of_scored(mine), count, before);
-    }
-    if (speaks && rank == run - 1) {
-        s.keys = before + count;
-    }
-    if (speaks && rank == run) {
-        s.passed = mine;
-    }
-    __syncthreads();
-    int taken = run, taken_keys = s.keys;
-    unsigned long long below = s.passed;
-#pragma unroll 1
-    for (int round = 0; below && taken < nprobe && taken_keys + s.least <= limit;
-         round++) {
-        below = best_that_fits(
-                s, keys, n, counts, limit - taken_keys, below, round);
-        if (below) {
-            const int cell = cell_of_scored(below);
-            if (threadIdx.x == 0) {
-                take(taken, cell, counts[cell], taken_keys);
-            }
-            taken++;
-            taken_keys += counts[cell];
-        }
-    }
-    __syncthreads(); // all have read what was
-    if (threadIdx.x == 0) {
-        s.taken = taken;
-        s.keys = taken_keys;
     }
 }
 

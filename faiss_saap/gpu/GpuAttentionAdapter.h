@@ -230,10 +230,9 @@ class GpuAttentionAdapter {
             const void* queries,
             const GpuProbedCells& probed,
             const ProbePolicy& policy,
-            bool plans,   ///< for start_attend
-            bool appends, ///< likewise
+            bool plans, ///< for start_attend
             cudaStream_t stream) const;
-    void route_and_attend(
+    void start_decode(
             const GpuBatch& batch,
             const void* queries,
             const AttendOutput& out,
@@ -249,7 +248,6 @@ class GpuAttentionAdapter {
             const void* queries,
             const GpuProbedCells& probed,
             bool planned, ///< by start_route
-            bool appends,
             const AttendOutput& out,
             cudaStream_t stream) const;
 

@@ -1,0 +1,51 @@
+#include "decode.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace faiss_saap::gpu {
+
+namespace {
+
+/// Calls f with a zero of the cache's type and the head dimension.
+template <class F, class Else>
+auto with_type(const DecodeParams& p, const F& f, const Else& otherwise) {
+    const auto of_type = [&](auto zero) {
+        switch (p.d) {
+            case 64:
+                return f(zero, std::integral_constant<int, 64>());
+            case 96:
+                return f(zero, std::integral_constant<int, 96>());
+            case 128:
+                return f(zero, std::integral_constant<int, 128>());
+            default:
+                return otherwise;
+        }
+    };
+    return p.bf16 ? of_type(__nv_bfloat16()) : of_type(__half());
+}
+
+} // namespace
+
+int decode_blocks(const DecodeParams& p) {
+    return with_type(
+            p,
+            [&](auto zero, auto d) {
+                return decode_row_blocks<decltype(zero), decltype(d)::value>(p);
+            },
+            0);
+}
+
+cudaError_t decode(const DecodeParams& p, cudaStream_t stream) {
+    if (p.nrow == 0) {
+        return cudaSuccess;
+    }
+    return with_type(
+            p,
+            [&](auto zero, auto d) {
+                return decode_rows<decltype(zero), decltype(d)::value>(p, stream);
+            },
+            cudaErrorInvalidValue);
+}
+
+} // namespace faiss_saap::gpu

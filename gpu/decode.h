@@ -1,0 +1,56 @@
+/// A decode step in one launch: a token of each sequence is routed, attends and, where
+/// it is new, is appended.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
+
+#include <faiss_saap/AttentionAdapter.h>
+
+#include "sequence_state.h"
+
+namespace faiss_saap::gpu {
+
+struct DecodeParams {
+    BatchItem* items = nullptr;
+    const BatchRow* rows = nullptr;
+    int nrow = 0;
+    int team_blocks = 1; ///< of each row: decode_blocks()
+    int64_t bytes = 0;   ///< of keys and values that all rows read, about
+    int most_cells = 0;  ///< of a partition
+    /// floats per query head: of what rows are multiplied with first, of hidden layers
+    int most_cols = 0, most_width = 0;
+    int heads_q = 0, heads_kv = 0, d = 0;
+    int64_t sink = 0, window = 0, position_offset = 0, dense_below = 0;
+    float scale = 1;
+    int attend_dense = 1;
+    const void* queries = nullptr; ///< rows / heads_kv * heads_q * d, as the cache's type
+    int bf16 = 0;                  ///< else float16
+    /// Each sequence is appended a token first (append_one.cuh), which its only query
+    /// sees.
+    int appends = 0;
+    // policy
+    int nprobe = 0;
+    int64_t max_keys = 0;
+    double max_selectivity = 1;
+    double share = 1; ///< of the budget for the head's only partition
+    AttendOutput out;
+    FaultFlag* flag = nullptr;
+};
+
+/// Blocks that share a row, whatever else is in the parameters being as for decode();
+/// 0: this device, or what rows would keep in shared memory, needs the other kernels
+/// (route.h, attend.h). They are also there for several partitions of a KV head, a choice
+/// for each query head, and assigners that read means or newest keys.
+int decode_blocks(const DecodeParams& params);
+
+cudaError_t decode(const DecodeParams& params, cudaStream_t stream);
+
+/// decode() and decode_blocks() for one type and head dimension.
+template <class T, int D>
+cudaError_t decode_rows(const DecodeParams& params, cudaStream_t stream);
+template <class T, int D>
+int decode_row_blocks(const DecodeParams& params);
+
+} // namespace faiss_saap::gpu
