@@ -47,10 +47,11 @@ struct GpuAttentionAdapter::Lowered {
     std::vector<LoweredPartition> partitions;
 };
 
-/// A word in host memory that kernels write to.
+/// A word in host memory that kernels write to, and what else has gone wrong.
 struct GpuAttentionAdapter::Fault {
     FaultFlag* host = nullptr;
     FaultFlag* device = nullptr;
+    cudaEvent_t never = nullptr; ///< is not recorded
 
     Fault() {
         void* p = nullptr;
@@ -60,8 +61,22 @@ struct GpuAttentionAdapter::Fault {
         *host = 0;
         FAISS_SAAP_CUDA_CHECK(cudaHostGetDevicePointer(&p, host, 0));
         device = static_cast<FaultFlag*>(p);
+        FAISS_SAAP_CUDA_CHECK(
+                cudaEventCreateWithFlags(&never, cudaEventDisableTiming));
+    }
+    /// An error that stays: asked of the driver, as whoever met it may have a CUDA
+    /// runtime of their own, with last errors of its own.
+    cudaError_t lasting() const {
+        auto mode = cudaStreamCaptureModeRelaxed; // this is no part of a graph
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        const cudaError_t error = cudaEventQuery(never);
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        return error;
     }
     ~Fault() {
+        if (never && cudaEventDestroy(never) != cudaSuccess) {
+            cudaGetLastError();
+        }
         if (cudaFreeHost(host) != cudaSuccess) {
             cudaGetLastError();
         }
@@ -200,7 +215,7 @@ GpuAttentionAdapter::GpuAttentionAdapter(
 GpuAttentionAdapter::~GpuAttentionAdapter() = default;
 
 void GpuAttentionAdapter::check() const {
-    const cudaError_t error = cudaPeekAtLastError();
+    const cudaError_t error = fault_->lasting();
     if (loses_context(error)) {
         throw_cuda("an earlier call", error);
     }

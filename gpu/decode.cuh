@@ -895,6 +895,14 @@ int room_of_block() {
 
 } // namespace
 
+/// Shared memory that a block asks for. Where little is read, two share a processor, as
+/// then the next step's blocks begin before this one's have ended; where much is, they
+/// would take each other's bandwidth, and those alone would wait for those in pairs.
+inline int bytes_of_block(const DecodeParams& p, int bytes, int room) {
+    constexpr int64_t kMuch = 48 << 20;
+    return p.bytes < kMuch ? bytes : std::max(bytes, room / 4 * 3);
+}
+
 template <class T, int D>
 int decode_row_blocks(const DecodeParams& p) {
     auto* kernel = decode_kernel<T, D>;
@@ -907,11 +915,7 @@ int decode_row_blocks(const DecodeParams& p) {
         return 0;
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
-    // is made of, the largest one that lets all rows run at once. Where little is read,
-    // two blocks share a processor, as then more of them wait at the same time; where
-    // much is, they would take each other's bandwidth.
-    constexpr int64_t kMuch = 48 << 20;
-    const bool alone = p.bytes >= kMuch;
+    // is made of, the largest one that lets all rows run at once.
     const int room = room_of_block<T, D>();
     int fewest = 0;
     for (int blocks : {16, 12, 8, 6, 4, 3, 2, 1}) {
@@ -927,7 +931,7 @@ int decode_row_blocks(const DecodeParams& p) {
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3(blocks);
         config.blockDim = dim3(kThreads);
-        config.dynamicSmemBytes = alone ? std::max(bytes, room / 4 * 3) : bytes;
+        config.dynamicSmemBytes = bytes_of_block(p, bytes, room);
         config.attrs = &cluster;
         config.numAttrs = 1;
         int fit = 0;
@@ -949,13 +953,14 @@ int decode_row_blocks(const DecodeParams& p) {
 
 template <class T, int D>
 cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
-    const DecodeArguments arguments = {
-            p, layout_of<T, D>(p, room_of_block<T, D>(), p.team_blocks)};
+    const int room = room_of_block<T, D>();
+    const DecodeArguments arguments = {p, layout_of<T, D>(p, room, p.team_blocks)};
+    const int bytes = bytes_of_block(p, arguments.layout.bytes, room);
     auto* kernel = decode_kernel<T, D>;
     cudaError_t error = cudaFuncSetAttribute(
             kernel,
             cudaFuncAttributeMaxDynamicSharedMemorySize,
-            arguments.layout.bytes);
+            bytes);
     if (error == cudaSuccess && p.team_blocks > 8) {
         error = cudaFuncSetAttribute(
                 kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -967,7 +972,7 @@ cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
             kernel,
             dim3(p.team_blocks, p.nrow),
             kThreads,
-            arguments.layout.bytes,
+            bytes,
             stream,
             arguments,
             p.team_blocks);
