@@ -230,6 +230,11 @@ __device__ inline uint32_t ordered(float x) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+/// The inverse of `ordered`.
+__device__ inline float of_ordered(uint32_t x) {
+    return __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);
+}
+
 /// A cell in the order of its score; of equal scores the lower cell's is larger.
 __device__ inline unsigned long long scored_cell(float score, int cell) {
     return static_cast<unsigned long long>(ordered(score)) << 32 |
@@ -239,7 +244,17 @@ __device__ inline int cell_of_scored(unsigned long long scored) {
     return static_cast<int>(~static_cast<uint32_t>(scored));
 }
 
-/// By all lanes.
+// Over the lanes of a warp, all of which call them and get the result.
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, step);
+    }
+    return x;
+}
+__device__ __forceinline__ float most_of_warp(float x) {
+    return of_ordered(__reduce_max_sync(0xffffffffu, ordered(x)));
+}
 __device__ inline unsigned long long largest_of_warp(unsigned long long x) {
     const auto high = static_cast<uint32_t>(x >> 32);
     const uint32_t most = __reduce_max_sync(0xffffffffu, high);
@@ -248,9 +263,14 @@ __device__ inline unsigned long long largest_of_warp(unsigned long long x) {
     return static_cast<unsigned long long>(most) << 32 | low;
 }
 
-/// The inverse of `ordered`.
-__device__ inline float of_ordered(uint32_t x) {
-    return __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);
+/// Copies between memories, by a block.
+template <class T>
+__device__ __forceinline__ void copy_words(T* to, const T* from) {
+    static_assert(sizeof(T) % 4 == 0);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < int(sizeof(T) / 4); i += blockDim.x) {
+        reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
+    }
 }
 
 } // namespace faiss_saap::gpu

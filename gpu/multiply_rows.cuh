@@ -18,6 +18,21 @@ struct RowProducts {
     int n = 1;
 };
 
+/// Brings the rows nearer. Weights never change: this may be done before the kernels
+/// before have ended. By a block.
+__device__ __forceinline__ void prefetch_products(const RowProducts& p) {
+    const int of_row = p.cols * (p.bf16 ? 2 : 4), all = (p.end - p.first) * of_row;
+#pragma unroll 1
+    for (int h = 0; h < p.heads; h++) {
+        const char* rows = static_cast<const char*>(p.rows) +
+                (int64_t(h) * p.nrow + p.first) * of_row;
+#pragma unroll 1
+        for (int i = 128 * threadIdx.x; i < all; i += 128 * blockDim.x) {
+            prefetch(rows + i);
+        }
+    }
+}
+
 template <RowType Type>
 __device__ __forceinline__ void add_products(
         float (&sum)[2][4],
@@ -50,8 +65,9 @@ struct RowItem {
 
     __device__ __forceinline__ RowItem(const RowProducts& p, int item) {
         const int octets = (p.end - p.first + 7) / 8;
+        const int lane = threadIdx.x % 32;
         head = p.heads > 1 ? item / octets : 0;
-        row = p.first + 8 * (item - head * octets) + static_cast<int>(threadIdx.x) % 32 / 8;
+        row = p.first + 8 * (item - head * octets) + lane / 8;
     }
     __device__ static int count(const RowProducts& p) {
         return p.heads * ((p.end - p.first + 7) / 8);

@@ -434,15 +434,6 @@ __device__ void select_row(
     __syncthreads(); // before the next row
 }
 
-/// Copies between memories, by a block.
-template <class T>
-__device__ void copy_words(T* to, const T* from) {
-    static_assert(sizeof(T) % 4 == 0);
-    for (int i = threadIdx.x; i < int(sizeof(T) / 4); i += kThreads) {
-        reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
-    }
-}
-
 /// A team scores the cells of its rows together; then each block takes the cells
 /// of some of them.
 __global__ void __launch_bounds__(kThreads, 2)

@@ -17,6 +17,7 @@ struct StreamView {
     const int32_t* page_table;
     uint32_t page_size, npages;
 
+    StreamView() = default;
     __device__ StreamView(const DeviceView& kv, int head)
             : k(kv.k + head * kv.k_head),
               v(kv.v + head * kv.v_head),
@@ -144,7 +145,7 @@ struct TileStream {
             int tile,
             int end,
             int step,
-            const SlotOf& slot_of) {
+            SlotOf& slot_of) {
         const int lane = threadIdx.x % 32;
         // The row of a matrix of 16 * 16 that this lane names, its quarters numbered down
         // the columns first, or along the rows.

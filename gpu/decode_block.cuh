@@ -1,0 +1,122 @@
+/// A block of decode()'s kernel as its stages see it. Device code.
+#pragma once
+
+#include "decode_layout.cuh"
+#include "multiply_rows.cuh"
+#include "take_cells.cuh"
+#include "team.cuh"
+#include "tile_stream.cuh"
+
+namespace faiss_saap::gpu {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+/// Cells, and extents of each, whose places a block keeps at hand.
+constexpr int kCellsAtHand = 64, kExtentsAtHand = 6;
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+/// What a step of a row is about.
+struct DecodeStep {
+    int64_t length = 0; ///< of the sequence, with the token of this step
+    Fault refused = Fault::none;
+    int leaving = -1; ///< the slot that leaves the window; -1: none
+    int far = 0;      ///< keys that there are
+    int sinks = 0, window_begin = 0;
+    int dense = 0;    ///< keys of sink and window that are read
+    int readable = 0; ///< the caller's view has all slots
+    int attends = 0;
+    int takes_all = 0; ///< far keys are so few
+};
+
+/// What has a fixed place in a block's shared memory, as it is wanted rarely and
+/// registers are few.
+struct DecodeShared {
+    // What no step changes.
+    BatchRow row;
+    DeviceView kv;
+    StreamView view; ///< the same of the row's KV head
+    ListState list;
+    int first, own; ///< cells of this block
+    int layers;     ///< hidden ones of the query assigner
+    int nproduct;   ///< layers, cells and, where tokens are appended, cells of a key
+    RowProducts products[kMaxLayers + 2];
+
+    DecodeStep step;
+    int refused_by;             ///< the worst Fault of a new key
+    float norm[kStreamQueries]; ///< log of the sum over all keys, for each head
+    int leaving_cell;           ///< that the leaving key joins; -1: none
+    int leaving_at;             ///< its number among the far keys taken; -1: not taken
+    Selection selection;
+    /// Where extents begin: of cells that are taken, from the first that is read on.
+    uint32_t extents[kCellsAtHand * kExtentsAtHand];
+    /// Sum and largest by each warp that attends: of sink and window, and of all keys.
+    float2 dense_sums[kWarps][kStreamQueries], all_sums[kWarps][kStreamQueries];
+    unsigned long long barriers[2]; ///< of the exchange
+};
+
+/// One of the blocks that have a row.
+struct DecodeBlock {
+    const DecodeParams& p;
+    const DecodeLayout& layout;
+    DecodeShared& s;
+    char* shared; ///< the arrays of the layout
+    int blocks, rank;
+    int warp, lane;
+    TeamExchange exchange;
+
+    __device__ __forceinline__ DecodeBlock(
+            const DecodeParams& p,
+            const DecodeLayout& layout,
+            DecodeShared& s,
+            char* shared)
+            : p(p),
+              layout(layout),
+              s(s),
+              shared(shared),
+              blocks(gridDim.x),
+              rank(blockIdx.x),
+              warp(threadIdx.x / 32),
+              lane(threadIdx.x % 32) {}
+
+    __device__ __forceinline__ float* floats(int at) const {
+        return reinterpret_cast<float*>(shared + at);
+    }
+    __device__ __forceinline__ int32_t* ints(int at) const {
+        return reinterpret_cast<int32_t*>(shared + at);
+    }
+    /// A score and its cell, or two floats.
+    __device__ __forceinline__ unsigned long long* words(int at) const {
+        return reinterpret_cast<unsigned long long*>(shared + at);
+    }
+    /// The cells that are taken, and where the keys of each begin.
+    __device__ __forceinline__ int2* taken() const {
+        return reinterpret_cast<int2*>(shared + layout.taken);
+    }
+    /// The first of the queries that the row answers, and of its results.
+    __device__ __forceinline__ int64_t first_head() const {
+        return int64_t(s.row.query) * p.heads_q + s.row.kv_head * layout.group;
+    }
+};
+
+/// Two floats as one word, such as a sum and a largest.
+__device__ __forceinline__ float2 as_floats(unsigned long long x) {
+    return make_float2(
+            __uint_as_float(static_cast<uint32_t>(x)),
+            __uint_as_float(static_cast<uint32_t>(x >> 32)));
+}
+__device__ __forceinline__ unsigned long long as_word(float x, float y) {
+    return static_cast<unsigned long long>(__float_as_uint(y)) << 32 |
+            __float_as_uint(x);
+}
+
+/// What exponents are taken beside: -inf cannot be subtracted.
+__device__ __forceinline__ float shift_of(float largest) {
+    return largest == -INFINITY ? 0.0f : largest;
+}
+
+} // namespace
+
+} // namespace faiss_saap::gpu

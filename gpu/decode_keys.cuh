@@ -1,0 +1,95 @@
+/// Which keys a block of decode() reads, and where they are. Device code.
+#pragma once
+
+#include "decode_block.cuh"
+
+namespace faiss_saap::gpu {
+
+namespace {
+
+/// Tiles of keys, by number among the row's.
+struct TileRange {
+    int begin, end;
+};
+
+/// A block's share of a row's n keys.
+__device__ __forceinline__ TileRange tiles_of_block(const DecodeBlock& b, int n) {
+    const int tiles = (n + kStreamKeys - 1) / kStreamKeys;
+    const int each = DecodeLayout::share(tiles, b.blocks);
+    const int begin = min(tiles, b.rank * each);
+    return {begin, min(tiles, begin + each)};
+}
+
+/// Slots of a row's keys, by their number: first of sink and window, then of the cells
+/// that are taken. A lane asks for ascending numbers, so it walks the cells once.
+struct KeySlots {
+    const DecodeBlock& b;
+    const int far;
+    int at = 0;            ///< the lane's cell, among those that are taken
+    int first_at_hand = 0; ///< the first cell of DecodeShared::extents, among them
+
+    __device__ __forceinline__ KeySlots(const DecodeBlock& b, int far) : b(b), far(far) {}
+
+    /// Numbers of keys that there are.
+    __device__ __forceinline__ int count() const {
+        return far ? b.s.selection.keys : b.s.step.dense;
+    }
+
+    /// Goes to the cells of the block's keys, the first of which is `begin`, and of the
+    /// lane's, the first of which is `key`. By a block.
+    __device__ __forceinline__ void go_to(int begin, int key) {
+        first_at_hand = cell_of(begin);
+        const int n = min(kCellsAtHand, b.s.selection.taken - first_at_hand);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < n * kExtentsAtHand; i += kThreads) {
+            const int cell = b.taken()[first_at_hand + i / kExtentsAtHand].x;
+            b.s.extents[i] = __ldcg(
+                    b.s.list.extents + int64_t(cell) * kExtents + i % kExtentsAtHand);
+        }
+        at = cell_of(min(count() - 1, key));
+        __syncthreads();
+    }
+
+    /// -1: there is no such key.
+    __device__ __forceinline__ int operator()(int i) {
+        const DecodeStep& step = b.s.step;
+        if (!far) {
+            return i >= step.dense ? -1
+                    : i < step.sinks ? i
+                                     : step.window_begin + i - step.sinks;
+        }
+        if (i >= b.s.selection.keys) {
+            return -1;
+        }
+        if (i == b.s.leaving_at) { // it may not be listed yet
+            return step.leaving;
+        }
+        while (at + 1 < b.s.selection.taken && b.taken()[at + 1].y <= i) {
+            at++;
+        }
+        const int2 cell = b.taken()[at];
+        const auto entry = static_cast<uint32_t>(i - cell.y);
+        const int e = extent_of(entry), near = at - first_at_hand;
+        const uint32_t extent = e < kExtentsAtHand && near < kCellsAtHand
+                ? b.s.extents[near * kExtentsAtHand + e]
+                : __ldcg(b.s.list.extents + int64_t(cell.x) * kExtents + e);
+        return __ldcg(b.s.list.slots + extent + (entry - extent_begin(e)));
+    }
+
+   private:
+    /// The last one that begins at or before a key.
+    __device__ __forceinline__ int cell_of(int key) const {
+        int low = 0, high = b.s.selection.taken - 1;
+        while (low < high) {
+            const int middle = (low + high + 1) / 2;
+            const bool begins = b.taken()[middle].y <= key;
+            low = begins ? middle : low;
+            high = begins ? high : middle - 1;
+        }
+        return low;
+    }
+};
+
+} // namespace
+
+} // namespace faiss_saap::gpu
