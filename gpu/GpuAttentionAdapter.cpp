@@ -137,7 +137,7 @@ struct GpuBatch::State {
 
     /// One launch can serve it.
     bool decodes(const ProbePolicy& policy) const {
-        return decode.team_blocks > 0 && policy.share_group;
+        return decode.row_blocks > 0 && policy.share_group;
     }
 };
 
@@ -865,7 +865,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
                          params_.policy.max_keys,
                          static_cast<int64_t>(params_.policy.max_selectivity * far)));
     }
-    d.team_blocks = b.attends && b.one_each && !b.keeps_means && b.most_partitions == 1
+    d.row_blocks = b.attends && b.one_each && !b.keeps_means && b.most_partitions == 1
             ? decode_blocks(d)
             : 0;
     return std::unique_ptr<GpuBatch>(new GpuBatch(std::move(state)));

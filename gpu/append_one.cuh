@@ -1,11 +1,9 @@
-/// The token of a decode step joins the lists of its sequence, in the kernel that
-/// routes the step's query: the cell of the key that leaves the window is found by
-/// the team that scores the cells, and listed by the block that takes the row's
-/// cells. Device code.
+/// The token of a decode step joins the lists of its sequence, in the kernel that attends
+/// for it (decode.h). Device code.
 #pragma once
 
 #include "device_vectors.cuh"
-#include "route.h"
+#include "sequence_state.h"
 
 namespace faiss_saap::gpu {
 
@@ -38,48 +36,24 @@ __device__ inline Fault fault_of_key(const char* key, int d, int bf16) {
     return !key ? Fault::append_page : finite ? Fault::none : Fault::append_key;
 }
 
-/// An entry of a list on its way, in thread 0.
-struct OneAppend {
-    int cell = -1; ///< -1: there is none
-    int64_t slot = 0;
-    uint32_t entry = 0;  ///< in the cell's list
-    uint32_t extent = 0; ///< where the entry's extent begins
-};
-
-/// Begins to list the slot in a cell that has `entry` ones. The extent is read here and
-/// needed in end_listing only: the answer takes long. By thread 0.
-__device__ inline OneAppend begin_listing(
+/// Lists the slot as the newest of a cell. By one thread.
+__device__ inline void list_one(
         const ListState& list,
         int cell,
-        int64_t slot,
-        int32_t entry) {
-    OneAppend one;
-    one.cell = cell;
-    one.slot = slot;
-    one.entry = static_cast<uint32_t>(entry);
-    one.extent = __ldcg(list.extents + int64_t(cell) * kExtents + extent_of(one.entry));
-    return one;
-}
-
-/// Lists the slot, if there is one. By thread 0.
-__device__ inline void end_listing(
-        const ListState& list,
-        const OneAppend& one,
+        int32_t slot,
         int64_t sink) {
-    if (one.cell < 0) {
-        return;
-    }
-    const int e = extent_of(one.entry);
-    uint32_t extent = one.extent;
-    if (extent == kNoExtent) {
+    const auto entry = static_cast<uint32_t>(__ldcg(list.count + cell));
+    const int e = extent_of(entry);
+    uint32_t* at = list.extents + int64_t(cell) * kExtents + e;
+    uint32_t extent = __ldcg(at);
+    if (extent == kNoExtent) { // else the cell has it from before a truncation
         extent = atomicAdd(list.used, extent_size(e));
-        list.extents[int64_t(one.cell) * kExtents + e] = extent;
+        *at = extent;
     }
-    const auto slot = static_cast<int32_t>(one.slot);
-    list.slots[extent + (one.entry - extent_begin(e))] = slot;
-    list.cells[slot - sink] = static_cast<uint16_t>(one.cell);
-    list.newest[one.cell] = slot;
-    list.count[one.cell] = static_cast<int32_t>(one.entry) + 1;
+    list.slots[extent + (entry - extent_begin(e))] = slot;
+    list.cells[slot - sink] = static_cast<uint16_t>(cell);
+    list.newest[cell] = slot;
+    list.count[cell] = static_cast<int32_t>(entry) + 1;
 }
 
 } // namespace faiss_saap::gpu

@@ -106,14 +106,14 @@ int decode_row_blocks(const DecodeParams& p) {
 template <class T, int D>
 cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     const int room = room_of_block<T, D>();
-    const DecodeArguments arguments = {p, layout_of<T, D>(p, room, p.team_blocks)};
+    const DecodeArguments arguments = {p, layout_of<T, D>(p, room, p.row_blocks)};
     const int bytes = bytes_of_block(p, arguments.layout.bytes, room);
     auto* kernel = decode_kernel<T, D>;
     cudaError_t error = cudaFuncSetAttribute(
             kernel,
             cudaFuncAttributeMaxDynamicSharedMemorySize,
             bytes);
-    if (error == cudaSuccess && p.team_blocks > 8) {
+    if (error == cudaSuccess && p.row_blocks > 8) {
         error = cudaFuncSetAttribute(
                 kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
@@ -122,12 +122,12 @@ cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     }
     return launch(
             kernel,
-            dim3(p.team_blocks, p.nrow),
+            dim3(p.row_blocks, p.nrow),
             kThreads,
             bytes,
             stream,
             arguments,
-            p.team_blocks);
+            p.row_blocks);
 }
 
 } // namespace faiss_saap::gpu

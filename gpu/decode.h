@@ -16,7 +16,7 @@ struct DecodeParams {
     BatchItem* items = nullptr;
     const BatchRow* rows = nullptr;
     int nrow = 0;
-    int team_blocks = 1; ///< of each row: decode_blocks()
+    int row_blocks = 1; ///< of each row: decode_blocks()
     int64_t bytes = 0;   ///< of keys and values that all rows read, about
     int most_cells = 0;  ///< of a partition
     /// floats per query head: of what rows are multiplied with first, of hidden layers

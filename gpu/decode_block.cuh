@@ -1,10 +1,10 @@
 /// A block of decode()'s kernel as its stages see it. Device code.
 #pragma once
 
+#include "cluster_exchange.cuh"
 #include "decode_layout.cuh"
 #include "multiply_rows.cuh"
 #include "take_cells.cuh"
-#include "team.cuh"
 #include "tile_stream.cuh"
 
 namespace faiss_saap::gpu {
@@ -65,7 +65,7 @@ struct DecodeBlock {
     char* shared; ///< the arrays of the layout
     int blocks, rank;
     int warp, lane;
-    TeamExchange exchange;
+    ClusterExchange exchange;
 
     __device__ __forceinline__ DecodeBlock(
             const DecodeParams& p,

@@ -150,11 +150,7 @@ __device__ __forceinline__ void end_append(const DecodeBlock& b) {
         return;
     }
     if (s.step.leaving >= 0 && s.step.refused == Fault::none) {
-        const int32_t entry = __ldcg(s.list.count + s.leaving_cell);
-        end_listing(
-                s.list,
-                begin_listing(s.list, s.leaving_cell, s.step.leaving, entry),
-                b.p.sink);
+        list_one(s.list, s.leaving_cell, s.step.leaving, b.p.sink);
     }
     BatchItem& item = b.p.items[s.row.item];
     if (atomicAdd(&item.done, 1) == b.p.heads_kv - 1) {

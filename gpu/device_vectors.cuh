@@ -6,6 +6,7 @@
 
 #include "launch.h"
 #include "sequence_state.h"
+#include "shared_address.cuh"
 
 namespace faiss_saap::gpu {
 
@@ -157,7 +158,7 @@ static __device__ __noinline__ float warp_products(
     static_assert(N == 1 || N == 4);
     constexpr int kPiece = Type == RowType::float32 ? 4 : 8; // elements of 16 bytes
     constexpr int kAtOnce = 4; // on their way: memory answers after 700 cycles
-    const auto vectors = static_cast<uint32_t>(__cvta_generic_to_shared(x));
+    const uint32_t vectors = shared_address(x);
     const int part = threadIdx.x % 4;
     const int pieces = cols / kPiece;
     float sum[N] = {};

@@ -8,12 +8,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-namespace faiss_saap::gpu {
+#include "shared_address.cuh"
 
-/// An address of shared memory.
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+namespace faiss_saap::gpu {
 
 /// From global to shared memory, without waiting; zeros where nothing is there.
 __device__ __forceinline__ void copy_16_bytes(
@@ -24,16 +21,15 @@ __device__ __forceinline__ void copy_16_bytes(
                  "l"(from),
                  "r"(there ? 16 : 0));
 }
-
-__device__ __forceinline__ void commit_copies() {
-    asm volatile("cp.async.commit_group;\n" ::: "memory");
-}
-
 __device__ __forceinline__ void copy_16_bytes(
         void* to,
         const void* from,
         bool there) {
     copy_16_bytes(shared_address(to), from, there);
+}
+
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 
 /// Waits until at most kLeft groups of copies are on their way.

@@ -120,7 +120,7 @@ __device__ __forceinline__ void multiply_rows(
         const Emit& emit) {
     const int part = threadIdx.x % 8;
     const int pieces = p.bf16 ? p.cols / 8 : p.cols / 4;
-    const auto vectors = static_cast<uint32_t>(__cvta_generic_to_shared(x));
+    const uint32_t vectors = shared_address(x);
     const int items = RowItem::count(p), warp = threadIdx.x / 32;
 #pragma unroll 1
     for (int item = warp; item < items; item += blockDim.x / 32) {

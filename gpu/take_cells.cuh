@@ -8,9 +8,8 @@
 
 namespace faiss_saap::gpu {
 
-/// Threads of a block that selects, at most.
-constexpr int kMostSelectThreads = 512;
-constexpr int kMostSelectWarps = kMostSelectThreads / 32;
+constexpr int kSelectThreads = 256; ///< of a block that selects
+constexpr int kSelectWarps = kSelectThreads / 32;
 
 /// The order of cells. 0 is never taken.
 __device__ inline unsigned long long cell_key(float score, int cell) {
@@ -20,22 +19,22 @@ __device__ inline unsigned long long cell_key(float score, int cell) {
 /// What a block keeps of a selection, beside scores, keys and counts.
 struct Selection {
     static constexpr int kBins = 256;
-    static constexpr int kListed = kMostSelectThreads; ///< cells dealt with unsorted
-    float norm[kMaxGroup];                             ///< by find_norms
-    float of_warp[kMostSelectWarps][4];
+    static constexpr int kListed = kSelectThreads; ///< cells that are ranked, at most
+    // by find_norms
+    float norm[kMaxGroup];
+    float of_warp[kSelectWarps][4];
     uint32_t most[4];
-    uint32_t highest, lowest; ///< ordered scores, by find_range
+    uint32_t highest, lowest; ///< ordered scores, by find_bins
     // by take_cells
     alignas(16) int keys_of[kBins];
     alignas(16) int cells_of[kBins];
     int least; ///< keys of the smallest cell
-    /// Cells that are ranked.
-    unsigned long long listed[kListed];
-    int counts[kListed]; ///< of theirs
-    int nranked;
+    unsigned long long listed[kListed]; ///< cells that are ranked
+    int counts[kListed];                ///< and their keys
+    int nlisted;                        ///< may be more than there is room for
     int taken, keys;           ///< cells and keys
     unsigned long long passed; ///< the best cell that did not fit
-    unsigned long long best[2][kMostSelectWarps];
+    unsigned long long best[2][kSelectWarps];
 };
 
 /// log of the sum over all cells of count * exp(scale * score), for each head of
@@ -77,7 +76,7 @@ __device__ inline void find_norms(
         }
         __syncthreads();
         if (warp < 4) { // a head for each
-            const float x = lane < blockDim.x / 32 ? s.of_warp[lane][warp] : -INFINITY;
+            const float x = lane < kSelectWarps ? s.of_warp[lane][warp] : -INFINITY;
             const uint32_t all = __reduce_max_sync(0xffffffffu, ordered(x));
             if (lane == 0) {
                 s.most[warp] = all;
@@ -114,9 +113,9 @@ __device__ inline void find_norms(
         }
         __syncthreads();
         if (warp < n) { // in a fixed order: the result must not depend on timing
-            float x = lane < blockDim.x / 32 ? s.of_warp[lane][warp] : 0.0f;
+            float x = lane < kSelectWarps ? s.of_warp[lane][warp] : 0.0f;
 #pragma unroll
-            for (int step = kMostSelectWarps / 2; step; step /= 2) {
+            for (int step = kSelectWarps / 2; step; step /= 2) {
                 x += __shfl_xor_sync(0xffffffffu, x, step);
             }
             if (lane == 0) {
@@ -131,7 +130,7 @@ __device__ inline void find_norms(
 /// keys; others are waited for only where pairs leave it.
 __device__ inline void sort_descending(unsigned long long* keys, int n) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int pairs = max(32, n / 2 / (static_cast<int>(blockDim.x) / 32)); // of a warp
+    const int pairs = max(32, n / 2 / kSelectWarps); // of a warp
     const int begin = warp * pairs, end = min(n / 2, begin + pairs);
     __syncthreads();
 #pragma unroll 1
@@ -160,9 +159,8 @@ __device__ inline void sort_descending(unsigned long long* keys, int n) {
 }
 
 /// take_cells (ProbePolicy.h) from sorted keys, by one warp: the way where many cells
-/// are taken. `take(rank, cell,
-/// count, before)` is called for each cell that is taken, by any of its lanes;
-/// `before` are the keys of the cells taken before it.
+/// are taken. `take(rank, cell, count, before)` is called for each cell that is taken, by
+/// any of its lanes; `before` are the keys of the cells taken before it.
 /// @param least  keys of the smallest cell
 /// @return cells and keys taken
 template <class Take>
@@ -273,7 +271,7 @@ __device__ inline void clear_selection(Selection& s, int nprobe) {
     }
     if (threadIdx.x == 0) {
         s.least = INT32_MAX;
-        s.nranked = 0;
+        s.nlisted = 0;
         s.taken = nprobe;
         s.keys = 0;
         s.passed = 0;
@@ -321,10 +319,9 @@ __device__ inline int last_bin(const Selection& s, int nprobe, int limit) {
             kEach * who + __shfl_sync(0xffffffffu, within, who));
 }
 
-/// Adds a cell of each lane that has one to the listed ones.
+/// Adds a cell of each lane that has one to those that are ranked.
 __device__ inline void list_cells(
         Selection& s,
-        int& n,
         bool mine,
         unsigned long long key,
         int count) {
@@ -332,7 +329,7 @@ __device__ inline void list_cells(
     const unsigned all = __ballot_sync(0xffffffffu, mine);
     int at = 0;
     if (lane == 0 && all) {
-        at = atomicAdd(&n, __popc(all));
+        at = atomicAdd(&s.nlisted, __popc(all));
     }
     at = __shfl_sync(0xffffffffu, at, 0) + __popc(all & ((1u << lane) - 1));
     if (mine && at < Selection::kListed) {
@@ -365,16 +362,16 @@ __device__ inline unsigned long long best_that_fits(
         s.best[round & 1][warp] = mine;
     }
     __syncthreads(); // the next call writes to the other half
-    return largest_of_warp(lane < blockDim.x / 32 ? s.best[round & 1][lane] : 0ull);
+    return largest_of_warp(lane < kSelectWarps ? s.best[round & 1][lane] : 0ull);
 }
 
 /// take_cells (ProbePolicy.h), by a block. keys[i] is the cell_key of cell i; n is
 /// their number, 2^k >= 32. A histogram of the scores says where the limit is
 /// crossed; cells down to there are put in order by counting, for each, the better
 /// ones and their keys, and the few beyond that still fit are found one by one. Where
-/// that would be many, `keys` are sorted instead. `take` is as in take_sorted_cells;
-/// what was taken is in s.taken and s.keys after the
-/// next barrier. clear_selection comes first, and a barrier.
+/// that would be many, `keys` are sorted instead. `take` is as in take_sorted_cells; what
+/// was taken is in s.taken and s.keys after the next barrier. clear_selection comes first,
+/// and a barrier.
 template <class Take>
 __device__ void take_cells(
         Selection& s,
@@ -387,10 +384,9 @@ __device__ void take_cells(
         bool at_least_one,
         const Take& take) {
     const int lane = threadIdx.x % 32;
-    const int threads = blockDim.x, most_listed = min(threads, Selection::kListed);
     int least = INT32_MAX;
 #pragma unroll 2
-    for (int c = threadIdx.x; c < n; c += threads) {
+    for (int c = threadIdx.x; c < n; c += blockDim.x) {
         if (keys[c]) {
             const int bin = bin_of(keys[c]), count = counts[c];
             atomicAdd(&s.keys_of[bin], count);
@@ -405,17 +401,16 @@ __device__ void take_cells(
     __syncthreads();
     const int last = last_bin(s, nprobe, limit);
 #pragma unroll 1
-    for (int c = threadIdx.x; c < n; c += threads) {
+    for (int c = threadIdx.x; c < n; c += blockDim.x) {
         const unsigned long long key = keys[c];
-        list_cells(
-                s, s.nranked, key && bin_of(key) <= last, key, key ? counts[c] : 0);
+        list_cells(s, key && bin_of(key) <= last, key, key ? counts[c] : 0);
     }
     __syncthreads();
-    const int m = s.nranked;
-    if (m <= most_listed) {
+    const int m = s.nlisted;
+    if (m <= Selection::kListed) {
         // Some threads for each cell.
         int each = 1;
-        while (each < 32 && 2 * each * m <= threads) {
+        while (each < 32 && 2 * each * m <= kSelectThreads) {
             each *= 2;
         }
         const int i = static_cast<int>(threadIdx.x) / each;
