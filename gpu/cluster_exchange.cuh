@@ -8,10 +8,10 @@
 
 namespace faiss_saap::gpu {
 
-/// Exchanges between the blocks of a cluster, one after the other. In each, a block writes
-/// into the shared memory of all or some, and knows how many bytes it gets itself. A
-/// barrier in shared memory counts them, so that nobody waits for what else is on its way,
-/// as at a barrier of the cluster, whose fence waits for all loads of the block.
+/// Exchanges between the blocks of a cluster, one after the other. In each, a block
+/// writes into the shared memory of all or some, and knows how many bytes it gets itself.
+/// A barrier in shared memory counts them, so that nobody waits for what else is on its
+/// way, as at a barrier of the cluster, whose fence waits for all loads of the block.
 ///
 /// A block may be one exchange ahead of another, as it has had what the other sent in the
 /// one before: so two barriers take turns.

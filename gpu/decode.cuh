@@ -12,10 +12,8 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-constexpr int kMaxBlocks = 16; ///< of a row
-
-/// The layout that rows of so many blocks have, with as many warps that attend as have
-/// room; no blocks: there is none.
+/// The layout that rows of so many blocks have, with as many warps that attend as there
+/// is room for; 0 bytes: there is room for none.
 template <class T, int D>
 DecodeLayout layout_of(const DecodeParams& p, int room, int blocks) {
     DecodeLayout layout;

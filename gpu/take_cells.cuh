@@ -370,8 +370,8 @@ __device__ inline unsigned long long best_that_fits(
 /// crossed; cells down to there are put in order by counting, for each, the better
 /// ones and their keys, and the few beyond that still fit are found one by one. Where
 /// that would be many, `keys` are sorted instead. `take` is as in take_sorted_cells; what
-/// was taken is in s.taken and s.keys after the next barrier. clear_selection comes first,
-/// and a barrier.
+/// was taken is in s.taken and s.keys after the next barrier. clear_selection and a
+/// barrier come first.
 template <class Take>
 __device__ void take_cells(
         Selection& s,

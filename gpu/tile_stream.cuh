@@ -51,11 +51,6 @@ struct TileStream {
     float o[D / 16][4];
     float largest[2], sum[2];
 
-    // The tile on its way: offsets of this lane's key, and which keys there are.
-    uint32_t k_at, v_at;
-    unsigned there;
-    int next_slot; ///< of the tile after it: its number takes as long as its rows
-
     /// @param from  kStreamQueries * kStride in shared memory
     __device__ __forceinline__ void load_queries(uint32_t from) {
         const int lane = threadIdx.x % 32;
@@ -83,47 +78,6 @@ struct TileStream {
         sum[0] = sum[1] = 0;
     }
 
-    /// @param slot  key lane % 16 of the next tile; -1: none
-    /// @return a page that was not there
-    __device__ __forceinline__ bool find(int slot) {
-        uint32_t page = 0, in_page = slot;
-        bool bad = false;
-        if (kv->page_table && slot >= 0) {
-            page = kv->page_table[slot / kv->page_size];
-            in_page = slot % kv->page_size;
-            bad = page >= kv->npages;
-        }
-        const bool is = slot >= 0 && !bad;
-        // An address must be valid even where nothing is read.
-        k_at = is ? page * kv->k_page + in_page * kv->k_token : 0;
-        v_at = is ? page * kv->v_page + in_page * kv->v_token : 0;
-        there = __ballot_sync(0xffffffffu, is) & 0xffffu;
-        return bad;
-    }
-
-    /// Some lanes take a row, so that few rows are a lane's.
-    __device__ __forceinline__ void send(uint32_t tile, const char* from, uint32_t offset) {
-        constexpr int kLanes = D % 64 == 0 ? 8 : 4; // of a row at once
-        constexpr int kRows = 32 / kLanes;
-        const int lane = threadIdx.x % 32, c = lane % kLanes;
-        const uint32_t to =
-                tile + (lane / kLanes * kStride + 8 * c) * static_cast<uint32_t>(sizeof(T));
-#pragma unroll
-        for (int i = 0; i < kStreamKeys / kRows; i++) {
-            const int key = i * kRows + lane / kLanes;
-            const uint32_t at = __shfl_sync(0xffffffffu, offset, key);
-            const char* row = from + 16 * c + uint64_t(at) * 16;
-#pragma unroll
-            for (int j = 0; j < kChunks / kLanes; j++) {
-                copy_16_bytes(
-                        to + (i * kRows * kStride + 8 * kLanes * j) *
-                                        static_cast<uint32_t>(sizeof(T)),
-                        row + 16 * kLanes * j,
-                        there >> key & 1);
-            }
-        }
-    }
-
     /// Sends for the first of a line of tiles.
     /// @param slot, next  key lane % 16 of it and of the one after it; -1: none
     __device__ __forceinline__ bool start(int slot, int next) {
@@ -141,11 +95,7 @@ struct TileStream {
     /// @param slot_of  slot of a key, by number; -1: none
     /// @return a page that was not there
     template <class SlotOf>
-    __device__ __forceinline__ bool attend(
-            int tile,
-            int end,
-            int step,
-            SlotOf& slot_of) {
+    __device__ __forceinline__ bool attend(int tile, int end, int step, SlotOf& slot_of) {
         const int lane = threadIdx.x % 32;
         // The row of a matrix of 16 * 16 that this lane names, its quarters numbered down
         // the columns first, or along the rows.
@@ -178,39 +128,8 @@ struct TileStream {
                 send(keys, kv->k, k_at);
             }
             commit_copies(); // nothing, at the end: the waits count
-            // This lane has keys lane / 4 and that + 8.
             uint32_t weights[2];
-            {
-                float x[2][2], shrink[2];
-#pragma unroll
-                for (int i = 0; i < 2; i++) { // queries
-#pragma unroll
-                    for (int k = 0; k < 2; k++) { // keys
-                        x[k][i] = here >> (lane / 4 + 8 * k) & 1
-                                ? (s[0][2 * k + i] + s[1][2 * k + i]) * scale
-                                : -INFINITY;
-                    }
-                    float most = fmaxf(largest[i], fmaxf(x[0][i], x[1][i]));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 4));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 8));
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 16));
-                    const float shift = most == -INFINITY ? 0.0f : most;
-                    shrink[i] = exp2f(largest[i] - shift);
-                    largest[i] = most;
-                    x[0][i] = exp2f(x[0][i] - shift);
-                    x[1][i] = exp2f(x[1][i] - shift);
-                    sum[i] = sum[i] * shrink[i] + x[0][i] + x[1][i];
-                }
-#pragma unroll
-                for (int j = 0; j < D / 16; j++) {
-                    o[j][0] *= shrink[0];
-                    o[j][1] *= shrink[1];
-                    o[j][2] *= shrink[0];
-                    o[j][3] *= shrink[1];
-                }
-                weights[0] = transpose(pack<T>(x[0][0], x[0][1]));
-                weights[1] = transpose(pack<T>(x[1][0], x[1][1]));
-            }
+            weigh(here, s, weights);
             wait_for_copies<1>();
             __syncwarp();
 #pragma unroll
@@ -241,6 +160,95 @@ struct TileStream {
         x += __shfl_xor_sync(0xffffffffu, x, 4);
         x += __shfl_xor_sync(0xffffffffu, x, 8);
         return x + __shfl_xor_sync(0xffffffffu, x, 16);
+    }
+
+   private:
+    // The tile on its way: offsets of this lane's key, and which keys there are.
+    uint32_t k_at, v_at;
+    unsigned there;
+    int next_slot; ///< of the tile after it: its number takes as long as its rows
+
+    /// @param slot  key lane % 16 of the next tile; -1: none
+    /// @return a page that was not there
+    __device__ __forceinline__ bool find(int slot) {
+        uint32_t page = 0, in_page = slot;
+        bool bad = false;
+        if (kv->page_table && slot >= 0) {
+            page = kv->page_table[slot / kv->page_size];
+            in_page = slot % kv->page_size;
+            bad = page >= kv->npages;
+        }
+        const bool is = slot >= 0 && !bad;
+        // An address must be valid even where nothing is read.
+        k_at = is ? page * kv->k_page + in_page * kv->k_token : 0;
+        v_at = is ? page * kv->v_page + in_page * kv->v_token : 0;
+        there = __ballot_sync(0xffffffffu, is) & 0xffffu;
+        return bad;
+    }
+
+    /// Some lanes take a row, so that few rows are a lane's.
+    __device__ __forceinline__ void send(
+            uint32_t tile,
+            const char* from,
+            uint32_t offset) {
+        constexpr int kLanes = D % 64 == 0 ? 8 : 4; // of a row at once
+        constexpr int kRows = 32 / kLanes;
+        constexpr uint32_t kElement = sizeof(T);
+        const int lane = threadIdx.x % 32, c = lane % kLanes;
+        const uint32_t to = tile + kElement * (lane / kLanes * kStride + 8 * c);
+#pragma unroll
+        for (int i = 0; i < kStreamKeys / kRows; i++) {
+            const int key = i * kRows + lane / kLanes;
+            const uint32_t at = __shfl_sync(0xffffffffu, offset, key);
+            const char* row = from + 16 * c + uint64_t(at) * 16;
+#pragma unroll
+            for (int j = 0; j < kChunks / kLanes; j++) {
+                copy_16_bytes(
+                        to + kElement * (i * kRows * kStride + 8 * kLanes * j),
+                        row + 16 * kLanes * j,
+                        there >> key & 1);
+            }
+        }
+    }
+
+    /// Softmax weights of a tile's keys, as the second factor of a product with its values;
+    /// what was summed before shrinks where a larger score has come.
+    /// @param here  which keys there are
+    /// @param s     two sums of each score, of keys lane / 4 and that + 8
+    __device__ __forceinline__ void weigh(
+            unsigned here,
+            const float (&s)[2][4],
+            uint32_t (&weights)[2]) {
+        const int lane = threadIdx.x % 32;
+        float x[2][2], shrink[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) { // queries
+#pragma unroll
+            for (int k = 0; k < 2; k++) { // keys
+                x[k][i] = here >> (lane / 4 + 8 * k) & 1
+                        ? (s[0][2 * k + i] + s[1][2 * k + i]) * scale
+                        : -INFINITY;
+            }
+            float most = fmaxf(largest[i], fmaxf(x[0][i], x[1][i]));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 4));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 8));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 16));
+            const float shift = most == -INFINITY ? 0.0f : most;
+            shrink[i] = exp2f(largest[i] - shift);
+            largest[i] = most;
+            x[0][i] = exp2f(x[0][i] - shift);
+            x[1][i] = exp2f(x[1][i] - shift);
+            sum[i] = sum[i] * shrink[i] + x[0][i] + x[1][i];
+        }
+#pragma unroll
+        for (int j = 0; j < D / 16; j++) {
+            o[j][0] *= shrink[0];
+            o[j][1] *= shrink[1];
+            o[j][2] *= shrink[0];
+            o[j][3] *= shrink[1];
+        }
+        weights[0] = transpose(pack<T>(x[0][0], x[0][1]));
+        weights[1] = transpose(pack<T>(x[1][0], x[1][1]));
     }
 };
 
