@@ -106,13 +106,22 @@ __device__ void list_slots(
     }
 }
 
-/// Check, assign, list and means for items with few tokens, in one launch. Blocks share the
-/// cells of an item's lists; the last of them to be done lists the tokens.
+/// Brings a block's rows of a key assigner nearer. They never change: this may be done
+/// before the kernels before have ended.
+__device__ void prefetch_rows(const DeviceAssigner& key) {
+    const int row = 4 * key.padded_cols, first = int(blockIdx.x) * kCells;
+    prefetch_bytes(
+            static_cast<const char*>(key.rows) + int64_t(first) * row,
+            min(kCells, key.ncell - first) * row);
+}
+
+/// Check, assign, list and means for items with few tokens, in one launch. Blocks share
+/// the cells of an item's lists; the last of them to be done lists the tokens.
 __global__ void __launch_bounds__(kThreads) append_few(AppendParams p) {
     let_next_begin();
     const BatchList at = p.lists[blockIdx.y];
     BatchItem& item = p.items[at.item];
-    prefetch_rows(at.list->key, 0, int(blockIdx.x) * kCells, kCells);
+    prefetch_rows(at.list->key);
     wait_for_previous();
     const int64_t length = at.sequence->length;
     const int64_t after = length + item.q_len;
@@ -138,9 +147,7 @@ __global__ void __launch_bounds__(kThreads) append_few(AppendParams p) {
                 const float x = element(row, item.kv.bf16, j);
                 norm += x * x;
             }
-            for (int step = 16; step; step /= 2) {
-                norm += __shfl_xor_sync(0xffffffffu, norm, step);
-            }
+            norm = sum_of_warp(norm);
             if (lane == 0 && (!row || !isfinite(norm))) {
                 raise(p.flag, row ? Fault::append_key : Fault::append_page, at.item);
                 item.bad = 1;

@@ -8,7 +8,6 @@ namespace faiss_saap::gpu {
 namespace {
 
 constexpr int kMostWarps = 8;
-constexpr float kLog2E = 1.4426950408889634f;
 
 /// What a block works on: rows of one part of one KV head, and a share of the
 /// cells of its text. Rows are the tokens' query heads, heads of a token one

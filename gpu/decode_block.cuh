@@ -16,8 +16,6 @@ constexpr int kWarps = kThreads / 32;
 /// Cells, and extents of each, whose places a block keeps at hand.
 constexpr int kCellsAtHand = 64, kExtentsAtHand = 6;
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
 /// What a step of a row is about.
 struct DecodeStep {
     int64_t length = 0; ///< of the sequence, with the token of this step

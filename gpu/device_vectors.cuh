@@ -105,6 +105,9 @@ static __device__ __noinline__ void load_vector(
     }
 }
 
+/// exp(x) is exp2(kLog2E * x).
+constexpr float kLog2E = 1.44269504088896340736f;
+
 enum class RowType { float32, bfloat16, float16 };
 
 __device__ __forceinline__ float4 load_shared(uint32_t at) {
@@ -209,22 +212,6 @@ __device__ inline float warp_products_of_weights(
                 : warp_products<RowType::float32, N>(row, cols, x, x_stride);
 }
 
-/// Brings a block's rows of an assigner nearer. They never change: this may be
-/// done before the kernels before have ended.
-__device__ inline void prefetch_rows(
-        const DeviceAssigner& a,
-        int network,
-        int first,
-        int n) {
-    const int bytes = a.padded_cols * (a.bf16 ? 2 : 4);
-    const char* rows = static_cast<const char*>(a.rows) +
-            (int64_t(network) * a.ncell + first) * bytes;
-    const int all = a.rows ? min(n, a.ncell - first) * bytes : 0;
-    for (int i = 128 * threadIdx.x; i < all; i += 128 * blockDim.x) {
-        prefetch(rows + i);
-    }
-}
-
 /// Floats in the order of their values as unsigned integers.
 __device__ inline uint32_t ordered(float x) {
     const uint32_t bits = __float_as_uint(x);
@@ -262,6 +249,14 @@ __device__ inline unsigned long long largest_of_warp(unsigned long long x) {
     const uint32_t low = __reduce_max_sync(
             0xffffffffu, high == most ? static_cast<uint32_t>(x) : 0u);
     return static_cast<unsigned long long>(most) << 32 | low;
+}
+
+/// Brings memory nearer, by a block.
+__device__ __forceinline__ void prefetch_bytes(const char* from, int bytes) {
+#pragma unroll 1
+    for (int i = 128 * threadIdx.x; i < bytes; i += 128 * blockDim.x) {
+        prefetch(from + i);
+    }
 }
 
 /// Copies between memories, by a block.

@@ -223,7 +223,7 @@ __device__ void merge_pieces(
             w[s] = lse_of(s);
             largest = fmaxf(largest, w[s]);
         }
-        largest = of_ordered(__reduce_max_sync(0xffffffffu, ordered(largest)));
+        largest = most_of_warp(largest);
         const float shift = largest == -INFINITY ? 0.0f : largest;
         float sum = 0, dense_sum = 0;
 #pragma unroll 1
@@ -233,11 +233,8 @@ __device__ void merge_pieces(
             sum += x;
             dense_sum += s < ndense ? x : 0.0f;
         }
-#pragma unroll
-        for (int step = 16; step; step /= 2) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, step);
-            dense_sum += __shfl_xor_sync(0xffffffffu, dense_sum, step);
-        }
+        sum = sum_of_warp(sum);
+        dense_sum = sum_of_warp(dense_sum);
         const float each = sum > 0 ? 1 / sum : 0.0f;
 #pragma unroll 1
         for (int s = lane; s <= n; s += 32) {
@@ -397,7 +394,7 @@ __device__ __forceinline__ void attend_tiles(
         *reinterpret_cast<uint4*>(queries + q * kStride + 8 * c) = bits;
     }
     __syncthreads();
-    const float scale = p.scale * 1.44269504088896340736f; // exp2
+    const float scale = p.scale * kLog2E;
     float o[D / 8][4] = {};
     float m[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     // Tiles are dealt to the warps in turn. A round asks for the slots of the tile

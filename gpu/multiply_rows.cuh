@@ -24,12 +24,10 @@ __device__ __forceinline__ void prefetch_products(const RowProducts& p) {
     const int of_row = p.cols * (p.bf16 ? 2 : 4), all = (p.end - p.first) * of_row;
 #pragma unroll 1
     for (int h = 0; h < p.heads; h++) {
-        const char* rows = static_cast<const char*>(p.rows) +
-                (int64_t(h) * p.nrow + p.first) * of_row;
-#pragma unroll 1
-        for (int i = 128 * threadIdx.x; i < all; i += 128 * blockDim.x) {
-            prefetch(rows + i);
-        }
+        prefetch_bytes(
+                static_cast<const char*>(p.rows) +
+                        (int64_t(h) * p.nrow + p.first) * of_row,
+                all);
     }
 }
 

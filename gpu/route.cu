@@ -278,8 +278,8 @@ __device__ __noinline__ void score_cells(
     }
 }
 
-/// Brings `bytes` bytes nearer, shared out over the team.
-__device__ __noinline__ void prefetch_bytes(const void* from, int64_t bytes) {
+/// Brings memory nearer, shared out over the team.
+__device__ __noinline__ void prefetch_by_team(const void* from, int64_t bytes) {
     const int64_t step = int64_t(128) * kThreads * gridDim.x;
 #pragma unroll 1
     for (int64_t i = 128 * (int64_t(threadIdx.x) * gridDim.x + blockIdx.x); i < bytes;
@@ -293,12 +293,12 @@ __device__ __noinline__ void prefetch_bytes(const void* from, int64_t bytes) {
 __device__ __noinline__ void prefetch_weights(const DeviceAssigner& a, int group) {
     const int64_t element = a.bf16 ? 2 : 4;
     if (a.rows) {
-        prefetch_bytes(a.rows, element * a.networks * a.ncell * a.padded_cols);
+        prefetch_by_team(a.rows, element * a.networks * a.ncell * a.padded_cols);
     }
 #pragma unroll 1
     for (int l = 0; a.input == RowInput::hidden && l < 1 + 2 * a.depth; l++) {
         const int networks = l == 0 ? group : a.networks;
-        prefetch_bytes(
+        prefetch_by_team(
                 a.layer[l],
                 element * networks * a.width * (l ? a.padded_width : a.padded_d));
     }
@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         prefetch_weights(list.query, team.group);
 #pragma unroll 1
         for (int t = 0; t < team.n; t++) {
-            prefetch_bytes(rows[t].list(i).count, 4 * list.ncell);
+            prefetch_by_team(rows[t].list(i).count, 4 * list.ncell);
         }
     }
     // Columns that pad a hidden layer; then all blocks of the team have begun.
