@@ -91,8 +91,8 @@ int saap_attend(
         float* output,
         float* lse,
         void* stream);
-/** saap_append, then saap_attend: in two launches where each sequence has one
- * token. */
+/** saap_append, then saap_attend: a decode step, in one launch where it can be
+ * (GpuAttentionAdapter::step). */
 int saap_step(
         SaapAdapter* adapter,
         const SaapBatch* batch,

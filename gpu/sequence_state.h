@@ -99,7 +99,7 @@ struct BatchItem {
     int q_len = 1;
     int first_token = 0; ///< of the batch's tokens
     int first_list = 0, nlist = 0; ///< of the batch's lists
-    int done = 0;        ///< blocks of the append in progress
+    int done = 0;        ///< blocks of the append in progress, rows of the step
     int bad = 0;         ///< it was refused
     int64_t begin = 0, end = 0; ///< slots that leave the window in it
 };

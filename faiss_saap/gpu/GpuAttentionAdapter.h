@@ -163,10 +163,15 @@ class GpuAttentionAdapter {
             const AttendOutput& out,
             const ProbePolicy* policy = nullptr,
             cudaStream_t stream = nullptr) const;
-    /// A decode step: append(batch), then attend(batch, ...). Where each sequence
-    /// has one token, the policy chooses for groups and no assigner reads cell
-    /// means, in two launches for both, which is the quickest way. The outputs of
-    /// a sequence whose append is refused by the kernels are unspecified.
+    /// A decode step: append(batch), then attend(batch, ...). It is one launch, and
+    /// so is attend(batch, ...) alone, where
+    /// - each sequence has one token and each KV head one partition,
+    /// - the policy chooses for groups, of at most 8 query heads,
+    /// - no assigner reads cell means,
+    /// - the head dimension is 64, 96 or 128, and
+    /// - the device has compute capability 9.0 or later.
+    /// Otherwise it is the launches of append, route and attend_preassigned. The
+    /// outputs of a sequence whose append is refused by the kernels are unspecified.
     void step(
             const GpuBatch& batch,
             const void* queries,

@@ -395,9 +395,11 @@ void bind_gpu(nb::module_& m) {
                             "= None, policy: ProbePolicy | None = None, *, "
                             "merge: bool = False, stream: object = None) -> "
                             "None"),
-                    "append, then attend: a decode step, in two launches where each "
-                    "sequence has one token, the policy chooses for groups and no "
-                    "assigner reads cell means. Arguments as of attend.");
+                    "append, then attend: a decode step. It is one launch where each "
+                    "sequence has one token, each KV head one partition, the policy "
+                    "chooses for groups of at most 8, no assigner reads cell means, "
+                    "the head dimension is 64, 96 or 128 and the device has compute "
+                    "capability 9.0 or later. Arguments as of attend.");
 
     m.def(
             "gpu_sequence_partitions",
