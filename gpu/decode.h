@@ -17,8 +17,8 @@ struct DecodeParams {
     const BatchRow* rows = nullptr;
     int nrow = 0;
     int row_blocks = 1; ///< of each row: decode_blocks()
-    int64_t bytes = 0;   ///< of keys and values that all rows read, about
-    int most_cells = 0;  ///< of a partition
+    int64_t bytes = 0;  ///< of keys and values that all rows read, about
+    int most_cells = 0; ///< of a partition
     /// floats per query head: of what rows are multiplied with first, of hidden layers
     int most_cols = 0, most_width = 0;
     int heads_q = 0, heads_kv = 0, d = 0;
@@ -39,12 +39,13 @@ struct DecodeParams {
     FaultFlag* flag = nullptr;
 };
 
-/// Blocks that share a row, whatever else is in the parameters being as for decode();
-/// 0: this device, or what rows would keep in shared memory, needs the other kernels
-/// (route.h, attend.h). They are also there for several partitions of a KV head, a choice
-/// for each query head, and assigners that read means or newest keys.
+/// Blocks that share a row, as DecodeParams::row_blocks says to decode(); what a policy
+/// says does not matter. 0: this device, this head dimension, groups so large or what rows
+/// would keep in shared memory need the other kernels (route.h, attend.h).
 int decode_blocks(const DecodeParams& params);
 
+/// Attends for the one token of each sequence. KV heads have one partition each, whose
+/// query assigner reads no means and no newest keys, and cells are chosen for groups.
 cudaError_t decode(const DecodeParams& params, cudaStream_t stream);
 
 /// decode() and decode_blocks() for one type and head dimension.

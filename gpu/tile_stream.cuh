@@ -79,7 +79,8 @@ struct TileStream {
     }
 
     /// Sends for the first of a line of tiles.
-    /// @param slot, next  key lane % 16 of it and of the one after it; -1: none
+    /// @param slot, next  of key lane % 16 of it and of the one after it; -1: none
+    /// @return a page that was not there
     __device__ __forceinline__ bool start(int slot, int next) {
         next_slot = next;
         const bool bad = find(slot);
@@ -168,7 +169,7 @@ struct TileStream {
     unsigned there;
     int next_slot; ///< of the tile after it: its number takes as long as its rows
 
-    /// @param slot  key lane % 16 of the next tile; -1: none
+    /// @param slot  of key lane % 16 of the next tile; -1: none
     /// @return a page that was not there
     __device__ __forceinline__ bool find(int slot) {
         uint32_t page = 0, in_page = slot;
