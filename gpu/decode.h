@@ -39,9 +39,9 @@ struct DecodeParams {
     FaultFlag* flag = nullptr;
 };
 
-/// Blocks that share a row, as DecodeParams::row_blocks says to decode(); what a policy
-/// says does not matter. 0: this device, this head dimension, groups so large or what rows
-/// would keep in shared memory need the other kernels (route.h, attend.h).
+/// DecodeParams::row_blocks for decode() with these parameters, whatever the policy. 0:
+/// this device, this head dimension, groups so large or what rows would keep in shared
+/// memory need the other kernels (route.h, attend.h).
 int decode_blocks(const DecodeParams& params);
 
 /// Attends for the one token of each sequence. KV heads have one partition each, whose

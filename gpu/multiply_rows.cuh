@@ -31,6 +31,8 @@ __device__ __forceinline__ void prefetch_products(const RowProducts& p) {
     }
 }
 
+/// Adds the products of a lane's pieces with up to four vectors.
+/// @param at  where the vectors are in shared memory
 template <RowType Type>
 __device__ __forceinline__ void add_products(
         float (&sum)[2][4],
@@ -52,14 +54,15 @@ __device__ __forceinline__ void add_products(
     }
 }
 
-/// Two rows of each eight lanes, a piece of 16 bytes for each fourth of 32.
+/// What a lane has at hand of two rows that eight lanes share: every eighth of 32 pieces
+/// of 16 bytes.
 struct RowPieces {
     uint4 bits[2][4];
 };
 
-/// Where a warp's item begins: eight rows of one matrix.
+/// What a warp multiplies at once: eight rows of one matrix.
 struct RowItem {
-    int head, row; ///< row: of this lane, of its matrix; and the fourth after it
+    int head, row; ///< this lane's row of its matrix; it has the fourth after it, too
 
     __device__ __forceinline__ RowItem(const RowProducts& p, int item) {
         const int octets = (p.end - p.first + 7) / 8;
@@ -72,7 +75,7 @@ struct RowItem {
     }
 };
 
-/// Sends for 32 pieces of an item's rows.
+/// Sends for 32 pieces of an item's rows, of which this lane's begin at `first_piece`.
 __device__ __forceinline__ void load_pieces(
         const RowProducts& p,
         int item,

@@ -212,8 +212,8 @@ struct TileStream {
         }
     }
 
-    /// Softmax weights of a tile's keys, as the second factor of a product with its values;
-    /// what was summed before shrinks where a larger score has come.
+    /// Softmax weights of a tile's keys, as a factor of the product with its values; what
+    /// was summed before shrinks where a larger score has come.
     /// @param here  which keys there are
     /// @param s     two sums of each score, of keys lane / 4 and that + 8
     __device__ __forceinline__ void weigh(

@@ -70,10 +70,10 @@ struct GpuListsCopy {
 /// Here are built: head dimensions 64, 96, 128 and 256 (values likewise),
 /// float16 and bfloat16 caches whose rows begin at multiples of 16 bytes and whose
 /// keys and values each span at most 60 GiB, outputs that begin at such a multiple
-/// too, groups up to 16 query heads, up to 8,192 cells, and partitions whose key assigner is
-/// a QuantizerAssigner over faiss::IndexFlat and whose query assigner is one of
-/// these, a CellMeanAssigner, a QueryClassifier or a BlendAssigner. All else is
-/// refused.
+/// too, groups up to 16 query heads, up to 8,192 cells, and partitions whose key
+/// assigner is a QuantizerAssigner over faiss::IndexFlat and whose query assigner is
+/// one of these, a CellMeanAssigner, a QueryClassifier or a BlendAssigner. All else
+/// is refused.
 ///
 /// Errors. What the host can see is thrown at once, nothing changed. What only
 /// kernels can see (a key that is not finite, a hole in a page table, a sequence
