@@ -365,13 +365,86 @@ __device__ inline unsigned long long best_that_fits(
     return largest_of_warp(lane < kSelectWarps ? s.best[round & 1][lane] : 0ull);
 }
 
-/// take_cells (ProbePolicy.h), by a block. keys[i] is the cell_key of cell i; n is
-/// their number, 2^k >= 32. A histogram of the scores says where the limit is
-/// crossed; cells down to there are put in order by counting, for each, the better
-/// ones and their keys, and the few beyond that still fit are found one by one. Where
-/// that would be many, `keys` are sorted instead. `take` is as in take_sorted_cells; what
-/// was taken is in s.taken and s.keys after the next barrier. clear_selection and a
-/// barrier come first.
+/// take_cells from s.listed, which holds the best cells down to some score: they are put
+/// in order by counting, for each, the better ones and their keys, and what still fits
+/// beyond them is found one by one among all. By a block.
+template <class Take>
+__device__ __forceinline__ void take_ranked_cells(
+        Selection& s,
+        const unsigned long long* keys,
+        int n,
+        const int32_t* counts,
+        int nprobe,
+        int limit,
+        bool at_least_one,
+        const Take& take) {
+    const int m = s.nlisted;
+    // Some threads for each cell.
+    int each = 1;
+    while (each < 32 && 2 * each * m <= kSelectThreads) {
+        each *= 2;
+    }
+    const int i = static_cast<int>(threadIdx.x) / each;
+    const unsigned long long mine = i < m ? s.listed[i] : 0;
+    int rank = 0, before = 0;
+#pragma unroll 4
+    for (int j = threadIdx.x % each; j < m; j += each) {
+        const bool better = s.listed[j] > mine;
+        rank += better;
+        before += better ? s.counts[j] : 0;
+    }
+#pragma unroll 1
+    for (int step = each / 2; step; step /= 2) {
+        rank += __shfl_xor_sync(0xffffffffu, rank, step);
+        before += __shfl_xor_sync(0xffffffffu, before, step);
+    }
+    const bool speaks = mine && threadIdx.x % each == 0;
+    const int count = speaks ? s.counts[i] : 0;
+    const bool fits = rank < nprobe &&
+            (before + count <= limit || (at_least_one && rank == 0));
+    if (speaks && !fits) {
+        atomicMin(&s.taken, rank);
+    }
+    __syncthreads();
+    const int run = min(s.taken, m); // taken one after the other
+    if (speaks && rank < run) {
+        take(rank, cell_of_scored(mine), count, before);
+    }
+    if (speaks && rank == run - 1) {
+        s.keys = before + count;
+    }
+    if (speaks && rank == run) {
+        s.passed = mine;
+    }
+    __syncthreads();
+    int taken = run, taken_keys = s.keys;
+    unsigned long long below = s.passed;
+#pragma unroll 1
+    for (int round = 0; below && taken < nprobe && taken_keys + s.least <= limit;
+         round++) {
+        below = best_that_fits(
+                s, keys, n, counts, limit - taken_keys, below, round);
+        if (below) {
+            const int cell = cell_of_scored(below);
+            if (threadIdx.x == 0) {
+                take(taken, cell, counts[cell], taken_keys);
+            }
+            taken++;
+            taken_keys += counts[cell];
+        }
+    }
+    __syncthreads(); // all have read what was
+    if (threadIdx.x == 0) {
+        s.taken = taken;
+        s.keys = taken_keys;
+    }
+}
+
+/// take_cells (ProbePolicy.h), by a block. keys[i] is the cell_key of cell i; n is their
+/// number, 2^k >= 32. A histogram of the scores says where the limit is crossed, and cells
+/// down to there are ranked; where they are too many, `keys` are sorted instead. `take` is
+/// as in take_sorted_cells; what was taken is in s.taken and s.keys after the next
+/// barrier. clear_selection and a barrier come first.
 template <class Take>
 __device__ void take_cells(
         Selection& s,
@@ -406,67 +479,8 @@ __device__ void take_cells(
         list_cells(s, key && bin_of(key) <= last, key, key ? counts[c] : 0);
     }
     __syncthreads();
-    const int m = s.nlisted;
-    if (m <= Selection::kListed) {
-        // Some threads for each cell.
-        int each = 1;
-        while (each < 32 && 2 * each * m <= kSelectThreads) {
-            each *= 2;
-        }
-        const int i = static_cast<int>(threadIdx.x) / each;
-        const unsigned long long mine = i < m ? s.listed[i] : 0;
-        int rank = 0, before = 0;
-#pragma unroll 4
-        for (int j = threadIdx.x % each; j < m; j += each) {
-            const bool better = s.listed[j] > mine;
-            rank += better;
-            before += better ? s.counts[j] : 0;
-        }
-#pragma unroll 1
-        for (int step = each / 2; step; step /= 2) {
-            rank += __shfl_xor_sync(0xffffffffu, rank, step);
-            before += __shfl_xor_sync(0xffffffffu, before, step);
-        }
-        const bool speaks = mine && threadIdx.x % each == 0;
-        const int count = speaks ? s.counts[i] : 0;
-        const bool fits = rank < nprobe &&
-                (before + count <= limit || (at_least_one && rank == 0));
-        if (speaks && !fits) {
-            atomicMin(&s.taken, rank);
-        }
-        __syncthreads();
-        const int run = min(s.taken, m); // taken one after the other
-        if (speaks && rank < run) {
-            take(rank, cell_of_scored(mine), count, before);
-        }
-        if (speaks && rank == run - 1) {
-            s.keys = before + count;
-        }
-        if (speaks && rank == run) {
-            s.passed = mine;
-        }
-        __syncthreads();
-        int taken = run, taken_keys = s.keys;
-        unsigned long long below = s.passed;
-#pragma unroll 1
-        for (int round = 0; below && taken < nprobe && taken_keys + s.least <= limit;
-             round++) {
-            below = best_that_fits(
-                    s, keys, n, counts, limit - taken_keys, below, round);
-            if (below) {
-                const int cell = cell_of_scored(below);
-                if (threadIdx.x == 0) {
-                    take(taken, cell, counts[cell], taken_keys);
-                }
-                taken++;
-                taken_keys += counts[cell];
-            }
-        }
-        __syncthreads(); // all have read what was
-        if (threadIdx.x == 0) {
-            s.taken = taken;
-            s.keys = taken_keys;
-        }
+    if (s.nlisted <= Selection::kListed) {
+        take_ranked_cells(s, keys, n, counts, nprobe, limit, at_least_one, take);
         return;
     }
     sort_descending(keys, n);
