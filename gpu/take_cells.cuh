@@ -441,10 +441,10 @@ __device__ __forceinline__ void take_ranked_cells(
 }
 
 /// take_cells (ProbePolicy.h), by a block. keys[i] is the cell_key of cell i; n is their
-/// number, 2^k >= 32. A histogram of the scores says where the limit is crossed, and cells
-/// down to there are ranked; where they are too many, `keys` are sorted instead. `take` is
-/// as in take_sorted_cells; what was taken is in s.taken and s.keys after the next
-/// barrier. clear_selection and a barrier come first.
+/// number, 2^k >= 32. A histogram of the scores says where the limit is crossed, and
+/// cells down to there are ranked; where they are too many, `keys` are sorted instead.
+/// `take` is as in take_sorted_cells; what was taken is in s.taken and s.keys after the
+/// next barrier. clear_selection and a barrier come first.
 template <class Take>
 __device__ void take_cells(
         Selection& s,
