@@ -111,36 +111,26 @@ __device__ __forceinline__ void clear_padding(DecodeBlock& b) {
     }
 }
 
-/// Brings what is read of the cache first nearer: the block's part of sink and window,
-/// and the new keys.
+/// Brings the keys that the append reads nearer: the new ones and the one that leaves the
+/// window.
 /// @param length  of the sequence, as far as it can be known while the kernels before
 ///                still run
 template <class T, int D>
 __device__ __forceinline__ void prefetch_keys(const DecodeBlock& b, int64_t length) {
     constexpr int kLines = (D * int(sizeof(T)) + 127) / 128;
-    constexpr int64_t kMost = 1024; // keys of this block
     const DecodeParams& p = b.p;
-    const DeviceView& kv = b.s.kv;
-    const BatchRow& row = b.s.row;
-    const int64_t reads = min(length, p.sink + p.window);
-    const int64_t each = (reads + b.blocks - 1) / b.blocks;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < 2 * kLines * min(each, kMost); i += kThreads) {
-        const int64_t k = b.rank * each + i / (2 * kLines);
-        const int64_t slot = k < p.sink ? k : length - reads + k;
-        if (k < reads && slot < row.view_length) {
-            const char* at = i % 2 ? value_row(kv, row.kv_head, slot)
-                                   : key_row(kv, row.kv_head, slot);
-            if (at) {
-                prefetch(at + 128 * (i / 2 % kLines));
-            }
-        }
+    const int head = threadIdx.x / kLines; // one more than there are: the leaving key
+    if (!p.appends || head > p.heads_kv) {
+        return;
     }
-    if (p.appends && length < row.view_length && b.warp < p.heads_kv && b.lane < kLines) {
-        const char* at = key_row(kv, b.warp, length);
-        if (at) {
-            prefetch(at + 128 * b.lane);
-        }
+    const bool leaves = head == p.heads_kv;
+    const int64_t slot = leaves ? leaving_slot(length, p.sink, p.window) : length;
+    if (slot < 0 || slot >= b.s.row.view_length) {
+        return;
+    }
+    const char* at = key_row(b.s.kv, leaves ? b.s.row.kv_head : head, slot);
+    if (at) {
+        prefetch(at + 128 * (threadIdx.x % kLines));
     }
 }
 

@@ -37,13 +37,11 @@ __device__ __forceinline__ TileStream<T, D> begin_stream(const DecodeBlock& b) {
     return stream;
 }
 
-/// Attends to the block's share of sink and window, and then of the cells that are
-/// taken; these are scored while the first keys are on their way.
-/// @param at_hand  by load_first_pieces, of the first product
+/// Attends to the block's share of sink and window while the blocks tell each other what
+/// they have found, and then to its share of the cells that are taken.
 template <class T, int D>
 __device__ __forceinline__ void attend_to_row(
         DecodeBlock& b,
-        RowPieces& at_hand,
         TileStream<T, D>& stream) {
     const int tile_warps = b.layout.tile_warps;
     bool bad_page = false;
@@ -68,7 +66,6 @@ __device__ __forceinline__ void attend_to_row(
                     slot, more ? slots(key + tile_warps * kStreamKeys) : -1);
         }
         if (!far) {
-            score_cells(b, at_hand);
             tell_sums_and_best(b);
             stream.clear();
             stream.load_queries(shared_address(b.shared) + b.layout.queries);
@@ -77,7 +74,6 @@ __device__ __forceinline__ void attend_to_row(
         if (!far && b.p.out.stats && b.warp < tile_warps) {
             keep_dense_sums(b, stream);
         }
-        at_hand = {}; // else they keep their registers while keys are read
     }
     stream.end();
     if (bad_page) {
@@ -106,8 +102,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_for_previous();
 
     begin_step<T, D>(block);
+    // Before the first keys are sent for: sending takes longer than they do.
+    score_cells(block, at_hand);
     auto stream = begin_stream<T, D>(block);
-    attend_to_row(block, at_hand, stream);
+    attend_to_row(block, stream);
     keep_results(block, stream);
     end_row<T, D>(block);
     raise_faults(block);
