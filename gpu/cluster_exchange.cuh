@@ -13,6 +13,8 @@ namespace faiss_saap::gpu {
 /// A barrier in shared memory counts them, so that nobody waits for what else is on its
 /// way, as at a barrier of the cluster, whose fence waits for all loads of the block.
 ///
+/// A block alone, which is no cluster, writes and waits as blocks do.
+///
 /// A block may be one exchange ahead of another, as it has had what the other sent in the
 /// one before: so two barriers take turns.
 class ClusterExchange {
@@ -21,6 +23,9 @@ class ClusterExchange {
     __device__ __forceinline__ void begin(unsigned long long* words) {
         barriers = shared_address(words);
 #if __CUDA_ARCH__ >= 900
+        if (gridDim.x == 1) {
+            return;
+        }
         if (threadIdx.x == 0) {
             asm volatile("mbarrier.init.shared.b64 [%0], 1;\n"
                          "mbarrier.init.shared.b64 [%1], 1;\n"
@@ -35,13 +40,21 @@ class ClusterExchange {
     /// Waits until all blocks are ready. By all threads.
     __device__ __forceinline__ void await_begin() const {
 #if __CUDA_ARCH__ >= 900
-        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+        if (gridDim.x > 1) {
+            asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+            return;
+        }
 #endif
+        __syncthreads();
     }
     /// Writes a value to where `at` lies in this block, but in that of `block`.
     template <class T>
     __device__ __forceinline__ void send(T* at, unsigned block, T value) const {
         static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+        if (gridDim.x == 1) {
+            *at = value;
+            return;
+        }
 #if __CUDA_ARCH__ >= 900
         const uint32_t to = address_in_block(shared_address(at), block);
         const uint32_t counter = address_in_block(barrier(), block);
@@ -79,14 +92,21 @@ class ClusterExchange {
     /// at any time before it ends.
     __device__ __forceinline__ void expect(int bytes) const {
 #if __CUDA_ARCH__ >= 900
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier()),
-                     "r"(bytes)
-                     : "memory");
+        if (gridDim.x > 1) {
+            asm volatile(
+                    "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier()),
+                    "r"(bytes)
+                    : "memory");
+        }
 #endif
     }
 
     /// Waits until all has come; by every thread.
     __device__ __forceinline__ void wait() {
+        if (gridDim.x == 1) {
+            __syncthreads();
+            return;
+        }
 #if __CUDA_ARCH__ >= 900
         asm volatile(
                 "{\n"

@@ -153,6 +153,12 @@ inline std::vector<AdapterCase> adapter_cases() {
         c.lengths = {2500};
         c.selectivity = 0.05;
     });
+    add("more rows than a device has processors", [](C c) {
+        c.lengths.clear();
+        for (int64_t i = 0; i < 80; i++) {
+            c.lengths.push_back(20 + 7 * i % 160);
+        }
+    });
     return cases;
 }
 
