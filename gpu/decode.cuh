@@ -43,6 +43,19 @@ int room_of_block() {
     return room - static_cast<int>(attributes.sharedSizeBytes);
 }
 
+/// Allows whatever a launch may ask for: the same for all, as threads may launch at once.
+template <class T, int D>
+cudaError_t prepare_decode(int room) {
+    const cudaError_t error = cudaFuncSetAttribute(
+            decode_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
+    return error != cudaSuccess
+            ? error
+            : cudaFuncSetAttribute(
+                      decode_kernel<T, D>,
+                      cudaFuncAttributeNonPortableClusterSizeAllowed,
+                      1);
+}
+
 } // namespace
 
 /// Shared memory that a block asks for. Where little is read, two share a processor, as
@@ -53,20 +66,33 @@ inline int bytes_of_block(const DecodeParams& p, int bytes, int room) {
     return p.bytes < kMuch ? bytes : std::max(bytes, room / 4 * 3);
 }
 
+/// Whether rows are so few, and read so much, that they are better shared out over all
+/// processors by the other kernels: dense attention of one or two KV heads. Bytes a
+/// microsecond of a block and of one processor of all, and what those kernels cost
+/// beside, as measured on an H100 (docs/gpu-performance.md).
+inline bool leaves_too_much_idle(const DecodeParams& p, int blocks, int processors) {
+    constexpr double kOfBlock = 42e3, kOfProcessor = 23e3, kBeside = 80;
+    const auto bytes = static_cast<double>(p.bytes);
+    return bytes / (kOfBlock * p.nrow * blocks) >
+            bytes / (kOfProcessor * processors) + kBeside;
+}
+
 template <class T, int D>
 int decode_row_blocks(const DecodeParams& p) {
     auto* kernel = decode_kernel<T, D>;
+    const int room = room_of_block<T, D>();
     bool clusters = false;
-    if (p.heads_q / p.heads_kv > kStreamQueries) {
-        return 0;
-    }
-    if (compiled_for_90(reinterpret_cast<const void*>(kernel), clusters) != cudaSuccess ||
-        !clusters) {
+    int device = 0, processors = 0;
+    if (p.heads_q / p.heads_kv > kStreamQueries ||
+        compiled_for_90(reinterpret_cast<const void*>(kernel), clusters) != cudaSuccess ||
+        !clusters || prepare_decode<T, D>(room) != cudaSuccess ||
+        cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) !=
+                cudaSuccess) {
         return 0;
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
     // is made of, the largest one that lets all rows run at once.
-    const int room = room_of_block<T, D>();
     int fewest = 0;
     for (int blocks : {16, 12, 8, 6, 4, 3, 2, 1}) {
         const int bytes = layout_of<T, D>(p, room, blocks).bytes;
@@ -85,16 +111,9 @@ int decode_row_blocks(const DecodeParams& p) {
         config.attrs = &cluster;
         config.numAttrs = 1;
         int fit = 0;
-        if (cudaFuncSetAttribute(
-                    kernel,
-                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                    static_cast<int>(config.dynamicSmemBytes)) == cudaSuccess &&
-            cudaFuncSetAttribute(
-                    kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
-                    cudaSuccess &&
-            cudaOccupancyMaxActiveClusters(&fit, kernel, &config) == cudaSuccess &&
+        if (cudaOccupancyMaxActiveClusters(&fit, kernel, &config) == cudaSuccess &&
             fit >= p.nrow) {
-            return blocks;
+            return leaves_too_much_idle(p, blocks, processors) ? 0 : blocks;
         }
         cudaGetLastError(); // what a device without clusters of this size says
     }
@@ -106,20 +125,12 @@ cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     const int room = room_of_block<T, D>();
     const DecodeArguments arguments = {p, layout_of<T, D>(p, room, p.row_blocks)};
     const int bytes = bytes_of_block(p, arguments.layout.bytes, room);
-    auto* kernel = decode_kernel<T, D>;
-    cudaError_t error = cudaFuncSetAttribute(
-            kernel,
-            cudaFuncAttributeMaxDynamicSharedMemorySize,
-            bytes);
-    if (error == cudaSuccess && p.row_blocks > 8) {
-        error = cudaFuncSetAttribute(
-                kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
+    const cudaError_t error = prepare_decode<T, D>(room);
     if (error != cudaSuccess) {
         return error;
     }
     return launch(
-            kernel,
+            decode_kernel<T, D>,
             dim3(p.row_blocks, p.nrow),
             kThreads,
             bytes,
