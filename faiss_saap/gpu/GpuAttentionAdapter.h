@@ -168,8 +168,10 @@ class GpuAttentionAdapter {
     /// - each sequence has one token and each KV head one partition,
     /// - the policy chooses for groups, of at most 8 query heads,
     /// - no assigner reads cell means,
-    /// - the head dimension is 64, 96 or 128, and
-    /// - the device has compute capability 9.0 or later.
+    /// - the head dimension is 64, 96 or 128,
+    /// - the device has compute capability 9.0 or later, and
+    /// - rows do not read so much that a cluster for each leaves too many processors
+    ///   idle, as in dense attention of one or two KV heads.
     /// Otherwise it is the launches of append, route and attend_preassigned. The
     /// outputs of a sequence whose append is refused by the kernels are unspecified.
     void step(
