@@ -93,6 +93,8 @@ struct CellAssigner {
    protected:
     /// Throws what `scores` and `assign` promise to throw.
     void check(const RoutingInput& input, const CellStats* stats) const;
+    /// Throws unless there are k cells to find, at least one.
+    void check_k(int k) const;
     /// The vectors of the space named in `needs`.
     const float* vectors(const RoutingInput& input) const;
 };

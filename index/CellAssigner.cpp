@@ -67,17 +67,21 @@ RoutingInput slice(const RoutingInput& input, int64_t begin, int64_t n) {
 
 } // namespace
 
+void CellAssigner::check_k(int k) const {
+    FAISS_THROW_IF_NOT_FMT(
+            k >= 1 && k <= ncell,
+            "k = %d must be between 1 and ncell = %d",
+            k,
+            ncell);
+}
+
 void CellAssigner::assign(
         const RoutingInput& input,
         const CellStats* stats,
         int k,
         int32_t* cells,
         float* best_scores) const {
-    FAISS_THROW_IF_NOT_FMT(
-            k >= 1 && k <= ncell,
-            "k = %d must be between 1 and ncell = %d",
-            k,
-            ncell);
+    check_k(k);
     check(input, stats);
     // In blocks, so that memory does not grow with n * ncell.
     constexpr int64_t kBlock = 64;

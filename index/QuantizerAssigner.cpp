@@ -128,11 +128,7 @@ void QuantizerAssigner::assign(
         int32_t* cells,
         float* best_scores) const {
     check(input, stats);
-    FAISS_THROW_IF_NOT_FMT(
-            k >= 1 && k <= ncell,
-            "k = %d must be between 1 and ncell = %d",
-            k,
-            ncell);
+    check_k(k);
     if (input.n == 0) {
         return;
     }

@@ -316,11 +316,7 @@ void QueryClassifier::assign(
         CellAssigner::assign(input, stats, k, cells, best_scores);
         return;
     }
-    FAISS_THROW_IF_NOT_FMT(
-            k >= 1 && k <= ncell,
-            "k = %d must be between 1 and ncell = %d",
-            k,
-            ncell);
+    check_k(k);
     // One query at a time is how decoding asks: scratch is kept by the thread.
     thread_local std::vector<float> all;
     thread_local std::vector<int32_t> order;

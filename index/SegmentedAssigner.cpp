@@ -69,11 +69,7 @@ void SegmentedAssigner::assign(
         int32_t* cells,
         float* best_scores) const {
     check(input, stats);
-    FAISS_THROW_IF_NOT_FMT(
-            k >= 1 && k <= ncell,
-            "k = %d must be between 1 and ncell = %d",
-            k,
-            ncell);
+    check_k(k);
     // A vector has scores in the cells of its segment alone.
     const int some = std::min(k, inner->ncell);
     std::vector<int32_t> found(input.n * some);
