@@ -12,6 +12,8 @@ namespace faiss_saap::gpu {
 
 namespace {
 
+constexpr int kMostBlocks = 16; ///< of a row
+
 /// The layout that rows of so many blocks have, with as many warps that attend as there
 /// is room for; 0 bytes: there is room for none.
 template <class T, int D>
@@ -43,19 +45,6 @@ int room_of_block() {
     return room - static_cast<int>(attributes.sharedSizeBytes);
 }
 
-/// Allows whatever a launch may ask for: the same for all, as threads may launch at once.
-template <class T, int D>
-cudaError_t prepare_decode(int room) {
-    const cudaError_t error = cudaFuncSetAttribute(
-            decode_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
-    return error != cudaSuccess
-            ? error
-            : cudaFuncSetAttribute(
-                      decode_kernel<T, D>,
-                      cudaFuncAttributeNonPortableClusterSizeAllowed,
-                      1);
-}
-
 } // namespace
 
 /// Shared memory that a block asks for. Where little is read, two share a processor, as
@@ -85,7 +74,7 @@ int decode_row_blocks(const DecodeParams& p) {
     int device = 0, processors = 0;
     if (p.heads_q / p.heads_kv > kStreamQueries ||
         compiled_for_90(reinterpret_cast<const void*>(kernel), clusters) != cudaSuccess ||
-        !clusters || prepare_decode<T, D>(room) != cudaSuccess ||
+        !clusters || allow(kernel, room, kMostBlocks) != cudaSuccess ||
         cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) !=
                 cudaSuccess) {
@@ -94,28 +83,16 @@ int decode_row_blocks(const DecodeParams& p) {
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
     // is made of, the largest one that lets all rows run at once.
     int fewest = 0;
-    for (int blocks : {16, 12, 8, 6, 4, 3, 2, 1}) {
+    for (int blocks : {kMostBlocks, 12, 8, 6, 4, 3, 2, 1}) {
         const int bytes = layout_of<T, D>(p, room, blocks).bytes;
         if (bytes == 0) {
             continue;
         }
         fewest = blocks;
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = blocks;
-        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(blocks);
-        config.blockDim = dim3(kThreads);
-        config.dynamicSmemBytes = bytes_of_block(p, bytes, room);
-        config.attrs = &cluster;
-        config.numAttrs = 1;
-        int fit = 0;
-        if (cudaOccupancyMaxActiveClusters(&fit, kernel, &config) == cudaSuccess &&
-            fit >= p.nrow) {
+        if (clusters_at_once(kernel, blocks, kThreads, bytes_of_block(p, bytes, room)) >=
+            p.nrow) {
             return leaves_too_much_idle(p, blocks, processors) ? 0 : blocks;
         }
-        cudaGetLastError(); // what a device without clusters of this size says
     }
     return fewest;
 }
@@ -125,7 +102,7 @@ cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     const int room = room_of_block<T, D>();
     const DecodeArguments arguments = {p, layout_of<T, D>(p, room, p.row_blocks)};
     const int bytes = bytes_of_block(p, arguments.layout.bytes, room);
-    const cudaError_t error = prepare_decode<T, D>(room);
+    const cudaError_t error = allow(decode_kernel<T, D>, room, kMostBlocks);
     if (error != cudaSuccess) {
         return error;
     }

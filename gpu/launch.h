@@ -81,6 +81,47 @@ cudaError_t launch(
     return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+/// Allows a kernel's launches up to so much dynamic shared memory, and clusters of so
+/// many blocks. The same for all launches of a kernel, as threads may launch at once.
+template <class Params>
+cudaError_t allow(void (*kernel)(Params), size_t shared, int cluster) {
+    const cudaError_t error = cudaFuncSetAttribute(
+            kernel,
+            cudaFuncAttributeMaxDynamicSharedMemorySize,
+            static_cast<int>(shared));
+    constexpr int kEverywhere = 8; // blocks of a cluster that need no leave
+    return error != cudaSuccess || cluster <= kEverywhere
+            ? error
+            : cudaFuncSetAttribute(
+                      kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+/// How many clusters of so many blocks run at once, what they ask for being allowed; 0
+/// where there are none of this size.
+template <class Params>
+int clusters_at_once(
+        void (*kernel)(Params),
+        int cluster,
+        int threads,
+        size_t shared) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(cluster);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+        cudaGetLastError(); // the next call begins clean
+        return 0;
+    }
+    return clusters;
+}
+
 #ifdef __CUDACC__
 
 /// All that the kernels before have written can be read after this. Every thread

@@ -584,34 +584,20 @@ int most_team_rows(const RouteParams& p) {
 }
 
 int most_team_blocks() {
-    constexpr int kBytes = 64 << 10; // more than a step needs as a rule
-    cudaFuncSetAttribute(
-            route_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    cudaFuncSetAttribute(
-            route_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    constexpr size_t kBytes = 64 << 10; // more than a step needs as a rule
     bool clusters_are_compiled = false;
-    compiled_for_90(
-            reinterpret_cast<const void*>(route_kernel), clusters_are_compiled);
-    int blocks = clusters_are_compiled ? kMaxTeam : 1;
-    for (; blocks > 1; blocks /= 2) {
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = blocks;
-        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(blocks);
-        config.blockDim = dim3(kThreads);
-        config.dynamicSmemBytes = kBytes;
-        config.attrs = &cluster;
-        config.numAttrs = 1;
-        int clusters = 0;
-        if (cudaOccupancyMaxActiveClusters(&clusters, route_kernel, &config) ==
-                    cudaSuccess &&
-            clusters > 0) {
-            break;
-        }
+    if (allow(route_kernel, route_room(), kMaxTeam) != cudaSuccess ||
+        compiled_for_90(
+                reinterpret_cast<const void*>(route_kernel), clusters_are_compiled) !=
+                cudaSuccess ||
+        !clusters_are_compiled) {
+        cudaGetLastError(); // what a device without clusters says
+        return 1;
     }
-    cudaGetLastError(); // what a device without clusters says
+    int blocks = kMaxTeam;
+    while (blocks > 1 && clusters_at_once(route_kernel, blocks, kThreads, kBytes) == 0) {
+        blocks /= 2;
+    }
     return blocks;
 }
 
@@ -627,14 +613,7 @@ cudaError_t route(RouteParams p, cudaStream_t stream) {
         p.staged = 0;
     }
     const size_t shared = shared_bytes(p);
-    cudaError_t error = cudaFuncSetAttribute(
-            route_kernel,
-            cudaFuncAttributeMaxDynamicSharedMemorySize,
-            static_cast<int>(shared));
-    if (error == cudaSuccess && p.team_blocks > 8) {
-        error = cudaFuncSetAttribute(
-                route_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
+    const cudaError_t error = allow(route_kernel, p.room, p.team_blocks);
     if (error != cudaSuccess) {
         return error;
     }
