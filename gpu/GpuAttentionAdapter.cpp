@@ -1000,6 +1000,19 @@ void GpuAttentionAdapter::check_policy(
     }
 }
 
+const ProbePolicy& GpuAttentionAdapter::check_attend(
+        const GpuBatch& batch,
+        const void* queries,
+        const AttendOutput& out,
+        const ProbePolicy* policy) const {
+    const ProbePolicy& chosen = policy ? *policy : params_.policy;
+    check();
+    check_batch(batch, true);
+    check_output(batch, queries, out);
+    check_policy(batch, chosen);
+    return chosen;
+}
+
 void GpuAttentionAdapter::start_route(
         const GpuBatch& batch,
         const void* queries,
@@ -1191,11 +1204,7 @@ void GpuAttentionAdapter::attend(
         const AttendOutput& out,
         const ProbePolicy* policy,
         cudaStream_t stream) const {
-    const ProbePolicy& chosen = policy ? *policy : params_.policy;
-    check();
-    check_batch(batch, true);
-    check_output(batch, queries, out);
-    check_policy(batch, chosen);
+    const ProbePolicy& chosen = check_attend(batch, queries, out, policy);
     DeviceScope scope(device_);
     if (batch.state_->decodes(chosen)) {
         start_decode(batch, queries, out, chosen, /*appends=*/false, stream);
@@ -1213,11 +1222,7 @@ void GpuAttentionAdapter::step(
         const AttendOutput& out,
         const ProbePolicy* policy,
         cudaStream_t stream) {
-    const ProbePolicy& chosen = policy ? *policy : params_.policy;
-    check();
-    check_batch(batch, true);
-    check_output(batch, queries, out);
-    check_policy(batch, chosen);
+    const ProbePolicy& chosen = check_attend(batch, queries, out, policy);
     DeviceScope scope(device_);
     if (batch.state_->decodes(chosen)) {
         prepare_append(batch, stream);

@@ -246,6 +246,13 @@ class GpuAttentionAdapter {
             const ProbePolicy& policy,
             bool appends,
             cudaStream_t stream) const;
+    /// All that attend and step check.
+    /// @return the policy, or the adapter's
+    const ProbePolicy& check_attend(
+            const GpuBatch& batch,
+            const void* queries,
+            const AttendOutput& out,
+            const ProbePolicy* policy) const;
     void check_output(
             const GpuBatch& batch,
             const void* queries,
