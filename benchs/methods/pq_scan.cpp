@@ -1,8 +1,8 @@
 /// A scan of compressed keys: product quantization (faiss::IndexPQ) of the keys
 /// as they are cached, an inner product with every code, the best keys one by
 /// one. `pq_scan` has a byte for every 8 components, `pq_scan_4bit` half of it;
-/// `pqcache` is the setting of PQCache (arXiv 2407.12820): 2 sub-quantizers of 6
-/// bits.
+/// `pqcache` is the setting of PQCache (arXiv 2407.12820) up to 16K tokens: 2
+/// sub-quantizers of 6 bits; `pqcache_4x8` that beyond.
 #include <faiss/IndexPQ.h>
 
 #include "MethodList.h"
@@ -71,24 +71,22 @@ struct PqScan : Method {
 
 MethodEntry entry(
         const std::string& name,
-        int components_per_code, // 0: two codes
+        const std::function<int(int d)>& codes,
         int bits) {
     return {name, [=](const Setup& s, bool share) {
                 return std::make_unique<PqScan>(
-                        s,
-                        components_per_code ? s.data.d / components_per_code
-                                            : 2,
-                        bits,
-                        share);
+                        s, codes(s.data.d), bits, share);
             }};
 }
 
 } // namespace
 
 MethodEntries pq_scan_methods() {
-    return {entry("pq_scan", 8, 8),
-            entry("pq_scan_4bit", 8, 4),
-            entry("pqcache", 0, 6)};
+    const auto eighth = [](int d) { return d / 8; };
+    return {entry("pq_scan", eighth, 8),
+            entry("pq_scan_4bit", eighth, 4),
+            entry("pqcache", [](int) { return 2; }, 6),
+            entry("pqcache_4x8", [](int) { return 4; }, 8)};
 }
 
 } // namespace faiss_saap::benchs

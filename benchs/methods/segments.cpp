@@ -5,6 +5,7 @@
 /// 1,024 tokens, as the paper does while decoding, or of the window where that
 /// is shorter: what leaves the window is in a cell. The paper's estimate of the
 /// keys that were not read is not part of the selection and left out.
+/// `retroinfer_whole` clusters the prefix as one segment, the paper's comparison.
 #include <algorithm>
 
 #include "CellMethod.h"
@@ -17,12 +18,13 @@ namespace {
 constexpr int64_t kSegment = 8192, kUpdate = 1024, kKeysPerCell = 16;
 
 /// Where segments end; the first one begins at `sink`.
-std::vector<int64_t> segment_ends(const Setup& s) {
+/// @param segment  length of those of the clustered prefix
+std::vector<int64_t> segment_ends(const Setup& s, int64_t segment) {
     std::vector<int64_t> ends;
     int64_t at = s.sink;
     while (at < s.data.tokens) {
         at = at < s.clustered
-                ? std::min(at + kSegment, s.clustered)
+                ? std::min(at + segment, s.clustered)
                 : std::min(
                           at +
                                   std::clamp<int64_t>(
@@ -37,10 +39,10 @@ int cells_between(int64_t begin, int64_t end) {
     return static_cast<int>(std::max<int64_t>(1, (end - begin) / kKeysPerCell));
 }
 
-int count_cells(const Setup& s) {
+int count_cells(const Setup& s, int64_t segment) {
     int n = 0;
     int64_t begin = s.sink;
-    for (int64_t end : segment_ends(s)) {
+    for (int64_t end : segment_ends(s, segment)) {
         n += cells_between(begin, end);
         begin = end;
     }
@@ -56,12 +58,16 @@ struct Segments : CellMethod {
     std::vector<float> means;    ///< size ncell * d
     int64_t first;
 
-    Segments(const Setup& s, bool share)
+    Segments(const Setup& s, int64_t segment, bool share)
             : CellMethod(
-                      CellLists(count_cells(s), s.data.d, s.sink, false),
+                      CellLists(
+                              count_cells(s, segment),
+                              s.data.d,
+                              s.sink,
+                              false),
                       s.sink,
                       share),
-              ends(segment_ends(s)),
+              ends(segment_ends(s, segment)),
               means(int64_t(lists.ncell()) * s.data.d, 0.0f),
               first(s.sink) {
         kmeans.niter = s.niter;
@@ -137,9 +143,16 @@ struct Segments : CellMethod {
 } // namespace
 
 MethodEntries segments_methods() {
-    return {{"retroinfer", [](const Setup& s, bool share) {
-                 return std::make_unique<Segments>(s, share);
-             }}};
+    MethodEntry segments, whole;
+    segments.name = "retroinfer";
+    segments.make = [](const Setup& s, bool share) {
+        return std::make_unique<Segments>(s, kSegment, share);
+    };
+    whole.name = "retroinfer_whole";
+    whole.make = [](const Setup& s, bool share) {
+        return std::make_unique<Segments>(s, s.data.tokens, share);
+    };
+    return {segments, whole};
 }
 
 } // namespace faiss_saap::benchs
