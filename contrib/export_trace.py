@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, NoReturn, Optional, Sequence, Union
 import numpy as np
 from tqdm import tqdm
 
-from smollm2 import SmolLM2
+import smollm2
 from trace_file import Trace, write_trace
 
 if TYPE_CHECKING:
     from huggingface_model import HuggingFaceModel
+    from smollm2_torch import TorchSmolLM2
 
-    Model = Union[SmolLM2, HuggingFaceModel]
+    Model = Union[smollm2.SmolLM2, HuggingFaceModel]
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,8 +60,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16",
                         help="type of q, k and v in the file; computed in fp32 (default: fp16)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="where attention, with --model everything, is computed; cuda needs torch, auto takes it"
-                             " if it works (default: auto)")
+                        help="where the model is computed; cuda needs torch, auto takes it if it works (default: auto)")
     return parser.parse_args(arguments)
 
 
@@ -89,12 +89,23 @@ def check_options(options: argparse.Namespace) -> None:
 
 def load_model(options: argparse.Namespace) -> Model:
     if options.model is None:
-        return SmolLM2(rope_scale=options.rope_scale, device=options.device)
+        if options.device == "cuda" and not smollm2.has_cuda():
+            raise ValueError("there is no torch with a CUDA device here")
+        return smollm2.SmolLM2(rope_scale=options.rope_scale)
     try:
         from huggingface_model import HuggingFaceModel
     except ImportError as error:
         raise ValueError(f"--model needs `pip install '.[transformers]'` in the checkout: {error}.") from error
     return HuggingFaceModel(options.model, rope_scale=options.rope_scale, device=options.device)
+
+
+def observer_of(options: argparse.Namespace, model: Model) -> Union[Model, TorchSmolLM2]:
+    """What runs over the texts: the model, or its counterpart on a CUDA device."""
+    if options.model is not None or options.device == "cpu" or not smollm2.has_cuda():
+        return model
+    from smollm2_torch import TorchSmolLM2
+
+    return TorchSmolLM2(model, "cuda")
 
 
 def check_heads(options: argparse.Namespace, model: Model) -> None:
@@ -122,7 +133,9 @@ def read_tokens(file: Path, options: argparse.Namespace, model: Model) -> np.nda
     return np.concatenate([model.prefix, tokens[options.offset : end]])
 
 
-def record(model: Model, file: Path, tokens: np.ndarray, options: argparse.Namespace) -> Trace:
+def record(
+    model: Model, observer: Union[Model, TorchSmolLM2], file: Path, tokens: np.ndarray, options: argparse.Namespace
+) -> Trace:
     kv_heads = list(range(model.num_kv_heads)) if options.kv_heads is None else options.kv_heads
     group = model.num_heads // model.num_kv_heads
     query_heads = [head * group + i for head in kv_heads for i in range(group)]
@@ -145,7 +158,7 @@ def record(model: Model, file: Path, tokens: np.ndarray, options: argparse.Names
 
     # tqdm's None means: only on a terminal
     with tqdm(total=model.num_layers, unit=" layer", desc=file.name, disable=None) as progress:
-        trace.nll = model.observe(tokens, options.layers, see, progress.update)
+        trace.nll = observer.observe(tokens, options.layers, see, progress.update)
     return trace
 
 
@@ -157,9 +170,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         check_heads(options, model)
         # every text before the first is run: what is wrong shows at once
         tokens = {file: read_tokens(file, options, model) for file in options.text}
+        observer = observer_of(options, model)
         for file in options.text:
             out = options.out if len(options.text) == 1 else options.out / f"{file.stem}.safetensors"
-            trace = record(model, file, tokens[file], options)
+            trace = record(model, observer, file, tokens[file], options)
             write_trace(out, trace)
             print(f"{out}: {len(trace.tokens):,} tokens, mean loss {trace.nll.mean():.4f} nats", flush=True)
     except (ValueError, OSError) as error:

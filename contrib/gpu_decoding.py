@@ -13,61 +13,13 @@ import torch
 
 import faiss_saap as fs
 from smollm2 import SmolLM2
+from smollm2_torch import TorchSmolLM2, rotate
 from sparse_decoding import METHODS_OF_CELLS, SINK, WINDOW, offline_partitions
-
-#: attention(layer, q, k, v) -> out, torch's: q and out (B, n, Hq, d), k and v (B, n, Hkv, d), q and k rotated
-Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-LOSS_TOKENS = 2048  # whose logits are held at once
 
 #: replaced in tests without a device, by what attends in main memory
 DEVICE = "cuda"
 GpuAttentionAdapter = getattr(fs, "GpuAttentionAdapter", None)
 sequence_partitions = getattr(fs, "gpu_sequence_partitions", None)
-
-
-class GpuModel:
-    """SmolLM2 in torch, for B texts of n tokens at once."""
-
-    def __init__(self, model: SmolLM2, device: str):
-        self.host = model
-        put = lambda x: torch.tensor(x, device=device)
-        self.embedding, self.output_norm, self.output = map(put, (model._embedding, model._output_norm, model._output))
-        self.layers = [{name: put(w) for name, w in layer.items()} for layer in model._layers]
-        self.device = device
-
-    def forward(self, tokens: torch.Tensor, first: int, attention: Attention) -> torch.Tensor:
-        """Final hidden states (B, n, width) of tokens (B, n) that stand at position first and after."""
-        m = self.host
-        x = self.embedding[tokens]
-        turn = self._turn(first, tokens.shape[1])
-        heads = lambda x: x.unflatten(-1, (-1, m.head_dim))
-        for layer, w in enumerate(self.layers):
-            h = self._norm(x, w["attn_norm"])
-            q, k, v = (heads(h @ w[name].T) for name in ("attn_q", "attn_k", "attn_v"))
-            out = attention(layer, self._rotate(q, turn), self._rotate(k, turn), v)
-            x = x + out.flatten(-2) @ w["attn_output"].T
-            h = self._norm(x, w["ffn_norm"])
-            x = x + (torch.nn.functional.silu(h @ w["ffn_gate"].T) * (h @ w["ffn_up"].T)) @ w["ffn_down"].T
-        return self._norm(x, self.output_norm)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + float(self.host.norm_epsilon)) * weight
-
-    def _turn(self, first: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine (n, 1, d / 2) of the angles at positions first and after."""
-        m, d = self.host, self.host.head_dim
-        theta = m.rope_theta * m.rope_scale ** (d / (d - 2))
-        angles = np.multiply.outer(np.arange(first, first + n, dtype=np.float64), theta ** (-np.arange(0, d, 2) / d))
-        cos, sin = (torch.from_numpy(f(angles).astype(np.float32)).to(self.device)[:, None] for f in (np.cos, np.sin))
-        return cos, sin
-
-    @staticmethod
-    def _rotate(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Interleaved RoPE: components 2i and 2i + 1 turn together."""
-        cos, sin = turn
-        a, b = x[..., 0::2], x[..., 1::2]
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 class GpuCache:
@@ -245,9 +197,8 @@ class GpuDecoding:
     """As sparse_decoding.CpuDecoding, for as many texts at once as the device has room for."""
 
     def __init__(self, model: SmolLM2, texts_at_once: int):
-        torch.backends.cuda.matmul.allow_tf32 = False
         self.model, self.texts_at_once = model, texts_at_once
-        self.gpu = GpuModel(model, DEVICE)
+        self.gpu = TorchSmolLM2(model, DEVICE)
 
     def prefill(
         self,
@@ -257,9 +208,11 @@ class GpuDecoding:
         each_layer: Optional[Callable[[], object]] = None,
     ) -> GpuCache:
         cache = GpuCache(self.model, len(tokens), capacity, DEVICE)
+        turn = self.gpu.turn(0, tokens.shape[1])
         for b, text in enumerate(tokens):
 
             def attention(layer, q, k, v):
+                q, k = rotate(q, turn), rotate(k, turn)
                 cache.write(layer, slice(b, b + 1), 0, k, v)
                 if each_layer:
                     each_layer()
@@ -268,7 +221,7 @@ class GpuDecoding:
                 return out.transpose(1, 2).float()
 
             with torch.inference_mode():
-                self.gpu.forward(self._put(text[None]), 0, attention)
+                self.gpu.forward(self._put(text[None]), attention)
         cache.length = tokens.shape[1]
         return cache
 
@@ -317,7 +270,10 @@ class GpuDecoding:
         dense = Dense("dense", cache)
         dense.begin(1.0)
 
+        turn = self.gpu.turn(first, tokens.shape[1])
+
         def attention(layer, q, k, v):
+            q, k = rotate(q, turn), rotate(k, turn)
             cache.write(layer, slice(None), first, k, v)
             queries = q.transpose(0, 1).half().contiguous()
             by_method = layers is None or layer in layers
@@ -329,16 +285,11 @@ class GpuDecoding:
             return out.transpose(0, 1)
 
         with torch.inference_mode():
-            return self.gpu.forward(self._put(tokens), first, attention)
+            return self.gpu.forward(self._put(tokens), attention)
 
     def nll(self, hidden: torch.Tensor, following: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            rows, targets = hidden.flatten(0, 1), self._put(following).flatten()
-            loss = [
-                torch.nn.functional.cross_entropy(h @ self.gpu.output.T, t, reduction="none")
-                for h, t in zip(rows.split(LOSS_TOKENS), targets.split(LOSS_TOKENS))
-            ]
-            return torch.cat(loss).view(following.shape).cpu().numpy()
+            return self.gpu.nll(hidden, self._put(following)).cpu().numpy()
 
     def likeliest(self, hidden: torch.Tensor) -> np.ndarray:
         with torch.inference_mode():

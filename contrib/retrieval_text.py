@@ -54,7 +54,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file for the text")
     options = parser.parse_args(arguments)
     try:
-        model = SmolLM2(device="cpu")
+        model = SmolLM2()
         text, asked = hide_pass_keys(
             model, options.haystack.read_text(encoding="utf-8"), options.tokens, options.keys, options.seed
         )

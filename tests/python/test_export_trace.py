@@ -166,9 +166,11 @@ def test_blocked_attention_is_exact(num_heads, num_kv_heads, n, m, query_block, 
 @pytest.mark.parametrize("num_heads, num_kv_heads, n, m", ATTENTION_SHAPES)
 @pytest.mark.parametrize("query_block", [1024, 8, 1])
 def test_attention_in_torch_is_exact(num_heads, num_kv_heads, n, m, query_block):
-    pytest.importorskip("torch")
-    device = "cuda" if smollm2.has_cuda() else "cpu"
-    attend = lambda q, k, v: smollm2.causal_attention_torch(q, k, v, query_block, device)
+    torch = pytest.importorskip("torch")
+    from smollm2_torch import causal_attention_torch
+
+    put = lambda x: torch.from_numpy(x).to("cuda" if smollm2.has_cuda() else "cpu")
+    attend = lambda *qkv: causal_attention_torch(*map(put, qkv), query_block).cpu().numpy()
     check_attention(attend, num_heads, num_kv_heads, n, m)
 
 
