@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <faiss_saap/CellLists.h>
+#include <faiss_saap/KeyCodes.h>
 #include <faiss_saap/KvView.h>
 #include <faiss_saap/Partition.h>
 #include <faiss_saap/ProbePolicy.h>
@@ -29,6 +30,9 @@ struct AdapterParams {
     int64_t position_offset = 0; ///< position of slot 0, at most 2^40
     /// with this many far keys or fewer, all of them are read
     int64_t dense_below = 64;
+    /// keep a 4-bit code of each far key (`KeyCodes`), which policies with
+    /// refine > 1 rank keys by
+    bool key_codes = false;
     ProbePolicy policy; ///< default of `route` and `attend`
 };
 
@@ -66,6 +70,7 @@ struct AttendStats {
     int64_t far_keys = 0;   ///< far keys there are
     float dense_mass = 0;   ///< share of sink and window in the attention mass
                             ///< of the output
+    int32_t keys_ranked = 0; ///< distinct far keys compared by their codes
     /// head selectivity; 0 where there are no far keys
     double selectivity() const {
         return far_keys ? static_cast<double>(keys_read) / far_keys : 0.0;
@@ -161,6 +166,9 @@ class AttentionAdapter {
             int64_t sequence,
             int kv_head,
             int partition = 0) const;
+    /// Codes of a KV head's far keys: the tokens that have left the window.
+    /// @throws faiss::FaissException where none are kept
+    const KeyCodes& codes(int64_t sequence, int kv_head) const;
     /// Bytes of all lists and their statistics, exactly: what sequences share
     /// is counted once, and blocks that wait to be used again are counted. What
     /// partitions hold (centroids, networks) is not.
@@ -187,15 +195,16 @@ class AttentionAdapter {
             const AttendOutput& out,
             const ProbePolicy* policy = nullptr) const;
 
-    /// The first half of `attend`: which cells to probe. The views are not
-    /// read.
+    /// The first half of `attend`: which cells to probe (with policy.refine,
+    /// those whose keys are to be ranked). The views are not read.
     ProbedCells route(
             const std::vector<SequenceInput>& batch,
             const float* queries,
             const ProbePolicy* policy = nullptr) const;
 
     /// The second half of `attend`, with cells from `route` or from elsewhere.
-    /// A cell named twice in a row counts once.
+    /// A cell named twice in a row counts once. All keys of the cells are read:
+    /// nothing is ranked.
     void attend_preassigned(
             const std::vector<SequenceInput>& batch,
             const float* queries,
@@ -220,6 +229,15 @@ class AttentionAdapter {
             const std::vector<SequenceInput>& batch,
             const float* queries) const;
 
+    /// Attention over the keys in some cells; of them only those that `policy`
+    /// lets a KV head read, ranked by their codes, where it refines.
+    /// @param policy  null: all keys
+    void attend_cells(
+            const std::vector<SequenceInput>& batch,
+            const float* queries,
+            const ProbedCells& probed,
+            const AttendOutput& out,
+            const ProbePolicy* policy) const;
     /// Slots of the far keys in some cells, ascending, each once.
     std::vector<int32_t> far_slots(
             const Token& token,

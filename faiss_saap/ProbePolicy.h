@@ -19,6 +19,11 @@ struct ProbePolicy {
     /// become attention mass per key and are summed. Reads fewer bytes at equal
     /// quality than a choice per head.
     bool share_group = true;
+    /// above 1: cells with up to this many times the far keys that may be read
+    /// are probed, the keys in them are ranked one by one by their 4-bit codes
+    /// (`KeyCodes`), and the best ones are read, one at least. Needs an adapter
+    /// that keeps codes (AdapterParams::key_codes); GPU adapters refuse it.
+    double refine = 1;
     /// share of the key limit for each partition of a KV head that has several,
     /// in sum at most 1; empty: equal shares. A key that two partitions reach
     /// counts for both while cells are chosen, and is read once.
@@ -38,6 +43,8 @@ struct ProbePolicy {
     double share(int partition, int npartition) const;
     /// The same for KV head `kv_head`, which may have shares of its own.
     double share(int kv_head, int partition, int npartition) const;
+    /// Far keys that a KV head may read: key_limit times its shares.
+    int64_t head_limit(int kv_head, int npartition, int64_t far_keys) const;
 };
 
 /// Takes cells by descending score while they fit: a cell that would exceed

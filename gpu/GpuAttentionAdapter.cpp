@@ -180,6 +180,9 @@ GpuAttentionAdapter::GpuAttentionAdapter(
             "heads_q / heads_kv = %d: on the device a group has at most %d",
             group_,
             kMaxGroup);
+    FAISS_THROW_IF_NOT_MSG(
+            !params_.key_codes,
+            "key_codes = true: codes of keys are not kept on the device");
     require_device(device);
     DeviceScope scope(device);
     FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
@@ -995,6 +998,10 @@ void GpuAttentionAdapter::check_policy(
         const GpuBatch& batch,
         const ProbePolicy& policy) const {
     policy.check();
+    FAISS_THROW_IF_NOT_FMT(
+            policy.refine == 1,
+            "policy.refine = %g: on the device keys are not ranked by codes",
+            policy.refine);
     for (const BatchRow& row : batch.state_->rows) {
         policy.share(0, row.nlist); // fits, or throws
     }

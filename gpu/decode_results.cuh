@@ -201,6 +201,7 @@ __device__ __forceinline__ void weigh_results(const DecodeBlock& b, float lse) {
                 stats.keys_read = s.selection.keys;
                 stats.far_keys = s.step.far;
                 stats.dense_mass = each * mass;
+                stats.keys_ranked = 0;
             }
         }
     }

@@ -251,6 +251,7 @@ __device__ void merge_pieces(
                 stats.keys_read = plan.keys - dropped;
                 stats.far_keys = plan.far;
                 stats.dense_mass = each * dense_sum;
+                stats.keys_ranked = 0;
             }
         }
     }

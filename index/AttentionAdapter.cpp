@@ -175,6 +175,9 @@ std::unique_ptr<AttentionAdapter::Sequence> AttentionAdapter::make_sequence(
         }
         FAISS_THROW_IF_NOT_FMT(
                 !head.empty(), "KV head %d has no partition", h);
+        if (params_.key_codes) {
+            sequence->codes.emplace_back(params_.d, params_.sink);
+        }
     }
     return sequence;
 }
@@ -204,6 +207,9 @@ void AttentionAdapter::reset(int64_t sequence) {
                     listed.lists.pool(),
                     listed.lists.with_newest_keys());
         }
+    }
+    for (KeyCodes& codes : empty->codes) {
+        codes = KeyCodes(params_.d, params_.sink);
     }
     empty->length = 0;
     sequences_[sequence].swap(empty);
@@ -245,6 +251,13 @@ const CellLists& AttentionAdapter::lists(
     return at(sequence).heads[kv_head][partition].lists;
 }
 
+const KeyCodes& AttentionAdapter::codes(int64_t sequence, int kv_head) const {
+    npartition(sequence, kv_head); // throws for a head that is not there
+    FAISS_THROW_IF_NOT_MSG(
+            params_.key_codes, "the adapter was made with key_codes = false");
+    return at(sequence).codes[kv_head];
+}
+
 size_t AttentionAdapter::bytes_used() const {
     size_t bytes = 0;
     std::unordered_set<const void*> counted;
@@ -253,6 +266,9 @@ size_t AttentionAdapter::bytes_used() const {
     }
     for (const auto& entry : sequences_) {
         bytes += sizeof(Sequence);
+        for (const KeyCodes& codes : entry.second->codes) {
+            bytes += codes.bytes_used(&counted);
+        }
         for (const auto& head : entry.second->heads) {
             bytes += sizeof(head) +
                     (head.capacity() - head.size()) * sizeof(head[0]);
@@ -398,6 +414,18 @@ void AttentionAdapter::append(int64_t sequence, const KvView& kv) {
         }
     });
     const auto list = [&](int h) {
+        if (params_.key_codes) {
+            for_key_blocks(
+                    kv,
+                    h,
+                    begin,
+                    end,
+                    [&](int64_t, int64_t n, const float* keys) {
+                        for (int64_t i = 0; i < n; i++) {
+                            s.codes[h].append(keys + i * kv.d);
+                        }
+                    });
+        }
         for (size_t p = 0; p < s.heads[h].size(); p++) {
             CellLists& lists = s.heads[h][p].lists;
             const auto& to = cells[h][p];
@@ -441,6 +469,9 @@ void AttentionAdapter::truncate_lists(
         int h,
         int64_t size,
         const KvView& kv) const {
+    if (params_.key_codes && sequence.codes[h].size() > size) {
+        sequence.codes[h].truncate(size);
+    }
     for (auto& listed : sequence.heads[h]) {
         if (listed.lists.size() > size) {
             listed.lists.truncate(size, [&](int64_t slot, float* key) {

@@ -39,6 +39,10 @@ void ProbePolicy::check() const {
             max_selectivity >= 0 && max_selectivity <= 1,
             "policy.max_selectivity = %g must be between 0 and 1",
             max_selectivity);
+    FAISS_THROW_IF_NOT_FMT(
+            std::isfinite(refine) && refine >= 1,
+            "policy.refine = %g must be at least 1",
+            refine);
     check_shares(split, "policy.split");
     for (size_t h = 0; h < head_split.size(); h++) {
         const std::string name =
@@ -86,6 +90,23 @@ double ProbePolicy::share(int kv_head, int partition, int npartition) const {
 int64_t ProbePolicy::key_limit(int64_t far_keys) const {
     return std::min(
             max_keys, static_cast<int64_t>(max_selectivity * far_keys));
+}
+
+int64_t ProbePolicy::head_limit(
+        int kv_head,
+        int npartition,
+        int64_t far_keys) const {
+    const int64_t all = key_limit(far_keys);
+    // Without a limit there is nothing to split; shares of a head's own are
+    // limits by themselves.
+    if (all >= far_keys && head_split.empty()) {
+        return far_keys;
+    }
+    double shares = 0;
+    for (int p = 0; p < npartition; p++) {
+        shares += share(kv_head, p, npartition);
+    }
+    return static_cast<int64_t>(shares * all + 1e-9);
 }
 
 std::vector<int32_t> take_cells(

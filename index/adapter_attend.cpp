@@ -90,6 +90,11 @@ ProbedCells AttentionAdapter::route(
         const ProbePolicy* given) const {
     const ProbePolicy& policy = given ? *given : params_.policy;
     policy.check();
+    FAISS_THROW_IF_NOT_FMT(
+            policy.refine == 1 || params_.key_codes,
+            "policy.refine = %g ranks keys by their codes, but the adapter was "
+            "made with key_codes = false",
+            policy.refine);
     const std::vector<Token> tokens = tokens_of(batch, queries);
     for (const SequenceInput& in : batch) {
         const auto& heads = at(in.sequence).heads;
@@ -164,12 +169,12 @@ ProbedCells AttentionAdapter::route(
                         shared.data());
                 scores = std::move(shared);
             }
-            // Without a limit there is nothing to split; shares of a head's own
-            // are limits by themselves.
             const int64_t all = policy.key_limit(far_keys);
-            const int64_t limit = all >= far_keys && policy.head_split.empty()
-                    ? far_keys
-                    : static_cast<int64_t>(share * all + 1e-9);
+            const double wanted = all >= far_keys && policy.head_split.empty()
+                    ? far_keys // as ProbePolicy::head_limit says
+                    : policy.refine * share * all + 1e-9;
+            const auto limit = static_cast<int64_t>(
+                    std::min<double>(wanted, far_keys));
             for (int g = 0; g < choices; g++) {
                 auto& row = chosen[task * choices + g];
                 for (int32_t c : take_cells(
@@ -201,6 +206,7 @@ namespace {
 /// The far keys that one row of probed cells reads.
 struct FarKeys {
     int64_t cells = 0;          ///< distinct ones
+    int32_t ranked = 0;         ///< keys compared by their codes
     std::vector<int32_t> slots; ///< ascending, each once
 };
 
@@ -229,6 +235,15 @@ void AttentionAdapter::attend_preassigned(
         const float* queries,
         const ProbedCells& probed,
         const AttendOutput& out) const {
+    attend_cells(batch, queries, probed, out, nullptr);
+}
+
+void AttentionAdapter::attend_cells(
+        const std::vector<SequenceInput>& batch,
+        const float* queries,
+        const ProbedCells& probed,
+        const AttendOutput& out,
+        const ProbePolicy* policy) const {
     for (const SequenceInput& in : batch) {
         const Sequence& s = at(in.sequence);
         check_view(in.kv, s.length);
@@ -287,6 +302,7 @@ void AttentionAdapter::attend_preassigned(
         }
     }
 
+    const int nq = probed.share_group ? group_ : 1; // query heads of a row
     std::vector<FarKeys> far(rows);
     parallel_for(rows, [&](int64_t r) {
         const Token& token = tokens[r / rows_per_token];
@@ -297,6 +313,25 @@ void AttentionAdapter::attend_preassigned(
                 probed.cells.data() + probed.begin[r],
                 probed.cells.data() + probed.begin[r + 1],
                 &far[r].cells);
+        if (!policy || policy->refine == 1 ||
+            token.far_keys() <= params_.dense_below) {
+            return;
+        }
+        const int64_t limit = std::max<int64_t>(
+                1,
+                policy->head_limit(
+                        h,
+                        static_cast<int>(token.sequence->heads[h].size()),
+                        token.far_keys()));
+        if (limit < static_cast<int64_t>(far[r].slots.size())) {
+            far[r].ranked = static_cast<int32_t>(far[r].slots.size());
+            far[r].slots = token.sequence->codes[h].best(
+                    nq,
+                    queries + r * nq * params_.d,
+                    params_.scale,
+                    far[r].slots,
+                    limit);
+        }
     });
 
     // Every row is cut into pieces, so that one long sequence occupies all
@@ -326,7 +361,6 @@ void AttentionAdapter::attend_preassigned(
     }
     std::vector<int64_t> token_of(pieces.size());
     std::vector<int64_t> first_result(pieces.size() + 1, 0);
-    const int nq = probed.share_group ? group_ : 1; // query heads of a row
     for (int64_t t = 0; t < ntoken; t++) {
         for (int64_t i = first_piece[t]; i < first_piece[t + 1]; i++) {
             token_of[i] = t;
@@ -393,6 +427,7 @@ void AttentionAdapter::attend_preassigned(
                 AttendStats& stats = out.stats[first_row + h];
                 const FarKeys& keys = far[(first_row + h) / nq];
                 stats.cells = keys.cells;
+                stats.keys_ranked = keys.ranked;
                 stats.keys_read = static_cast<int64_t>(keys.slots.size());
                 stats.far_keys = tokens[t].far_keys();
                 stats.dense_mass =
@@ -456,7 +491,9 @@ void AttentionAdapter::attend(
         const float* queries,
         const AttendOutput& out,
         const ProbePolicy* policy) const {
-    attend_preassigned(batch, queries, route(batch, queries, policy), out);
+    const ProbePolicy& chosen = policy ? *policy : params_.policy;
+    attend_cells(
+            batch, queries, route(batch, queries, &chosen), out, &chosen);
 }
 
 } // namespace faiss_saap

@@ -1,4 +1,5 @@
 // Sequences of an AttentionAdapter in files.
+#include <algorithm>
 #include <cinttypes>
 
 #include <faiss_saap/AttentionAdapter.h>
@@ -16,7 +17,7 @@ namespace {
 
 const FileKind kSequenceFile = {
         faiss::fourcc("SaSq"),
-        1,
+        2, // since 2: whether there are codes
         "a sequence of an AttentionAdapter"};
 
 /// Of a partition's file form.
@@ -36,6 +37,7 @@ void AttentionAdapter::save(int64_t sequence, const std::string& path) const {
         write_value<int64_t>(writer, params_.sink);
         write_value<int64_t>(writer, params_.window);
         write_value<int64_t>(writer, params_.position_offset);
+        write_value<int32_t>(writer, params_.key_codes);
         write_value<int64_t>(writer, s.length);
         for (int h = 0; h < params_.heads_kv; h++) {
             const size_t shared = partitions_.empty() ? 0 : partitions_[h].size();
@@ -47,6 +49,15 @@ void AttentionAdapter::save(int64_t sequence, const std::string& path) const {
             for (size_t p = shared; p < s.heads[h].size(); p++) {
                 write_partition(s.heads[h][p].partition, writer);
             }
+        }
+        for (const KeyCodes& codes : s.codes) {
+            const size_t size = KeyCodes::code_size(params_.d);
+            std::vector<uint8_t> bytes(codes.size() * size);
+            for (int64_t i = 0; i < codes.size(); i++) {
+                std::copy_n(
+                        codes.code(params_.sink + i), size, &bytes[i * size]);
+            }
+            write_array(writer, bytes.data(), bytes.size());
         }
         for (const auto& head : s.heads) {
             for (const auto& listed : head) {
@@ -92,6 +103,7 @@ int64_t AttentionAdapter::load(const std::string& path) {
     expect("position_offset",
            params_.position_offset,
            read_value<int64_t>(reader));
+    expect("key_codes", params_.key_codes, read_value<int32_t>(reader));
     const auto length = read_value<int64_t>(reader);
     FAISS_THROW_IF_NOT_FMT(
             length >= 0 && length <= INT32_MAX,
@@ -122,6 +134,17 @@ int64_t AttentionAdapter::load(const std::string& path) {
     std::unique_ptr<Sequence> s = make_sequence(own);
     const int64_t listed_slots =
             std::max(params_.sink, length - params_.window) - params_.sink;
+    for (KeyCodes& codes : s->codes) {
+        const auto bytes = read_array<uint8_t>(reader);
+        FAISS_THROW_IF_NOT_FMT(
+                bytes.size() == listed_slots * KeyCodes::code_size(params_.d),
+                "%s: corrupt: codes of %zd bytes for a sequence of %" PRId64
+                " tokens",
+                path.c_str(),
+                bytes.size(),
+                length);
+        codes.restore(listed_slots, bytes.data());
+    }
     for (auto& head : s->heads) {
         for (auto& listed : head) {
             const auto cells = read_array<uint16_t>(reader);

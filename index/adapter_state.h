@@ -17,6 +17,7 @@ struct AttentionAdapter::Sequence {
         CellLists lists;
     };
     std::vector<std::vector<Listed>> heads; ///< per KV head
+    std::vector<KeyCodes> codes; ///< per KV head; empty where none are kept
     int64_t length = 0;
 };
 

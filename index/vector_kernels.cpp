@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -636,6 +637,111 @@ void InnerProducts(
     }
 }
 
+/// bfloat16, in place: a call for each block would cost as much as the block.
+HWY_INLINE float bfloat16_at(const uint8_t* p) {
+    uint16_t upper;
+    std::memcpy(&upper, p, sizeof(upper));
+    const uint32_t bits = uint32_t(upper) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+/// NQ queries, padded to whole blocks, and the sums of their blocks.
+template <int NQ>
+void code_products_of(
+        int blocks,
+        const float* q,
+        const float* sums,
+        int64_t n,
+        const uint8_t* const* codes,
+        float* out) {
+    const D d;
+    const hn::RebindToSigned<D> d32;
+    const hn::Rebind<uint8_t, D> d8;
+    const int lanes = static_cast<int>(hn::Lanes(d));
+    constexpr int kHalf = kCodeBlock / 2;
+    const int width = blocks * kCodeBlock;
+    const auto low = hn::Set(d32, 15);
+    constexpr int kAhead = 8; // rows: most lie on a page of their own
+    for (int64_t i = 0; i < n; i++) {
+        for (int b = 0; i + kAhead < n && b < blocks * kCodeBlockBytes; b += 64) {
+            __builtin_prefetch(codes[i + kAhead] + b);
+        }
+        V total[NQ];
+        float base_part[NQ] = {};
+        for (int h = 0; h < NQ; h++) {
+            total[h] = hn::Zero(d);
+        }
+        for (int b = 0; b < blocks; b++) {
+            const uint8_t* block = codes[i] + b * kCodeBlockBytes;
+            const float base = bfloat16_at(block);
+            const V step = hn::Set(d, bfloat16_at(block + 2));
+            V sum[NQ];
+            for (int h = 0; h < NQ; h++) {
+                sum[h] = hn::Zero(d);
+                base_part[h] += base * sums[h * blocks + b];
+            }
+            for (int c = 0; c < kHalf; c += lanes) {
+                const auto pairs =
+                        hn::PromoteTo(d32, hn::LoadU(d8, block + 4 + c));
+                const V first = hn::ConvertTo(d, hn::And(pairs, low));
+                const V second = hn::ConvertTo(d, hn::ShiftRight<4>(pairs));
+                for (int h = 0; h < NQ; h++) {
+                    const float* x = q + h * width + b * kCodeBlock + c;
+                    sum[h] = hn::MulAdd(first, hn::LoadU(d, x), sum[h]);
+                    sum[h] = hn::MulAdd(second, hn::LoadU(d, x + kHalf), sum[h]);
+                }
+            }
+            for (int h = 0; h < NQ; h++) {
+                total[h] = hn::MulAdd(step, sum[h], total[h]);
+            }
+        }
+        for (int h = 0; h < NQ; h++) {
+            out[h * n + i] =
+                    base_part[h] + hn::GetLane(hn::SumOfLanes(d, total[h]));
+        }
+    }
+}
+
+void CodeProducts(
+        int nq,
+        int d,
+        const float* q,
+        int64_t n,
+        const uint8_t* const* codes,
+        float* out) {
+    const int blocks = (d + kCodeBlock - 1) / kCodeBlock;
+    const int width = blocks * kCodeBlock;
+    std::vector<float> padded(size_t(nq) * width, 0.0f);
+    std::vector<float> sums(size_t(nq) * blocks, 0.0f);
+    for (int h = 0; h < nq; h++) {
+        std::copy_n(q + size_t(h) * d, d, padded.data() + size_t(h) * width);
+        for (int c = 0; c < d; c++) {
+            sums[h * blocks + c / kCodeBlock] += q[size_t(h) * d + c];
+        }
+    }
+    int h = 0;
+    for (; h + kQueries <= nq; h += kQueries) {
+        code_products_of<kQueries>(
+                blocks,
+                padded.data() + size_t(h) * width,
+                sums.data() + h * blocks,
+                n,
+                codes,
+                out + h * n);
+    }
+    for (; h < nq; h++) {
+        code_products_of<1>(
+                blocks,
+                padded.data() + size_t(h) * width,
+                sums.data() + h * blocks,
+                n,
+                codes,
+                out + h * n);
+    }
+}
+
 void ShareScores(
         int nhead,
         int ncell,
@@ -714,6 +820,7 @@ namespace faiss_saap {
 
 HWY_EXPORT(Attend);
 HWY_EXPORT(InnerProducts);
+HWY_EXPORT(CodeProducts);
 HWY_EXPORT(ShareScores);
 
 void attend_kernel(const AttendKernelParams& params) {
@@ -728,6 +835,16 @@ void inner_products(
         const float* rows,
         float* out) {
     HWY_DYNAMIC_DISPATCH(InnerProducts)(nq, d, q, n, rows, out);
+}
+
+void code_products(
+        int nq,
+        int d,
+        const float* q,
+        int64_t n,
+        const uint8_t* const* codes,
+        float* out) {
+    HWY_DYNAMIC_DISPATCH(CodeProducts)(nq, d, q, n, codes, out);
 }
 
 void share_scores_kernel(

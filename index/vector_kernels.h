@@ -38,6 +38,23 @@ void inner_products(
         const float* rows,
         float* out);
 
+/// Codes of KeyCodes: components of a block, and its bytes (base and step as
+/// bfloat16, then component i in the low half of byte i and i + 16 in its high
+/// half).
+constexpr int kCodeBlock = 32, kCodeBlockBytes = 4 + kCodeBlock / 2;
+
+/// Inner products of nq queries with the keys that n codes stand for.
+/// @param q      size nq * d
+/// @param codes  size n, each the code of a key of d components
+/// @param out    output, size nq * n
+void code_products(
+        int nq,
+        int d,
+        const float* q,
+        int64_t n,
+        const uint8_t* const* codes,
+        float* out);
+
 /// See share_scores in ProbePolicy.h.
 /// @param counts  size ncell
 void share_scores_kernel(

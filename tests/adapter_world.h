@@ -120,6 +120,17 @@ inline void expect_same_state(
         int64_t b) {
     ASSERT_EQ(adapter.length(a), adapter.length(b));
     for (int h = 0; h < adapter.params().heads_kv; h++) {
+        if (adapter.params().key_codes) {
+            const KeyCodes &x = adapter.codes(a, h), &y = adapter.codes(b, h);
+            ASSERT_EQ(x.size(), y.size());
+            ASSERT_EQ(x.size(), adapter.lists(a, h).size());
+            const size_t size = KeyCodes::code_size(adapter.params().d);
+            for (int64_t i = 0; i < x.size(); i++) {
+                const int64_t slot = adapter.params().sink + i;
+                ASSERT_TRUE(std::equal(
+                        x.code(slot), x.code(slot) + size, y.code(slot)));
+            }
+        }
         ASSERT_EQ(adapter.npartition(a, h), adapter.npartition(b, h));
         for (int p = 0; p < adapter.npartition(a, h); p++) {
             const CellLists &x = adapter.lists(a, h, p), &y = adapter.lists(b, h, p);

@@ -227,7 +227,9 @@ struct Sequences : ::testing::Test {
         }
     }
     AttentionAdapter make() {
-        return AttentionAdapter(world.params(4, 20), world.partitions);
+        AdapterParams params = world.params(4, 20);
+        params.key_codes = true;
+        return AttentionAdapter(params, world.partitions);
     }
 };
 
@@ -481,6 +483,10 @@ TEST_F(Sequences, SavedAndLoaded) {
             AttentionAdapter(params, world.partitions).load(file.path),
             "saved with window = 20, this adapter has 21");
     params = world.params(4, 20);
+    EXPECT_SENTENCE(
+            AttentionAdapter(params, world.partitions).load(file.path),
+            "saved with key_codes = 1, this adapter has 0");
+    params.key_codes = true;
     auto others = world.partitions;
     others[1] = sequence_partitions(world.view(99), 0, 99, 10)[1][0];
     AttentionAdapter stranger(params, others);

@@ -40,6 +40,7 @@ inline AdapterParams adapter_params(
         float scale,
         int64_t position_offset,
         int64_t dense_below,
+        bool key_codes,
         const ProbePolicy& policy) {
     AdapterParams p;
     p.heads_q = heads_q;
@@ -51,6 +52,7 @@ inline AdapterParams adapter_params(
     p.scale = scale;
     p.position_offset = position_offset;
     p.dense_below = dense_below;
+    p.key_codes = key_codes;
     p.policy = policy;
     return p;
 }

@@ -126,6 +126,10 @@ Attention attend(
 } // namespace
 
 void bind_adapter(nb::module_& m) {
+    m.def("key_code_size",
+          &KeyCodes::code_size,
+          "d"_a,
+          "Bytes of the code of a key of d components.");
     nb::class_<ProbePolicy>(
             m,
             "ProbePolicy",
@@ -139,6 +143,7 @@ void bind_adapter(nb::module_& m) {
                        std::optional<int64_t> max_keys,
                        double max_selectivity,
                        bool share_group,
+                       double refine,
                        std::vector<double> split,
                        std::vector<std::vector<double>> head_split) {
                         ProbePolicy p;
@@ -146,6 +151,7 @@ void bind_adapter(nb::module_& m) {
                         p.max_keys = max_keys.value_or(INT64_MAX);
                         p.max_selectivity = max_selectivity;
                         p.share_group = share_group;
+                        p.refine = refine;
                         p.split = std::move(split);
                         p.head_split = std::move(head_split);
                         p.check();
@@ -155,6 +161,7 @@ void bind_adapter(nb::module_& m) {
                     "max_keys"_a = nb::none(),
                     "max_selectivity"_a = 1.0,
                     "share_group"_a = true,
+                    "refine"_a = 1.0,
                     "split"_a = std::vector<double>(),
                     "head_split"_a = std::vector<std::vector<double>>())
             .def_rw("nprobe",
@@ -171,6 +178,12 @@ void bind_adapter(nb::module_& m) {
             .def_rw("share_group",
                     &ProbePolicy::share_group,
                     "The query heads of a KV head probe the same cells.")
+            .def_rw("refine",
+                    &ProbePolicy::refine,
+                    "Above 1: cells with up to this many times the far keys "
+                    "that may be read are probed, the keys in them ranked by "
+                    "their 4-bit codes, and the best ones read. Needs an "
+                    "adapter with key_codes.")
             .def_rw("split",
                     &ProbePolicy::split,
                     "Share of the key limit for each partition of a KV head; "
@@ -293,6 +306,11 @@ void bind_adapter(nb::module_& m) {
                     nb::sig("def keys_read(self) -> numpy.typing.NDArray[numpy.int64]"),
                     "Distinct far keys read.")
             .def_prop_ro(
+                    "keys_ranked",
+                    stat(&AttendStats::keys_ranked),
+                    nb::sig("def keys_ranked(self) -> numpy.typing.NDArray[numpy.int32]"),
+                    "Distinct far keys compared by their codes.")
+            .def_prop_ro(
                     "far_keys",
                     stat(&AttendStats::far_keys),
                     nb::sig("def far_keys(self) -> numpy.typing.NDArray[numpy.int64]"),
@@ -334,6 +352,7 @@ void bind_adapter(nb::module_& m) {
                float scale,
                int64_t position_offset,
                int64_t dense_below,
+               bool key_codes,
                const ProbePolicy& policy) {
                 new (self) AttentionAdapter(
                         adapter_params(
@@ -346,6 +365,7 @@ void bind_adapter(nb::module_& m) {
                                 scale,
                                 position_offset,
                                 dense_below,
+                                key_codes,
                                 policy),
                         head_partitions(partitions));
             },
@@ -360,19 +380,22 @@ void bind_adapter(nb::module_& m) {
             "scale"_a = 0.0f,
             "position_offset"_a = 0,
             "dense_below"_a = AdapterParams().dense_below,
+            "key_codes"_a = false,
             "policy"_a = ProbePolicy(),
             nb::sig("def __init__(self, heads_q: int, heads_kv: int, d: int, "
                     "partitions: collections.abc.Sequence[Partition | "
                     "collections.abc.Sequence[Partition]] | None = None, *, "
                     "sink: int = 16, window: int = 1024, attend_dense: bool = "
                     "True, scale: float = 0, position_offset: int = 0, "
-                    "dense_below: int = 64, policy: ProbePolicy = ...) -> "
+                    "dense_below: int = 64, key_codes: bool = False, policy: "
+                    "ProbePolicy = ...) -> "
                     "None"),
             "partitions: of every sequence, for each KV head one or a list; "
             "None where each sequence brings its own. sink, window: first and "
             "most recent tokens, always attended unless attend_dense is False. "
             "scale 0: 1 / sqrt(d). With dense_below far keys or fewer, all are "
-            "read.");
+            "read. key_codes: keep a 4-bit code of each far key, for policies "
+            "with refine > 1 (key_code_size(d) bytes each).");
     adapter.def_prop_ro(
                    "heads_q",
                    [](const AttentionAdapter& a) { return a.params().heads_q; })

@@ -173,6 +173,7 @@ void bind_gpu(nb::module_& m) {
                                 scale,
                                 position_offset,
                                 dense_below,
+                                false,
                                 policy),
                         head_partitions(partitions),
                         device);
