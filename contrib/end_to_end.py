@@ -61,6 +61,8 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
                         help="of the cells learnt from the text itself (default: 32)")
     common.add_argument("--trained-share", type=fraction, default=0.5, metavar="X",
                         help="of the budget, for the trained cells of union and union_blend (default: 0.5)")
+    common.add_argument("--refine", type=float, default=6, metavar="X",
+                        help="candidates that the methods with codes rank for each key that is read (default: 6)")
     measure = Parser(add_help=False)
     measure.add_argument("--methods", type=list_of(str), default=[m for m in METHODS if m != "planned"], metavar="A,B",
                          help=f"of {','.join(METHODS)} (default: all but planned, which needs a file with plans)")
@@ -244,7 +246,7 @@ def tokens_of(model: SmolLM2, file: Path, n: int) -> np.ndarray:
 def methods_of(
     decoding: CpuDecoding, names: Iterable[str], cache, trained: Optional[fs.PartitionSet], options: argparse.Namespace
 ) -> Iterable[Method]:
-    return decoding.methods(names, cache, trained, options.keys_per_cell, options.trained_share)
+    return decoding.methods(names, cache, trained, options.keys_per_cell, options.trained_share, options.refine)
 
 
 def measure_needles(options: argparse.Namespace, results: Results) -> None:

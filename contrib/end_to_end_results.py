@@ -37,7 +37,7 @@ class Results:
         self.rows: list[dict] = []
         if resume and path and path.exists():
             before = json.loads(path.read_text())
-            for name in ("command", "partitions", "rope_scale", "keys_per_cell", "trained_share"):
+            for name in ("command", "partitions", "rope_scale", "keys_per_cell", "trained_share", "refine"):
                 if before["config"].get(name) != config.get(name):
                     raise ValueError(f"{path} was made with {name} = {before['config'].get(name)}, "
                                      f"not {config.get(name)}: --resume cannot go on with it")  # fmt: skip

@@ -193,6 +193,83 @@ class GpuCells(GpuMethod):
         return self._index_bytes
 
 
+class HostCells(GpuMethod):
+    """AttentionAdapter over a copy of the cache in main memory, for what GpuAttentionAdapter does not do: with the
+    partitions of GpuCells, keys ranked by their codes."""
+
+    def __init__(
+        self,
+        name: str,
+        cache: GpuCache,
+        model: SmolLM2,
+        partitions: Sequence[Sequence[list[fs.Partition]]],
+        own: Sequence[Sequence[Sequence[list[fs.Partition]]]],
+        split: Sequence[float],
+        refine: float,
+    ):
+        super().__init__(name, cache)
+        self.split, self.refine = list(split), refine
+        self.group = model.num_heads // model.num_kv_heads
+        self.k, self.v = cache.k.cpu().numpy(), cache.v.cpu().numpy()
+        self.adapters, self.prefilled, self.sequences = [], [], []
+        for layer in range(model.num_layers):
+            adapter = fs.AttentionAdapter(
+                model.num_heads, model.num_kv_heads, model.head_dim, partitions[layer] if partitions else None,
+                sink=SINK, window=WINDOW, key_codes=True,
+            )  # fmt: skip
+            numbers = [adapter.create(own[layer][text] if own else None) for text in range(cache.texts)]
+            for text, sequence in enumerate(numbers):
+                adapter.append(sequence, self.view(layer, text, cache.length))
+            self.adapters.append(adapter)
+            self.prefilled.append(numbers)
+        first = [adapter.partition(s[0], h, i) for adapter, s in zip(self.adapters, self.prefilled)
+                 for h in range(model.num_kv_heads) for i in range(adapter.npartition(s[0], h))]  # fmt: skip
+        self.most_cells = max(p.ncell for p in first)
+        self.bytes_of_cells = sum(p.query.bytes_read() for p in first)
+
+    def view(self, layer: int, text: int, length: int) -> fs.KvView:
+        return fs.KvView.head_major(self.k[layer, text], self.v[layer, text], length)
+
+    def begin(self, budget: float) -> None:
+        super().begin(budget)
+        for adapter, numbers in zip(self.adapters, self.sequences):
+            for sequence in numbers:
+                adapter.free(sequence)
+        self.sequences = [[a.fork(s) for s in numbers] for a, numbers in zip(self.adapters, self.prefilled)]
+        self.policy = fs.ProbePolicy(
+            nprobe=self.most_cells, max_selectivity=budget, split=self.split, refine=self.refine
+        )
+        self.ranked = self.asked = 0
+
+    def attend(self, layer: int, first: int, q: torch.Tensor) -> torch.Tensor:
+        end = first + len(q)
+        for host, device in ((self.k, self.cache.k), (self.v, self.cache.v)):
+            host[layer, :, :, first:end] = device[layer, :, :, first:end].cpu().numpy()
+        adapter, numbers = self.adapters[layer], self.sequences[layer]
+        views = [self.view(layer, text, first) for text in range(self.cache.texts)]
+        batch = [fs.SequenceInput(s, view) for s, view in zip(numbers, views)]
+        queries = q.float().cpu().numpy()
+        out = np.empty(queries.shape, np.float32)
+        counted = np.zeros((self.cache.texts, 2), np.int64)
+        for t in range(len(queries)):
+            for sequence, view in zip(numbers, views):
+                view.length = first + t + 1
+                adapter.append(sequence, view)
+            result = adapter.attend(batch, queries[t], self.policy)
+            out[t] = result.output
+            # the query heads of a KV head share their choice
+            of_head = lambda x: x[:, :: self.group].sum(1)
+            counted += np.stack([of_head(result.keys_read), of_head(result.far_keys)], 1)
+            self.ranked += int(of_head(result.keys_ranked).sum())
+            self.asked += self.cache.texts
+        self.counted += torch.from_numpy(counted).to(q.device)
+        return torch.from_numpy(out).to(q.device)
+
+    def index_bytes(self) -> int:
+        ranked = self.ranked / max(1, self.asked) * len(self.adapters)  # of a token, all layers
+        return self.bytes_of_cells + round(ranked * fs.key_code_size(self.adapters[0].d))
+
+
 class GpuDecoding:
     """As sparse_decoding.CpuDecoding, for as many texts at once as the device has room for."""
 
@@ -232,6 +309,7 @@ class GpuDecoding:
         trained: Optional[fs.PartitionSet],
         keys_per_cell: int,
         trained_share: float,
+        refine: float = 6,
     ) -> Iterable[GpuMethod]:
         learnt: list = []
 
@@ -247,10 +325,14 @@ class GpuDecoding:
 
         for name in names:
             if name in METHODS_OF_CELLS:
-                offline, blend, of_text = METHODS_OF_CELLS[name]
-                split = [trained_share, 1 - trained_share] if offline and of_text else []
-                partitions = offline_partitions(self.model, trained, blend) if offline else []
-                yield GpuCells(name, cache, self.model, partitions, own() if of_text else [], split)
+                kind = METHODS_OF_CELLS[name]
+                split = [trained_share, 1 - trained_share] if kind.trained and kind.own else []
+                partitions = offline_partitions(self.model, trained, kind.blend) if kind.trained else []
+                cells = partitions, own() if kind.own else [], split
+                if kind.codes:
+                    yield HostCells(name, cache, self.model, *cells, refine)
+                else:
+                    yield GpuCells(name, cache, self.model, *cells)
             elif name == "planned":
                 raise ValueError("planned needs --device cpu: on the device, KV heads have no shares of their own")
             else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Callable, Container, Iterable, Optional, Sequence
+from typing import Callable, Container, Iterable, NamedTuple, Optional, Sequence
 
 # Decoding alternates between the threads of numpy's BLAS and the library's. Those that wait by spinning, as is OpenMP's
 # default, keep the others from the cores: ten times slower where other programs want them too.
@@ -184,15 +184,18 @@ class Cells(Method):
         model: SmolLM2,
         partitions: Sequence[Sequence[list[fs.Partition]]],
         split: Sequence[float] = (),
+        refine: float = 1,
     ):
-        """split: shares of the budget of a head's partitions; empty: equal ones."""
+        """split: shares of the budget of a head's partitions; empty: equal ones. refine: candidates for each key that is
+        read, ranked by their codes; 1: all keys of the cells are read."""
         super().__init__(name, cache)
-        self.partitions, self.split = partitions, list(split)
+        self.partitions, self.split, self.refine = partitions, list(split), refine
         self.adapters, self.prefilled, self.sequences = [], [], []
         for layer in range(model.num_layers):
             adapter = fs.AttentionAdapter(
-                model.num_heads, model.num_kv_heads, model.head_dim, partitions[layer], sink=SINK, window=WINDOW
-            )
+                model.num_heads, model.num_kv_heads, model.head_dim, partitions[layer], sink=SINK, window=WINDOW,
+                key_codes=refine > 1,
+            )  # fmt: skip
             sequence = adapter.create()
             adapter.append(sequence, cache.view(layer, cache.length))
             self.adapters.append(adapter)
@@ -204,7 +207,8 @@ class Cells(Method):
             adapter.free(sequence)
         self.sequences = [a.fork(s) for a, s in zip(self.adapters, self.prefilled)]
         most = max(p.ncell for layer in self.partitions for head in layer for p in head)
-        self._policy = fs.ProbePolicy(nprobe=most, max_selectivity=budget, split=self.split)
+        self._policy = fs.ProbePolicy(nprobe=most, max_selectivity=budget, split=self.split, refine=self.refine)
+        self._ranked = self._calls = 0
 
     def attend(self, layer: int, view: fs.KvView, q: np.ndarray) -> np.ndarray:
         adapter, sequence = self.adapters[layer], self.sequences[layer]
@@ -215,10 +219,14 @@ class Cells(Method):
         self.count(
             int(result.keys_read[0, first_of_group].sum()), int(result.far_keys[0, first_of_group].sum())
         )
+        self._ranked += int(result.keys_ranked[0, first_of_group].sum())
+        self._calls += 1
         return result.output[0]
 
     def index_bytes(self) -> int:
-        return sum(p.query.bytes_read() for layer in self.partitions for head in layer for p in head)
+        cells = sum(p.query.bytes_read() for layer in self.partitions for head in layer for p in head)
+        ranked = self._ranked / max(1, self._calls) * len(self.adapters)  # of a token, all layers
+        return cells + round(ranked * fs.key_code_size(self.adapters[0].d))
 
 
 class Planned(Cells):
@@ -242,13 +250,24 @@ class Planned(Cells):
         return super().attend(layer, view, q)
 
 
-#: methods of the library, and what their cells are: trained ones, these with a blend, those of the text's own keys
+class Kind(NamedTuple):
+    """What a method's cells are, and whether their keys are ranked by codes before the best are read."""
+
+    trained: bool = False
+    blend: bool = False  #: trained ones by classifier and statistics, not by the classifier alone
+    own: bool = False  #: of the text's own rotated keys
+    codes: bool = False
+
+
 METHODS_OF_CELLS = {
-    "ivf_rope_ip": (False, False, True),
-    "saap": (True, False, False),
-    "saap_blend": (True, True, False),
-    "union": (True, False, True),
-    "union_blend": (True, True, True),
+    "ivf_rope_ip": Kind(own=True),
+    "saap": Kind(trained=True),
+    "saap_blend": Kind(trained=True, blend=True),
+    "union": Kind(trained=True, own=True),
+    "union_blend": Kind(trained=True, blend=True, own=True),
+    "ivf_codes": Kind(own=True, codes=True),
+    "saap_codes": Kind(trained=True, codes=True),
+    "union_codes": Kind(trained=True, own=True, codes=True),
 }
 #: in the order of tables
 METHODS = ("dense", "window", "oracle_topk", *METHODS_OF_CELLS, "planned")
@@ -267,7 +286,7 @@ def offline_partitions(
     than that of their training too: keys are rotated back by the model's own.
     """
     if trained is None:
-        raise ValueError("the methods saap and union, plain and with blends, need --partitions")
+        raise ValueError("methods with trained cells need --partitions")
     rope = rope_of(model)
     found = [[trained.find(l, h) for h in range(model.num_kv_heads)] for l in range(model.num_layers)]
     parts = [[p.blended() if blend else p.partition for p in layer] for layer in found]
@@ -281,11 +300,12 @@ def make_methods(
     trained: Optional[fs.PartitionSet],
     keys_per_cell: int = 32,
     trained_share: float = 0.5,
+    refine: float = 6,
 ) -> Iterable[Method]:
     """The methods of these names after the prefill in the cache, one after the other.
 
-    trained: needed by saap, union, plain and with blends, and planned. keys_per_cell: of the text's own cells. trained_share: of
-    the budget, where both kinds of cells are probed.
+    trained: needed by those with trained cells. keys_per_cell: of the text's own cells. trained_share: of the budget,
+    where both kinds of cells are probed. refine: candidates for each key that is read, where keys are ranked by codes.
     """
     learnt: list[list[list[fs.Partition]]] = []
 
@@ -299,11 +319,12 @@ def make_methods(
 
     for name in names:
         if name in METHODS_OF_CELLS:
-            offline, blend, of_text = METHODS_OF_CELLS[name]
-            kinds = [offline_partitions(model, trained, blend)] if offline else []
-            kinds += [own()] if of_text else []
+            kind = METHODS_OF_CELLS[name]
+            kinds = [offline_partitions(model, trained, kind.blend)] if kind.trained else []
+            kinds += [own()] if kind.own else []
             both = [[sum(head, []) for head in zip(*layer)] for layer in zip(*kinds)]
-            yield Cells(name, cache, model, both, [trained_share, 1 - trained_share] if len(kinds) == 2 else [])
+            split = [trained_share, 1 - trained_share] if len(kinds) == 2 else []
+            yield Cells(name, cache, model, both, split, refine if kind.codes else 1)
         elif name == "planned":
             yield Planned(name, cache, model, trained)
         elif name in METHODS:
@@ -385,8 +406,9 @@ class CpuDecoding:
         trained: Optional[fs.PartitionSet],
         keys_per_cell: int = 32,
         trained_share: float = 0.5,
+        refine: float = 6,
     ) -> Iterable[Method]:
-        return make_methods(names, cache, self.model, trained, keys_per_cell, trained_share)
+        return make_methods(names, cache, self.model, trained, keys_per_cell, trained_share, refine)
 
     def decode(
         self,

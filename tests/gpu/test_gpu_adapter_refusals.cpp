@@ -79,6 +79,9 @@ TEST_F(GpuAdapterRefusals, Partitions) {
     EXPECT_SENTENCE(
             GpuAttentionAdapter(p.world.params, HeadPartitions()).create(),
             "KV head 0 has no partition");
+    AdapterParams coded = p.world.params;
+    coded.key_codes = true;
+    EXPECT_SENTENCE(GpuAttentionAdapter(coded, HeadPartitions()), "key_codes = true");
     EXPECT_EQ(p.device.bytes_used(), held);
     p.expect_same(p.on_cpu, p.on_device);
 }
@@ -170,6 +173,11 @@ TEST_F(GpuAdapterRefusals, Calls) {
     EXPECT_SENTENCE(
             p.device.step(*plan, queries.data(), out, &policy), "policy.head_split");
     policy.head_split.clear();
+    policy.refine = 6;
+    EXPECT_SENTENCE(attend(queries.data(), out, &policy), "policy.refine = 6");
+    EXPECT_SENTENCE(
+            p.device.step(*plan, queries.data(), out, &policy), "policy.refine = 6");
+    policy.refine = 1;
     policy.share_group = false;
 
     OnDevice<int32_t> cells(rows * 100), count(rows);

@@ -76,7 +76,7 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m != "window"])
+@pytest.mark.parametrize("name", [m for m in METHODS if m not in ("window", "planned")])
 def test_with_all_keys_read_every_method_is_the_model(decoding, tokens, cache, trained, expected, name):
     (method,) = decoding.methods([name], cache, trained, 32, 0.5)
     for _ in range(2):  # and again, after the tokens decoded are forgotten
@@ -86,7 +86,7 @@ def test_with_all_keys_read_every_method_is_the_model(decoding, tokens, cache, t
         assert relative(hidden.cpu().numpy(), expected) < 5e-3
 
 
-@pytest.mark.parametrize("name", ["window", "oracle_topk", "ivf_rope_ip", "saap_blend", "union"])
+@pytest.mark.parametrize("name", ["window", "oracle_topk", "ivf_rope_ip", "saap_blend", "union", "saap_codes"])
 def test_each_text_is_decoded_as_alone_in_numpy(decoding, model, tokens, cache, trained, tmp_path, name):
     """Up to rounding, which the choice of cells may amplify, and k-means of the device's own."""
     (method,) = decoding.methods([name], cache, trained, 32, 0.25)
@@ -104,6 +104,11 @@ def test_each_text_is_decoded_as_alone_in_numpy(decoding, model, tokens, cache, 
         loss = alone.nll(theirs[None, :-1], tokens[b : b + 1, FIRST + 1 :])
         assert decoding.nll(torch.from_numpy(theirs[None, :-1]).to(DEVICE), tokens[b : b + 1, FIRST + 1 :]) == (
             pytest.approx(loss, abs=1e-4))  # fmt: skip
+
+
+def test_plans_are_refused(decoding, cache, trained):
+    with pytest.raises(ValueError, match="planned needs --device cpu"):
+        list(decoding.methods(["planned"], cache, trained, 32, 0.5))
 
 
 def test_one_kv_head_of_one_layer_is_sparse(decoding, model, tokens, cache, trained, expected, tmp_path):

@@ -142,15 +142,15 @@ def test_a_step_is_captured_in_a_graph():
 
 def test_cells_learnt_on_the_device_are_as_good():
     generator = torch.Generator().manual_seed(3)
-    centres = 3 * torch.randn(30, 3, D, generator=generator).repeat(134, 1, 1)[:4000]
-    x = (torch.randn(4000, 3, D, generator=generator) + centres).half()
+    # without clusters, which one start of k-means would find and another miss
+    x = (torch.randn(4000, 3, D, generator=generator) * torch.linspace(0.5, 4, D)).half()
     ours = fs.gpu_sequence_partitions(fs.KvView.token_major(x.cuda(), x.cuda()), 16, 3900, 60)
     theirs = fs.sequence_partitions(fs.KvView.token_major(x, x), 16, 3900, 60)
     keys = x[16:3900].float()
     for head, ((partition,), (other,)) in enumerate(zip(ours, theirs, strict=True)):
         distances = [torch.cdist(keys[:, head], torch.from_numpy(p.key.centroids)) for p in (partition, other)]
         spread = [d.amin(1).square().sum() for d in distances]
-        assert partition.ncell == 60 and spread[0] < 1.1 * spread[1]
+        assert partition.ncell == 60 and spread[0] < 1.05 * spread[1]
         cells = distances[0].argmin(1)
         for cell in range(0, 60, 7):
             mean = keys[cells == cell, head].mean(0)
