@@ -576,16 +576,15 @@ INSTANTIATE_TEST_SUITE_P(
         ::testing::Values(
                 Codes{"pq_scan", 8, 8, 8},
                 Codes{"pq_scan_4bit", 8, 4, 4},
-                Codes{"pqcache", 2, 6, 1.5},
-                Codes{"pqcache_4x8", 4, 8, 4}),
+                Codes{"pqcache", 2, 6, 1.5}),
         [](const auto& info) { return info.param.method; });
 
 /// A source of keys of 64 components, and what others found its codes to cost:
-/// the squared error of a key.
+/// the squared error of a key. The codes are those for texts of so many tokens.
 struct Published {
     Codes codes;
     std::vector<float> (*source)(int64_t keys);
-    int64_t keys;
+    int64_t tokens, keys;
     int niter;
     double error, tolerance;
 };
@@ -598,9 +597,10 @@ TEST_P(PublishedDistortion, IsThatOfTheCodes) {
     const int d = 64;
     std::vector<float> q(d);
     faiss::float_randn(q.data(), d, 1);
-    const HeadData data = head_of(d, 1, p.source(p.keys), q);
+    const HeadData data = head_of(d, 1, p.source(p.tokens), q);
     benchs::Setup setup(data);
     setup.sink = 0;
+    setup.clustered = p.keys;
     setup.niter = p.niter;
     // An index that can be looked into, and reads what the method reads.
     const auto index =
@@ -652,18 +652,37 @@ INSTANTIATE_TEST_SUITE_P(
                         {"pq_scan_4bit", 8, 4, 4},
                         one_normal_for_each_code,
                         4096,
+                        4096,
                         300,
                         8 * .009497,
                         .03},
                 // tests/test_product_quantizer.py of Faiss, test_pq.
                 Published{
-                        {"pqcache_4x8", 4, 8, 4},
+                        {"pqcache", 4, 8, 4},
                         uniform,
+                        16385,
                         2000,
                         25,
                         4418.0562 / 2000,
                         .01}),
         [](const auto& info) { return info.param.codes.method; });
+
+TEST(Methods, PqCacheHasMoreCodesBeyond16KTokens) {
+    const int d = 64;
+    for (const auto& [tokens, codes] :
+         {std::pair(16384, Codes{"pqcache", 2, 6, 1.5}),
+          std::pair(16385, Codes{"pqcache", 4, 8, 4})}) {
+        const HeadData data =
+                head_of(d, 1, uniform(tokens), std::vector<float>(d, 1.0f));
+        benchs::Setup setup(data);
+        setup.clustered = 256;
+        const std::vector<GroundTruth> none;
+        const auto method = find_method(codes.method).make(setup, false);
+        EXPECT_DOUBLE_EQ(
+                method->probe({data, 0, {0, 0}, none}, 0).index_bytes,
+                codes.bytes * tokens + 2.0 * (1 << codes.bits) * d);
+    }
+}
 
 TEST(Methods, SegmentsAreClusteredOnTheirOwn) {
     // Clustering half of the text and the rest in short segments: every far key

@@ -1,8 +1,7 @@
 /// A scan of compressed keys: product quantization (faiss::IndexPQ) of the keys
 /// as they are cached, an inner product with every code, the best keys one by
 /// one. `pq_scan` has a byte for every 8 components, `pq_scan_4bit` half of it;
-/// `pqcache` is the setting of PQCache (arXiv 2407.12820) up to 16K tokens: 2
-/// sub-quantizers of 6 bits; `pqcache_4x8` that beyond.
+/// `pqcache` has the codes of PQCache (arXiv 2407.12820).
 #include <faiss/IndexPQ.h>
 
 #include "MethodList.h"
@@ -11,13 +10,21 @@ namespace faiss_saap::benchs {
 
 namespace {
 
+/// Of one key: so many, of so many bits each.
+struct Codes {
+    int count, bits;
+};
+
 struct PqScan : Method {
     faiss::IndexPQ index;
     int64_t first;
     bool share_group;
 
-    PqScan(const Setup& s, int m, int bits, bool share)
-            : index(s.data.d, m, bits, faiss::METRIC_INNER_PRODUCT),
+    PqScan(const Setup& s, Codes codes, bool share)
+            : index(s.data.d,
+                    codes.count,
+                    codes.bits,
+                    faiss::METRIC_INNER_PRODUCT),
               first(s.sink),
               share_group(share) {
         index.pq.cp.niter = s.niter;
@@ -69,24 +76,29 @@ struct PqScan : Method {
     }
 };
 
+/// A key of PQCache has more codes where there are more keys to tell apart
+/// (RetroInfer, arXiv 2505.02922, section 5.1).
+Codes of_pqcache(const Setup& s) {
+    return s.data.tokens <= 16384 ? Codes{2, 6} : Codes{4, 8};
+}
+
 MethodEntry entry(
         const std::string& name,
-        const std::function<int(int d)>& codes,
-        int bits) {
+        const std::function<Codes(const Setup&)>& codes) {
     return {name, [=](const Setup& s, bool share) {
-                return std::make_unique<PqScan>(
-                        s, codes(s.data.d), bits, share);
+                return std::make_unique<PqScan>(s, codes(s), share);
             }};
 }
 
 } // namespace
 
 MethodEntries pq_scan_methods() {
-    const auto eighth = [](int d) { return d / 8; };
-    return {entry("pq_scan", eighth, 8),
-            entry("pq_scan_4bit", eighth, 4),
-            entry("pqcache", [](int) { return 2; }, 6),
-            entry("pqcache_4x8", [](int) { return 4; }, 8)};
+    const auto eighths = [](int bits) {
+        return [=](const Setup& s) { return Codes{s.data.d / 8, bits}; };
+    };
+    return {entry("pq_scan", eighths(8)),
+            entry("pq_scan_4bit", eighths(4)),
+            entry("pqcache", of_pqcache)};
 }
 
 } // namespace faiss_saap::benchs
