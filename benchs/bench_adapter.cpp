@@ -123,14 +123,19 @@ Figures ask(
         const float* q = data.query_post(tokens[i], 0);
         const ProbedCells probed = adapter.route({in}, q, &policy);
         const FarRange far = far_range(tokens[i], o.sink, o.window);
-        f.selectivity += union_selectivity(
-                adapter, sequence, probed, far.end, far.begin);
         f.queries++;
         if (!attend) {
+            f.selectivity += union_selectivity(
+                    adapter, sequence, probed, far.end, far.begin);
             continue;
         }
-        adapter.attend_preassigned(
-                {in}, q, probed, {out.data(), lse.data(), stats.data()});
+        adapter.attend(
+                {in}, q, {out.data(), lse.data(), stats.data()}, &policy);
+        // What the heads read apart is the union of their cells.
+        f.selectivity += policy.share_group
+                ? stats[0].selectivity()
+                : union_selectivity(
+                          adapter, sequence, probed, far.end, far.begin);
         for (int h = 0; h < data.group; h++) {
             const GroundTruth& t = truth[i][h];
             // The LSE tells how much mass was read.
@@ -190,6 +195,7 @@ void run(const Options& o) {
             params.sink = o.sink;
             params.window = o.window;
             params.scale = data.scale;
+            params.key_codes = true; // read only where keys are ranked
             AttentionAdapter adapter(params);
             const auto all = configurations(data, o, trained);
             std::vector<int64_t> sequences;
@@ -216,7 +222,10 @@ void run(const Options& o) {
                         policy.nprobe = 65536;
                         policy.max_selectivity = budget;
                         Figures shared;
-                        for (bool share : {true, false}) {
+                        for (const std::string choice :
+                             {"group", "group, codes", "query head"}) {
+                            const bool share = choice != "query head";
+                            policy.refine = choice == "group, codes" ? 6 : 1;
                             if (!share) {
                                 policy = per_head_policy(
                                         data,
@@ -236,12 +245,10 @@ void run(const Options& o) {
                                         truth,
                                         policy,
                                         true);
-                            if (share) {
+                            if (choice == "group") {
                                 shared = f;
                             }
                             const double n = static_cast<double>(f.queries);
-                            const std::string choice =
-                                    share ? "group" : "query head";
                             rows.push_back(
                                     {{"layer", layer},
                                      {"kv_head", kv_head},

@@ -19,12 +19,17 @@ using namespace faiss_saap::benchs;
 
 namespace {
 
+/// Candidates of `sparse_codes` for each key that is read.
+constexpr double kRefine = 6;
+
 /// One sequence, its cache and what it asks.
 struct Sequence {
     std::mt19937 random;
     SyntheticCache cache;
     const KvView& kv = cache.kv;
     std::unique_ptr<AttentionAdapter> adapter;
+    std::unique_ptr<AttentionAdapter> coded; ///< ranks keys by their codes
+    int64_t ranked = 0;     ///< its sequence, routed by centroids
     int64_t id = 0;         ///< routed by centroids
     int64_t classified = 0; ///< the same cells, routed by a classifier
     std::vector<float> queries; ///< heads_q * d
@@ -51,6 +56,11 @@ struct Sequence {
         prefix.length--;
         adapter->append(id, prefix);
         adapter->append(classified, kv);
+        params.key_codes = true;
+        params.policy.refine = kRefine;
+        coded = std::make_unique<AttentionAdapter>(params);
+        ranked = coded->create(centre_partitions(o, cache.centres));
+        coded->append(ranked, kv);
     }
     std::vector<SequenceInput> batch() const {
         return {{id, kv}};
@@ -115,10 +125,16 @@ void run(const DecodeOptions& o) {
             append_seconds.push_back(seconds_now() - start);
         }
     }
-    double keys_read = 0, far_keys = 0;
+    double keys_read = 0, far_keys = 0, keys_ranked = 0;
     std::vector<float> out(int64_t(o.heads_q) * o.d), lse(o.heads_q);
     std::vector<AttendStats> stats(o.heads_q);
     for (auto& s : all) {
+        s->coded->attend(
+                {{s->ranked, s->kv}}, s->queries.data(),
+                {out.data(), lse.data(), stats.data()});
+        for (int h = 0; h < o.heads_kv; h++) {
+            keys_ranked += stats[h * group].keys_ranked;
+        }
         s->probed = s->adapter->route(s->batch(), s->queries.data());
         s->adapter->attend_preassigned(
                 s->batch(), s->queries.data(), s->probed,
@@ -200,6 +216,14 @@ void run(const DecodeOptions& o) {
                  s.adapter->attend(
                          s.batch(), s.queries.data(), {out.data(), lse.data()});
              }},
+            {"sparse_codes",
+             attend_bytes + route_bytes +
+                     keys_ranked / copies * KeyCodes::code_size(o.d),
+             [&](Sequence& s) {
+                 s.coded->attend(
+                         {{s.ranked, s.kv}}, s.queries.data(),
+                         {out.data(), lse.data()});
+             }},
             {"route", route_bytes,
              [&](Sequence& s) {
                  s.adapter->route(s.batch(), s.queries.data());
@@ -234,7 +258,8 @@ void run(const DecodeOptions& o) {
     const double append = percentile(append_seconds, 0.5) * o.sequences;
     std::vector<DecodeStage> rows;
     for (size_t i = 0; i < stages.size(); i++) {
-        const double extra = stages[i].name == "sparse" ? append : 0;
+        const double extra =
+                stages[i].name.rfind("sparse", 0) == 0 ? append : 0;
         rows.push_back({stages[i].name,
                         stages[i].bytes * o.sequences,
                         percentile(seconds[i], 0.5) + extra,

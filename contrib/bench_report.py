@@ -16,7 +16,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-OURS = ("saap", "offline_segments", "union", "metric_")
+OURS = ("saap", "offline_segments", "union", "metric_", "ivf_codes")
 ORACLES = ("oracle_",)
 FIGURES = ("bytes_fraction", "mass_recall", "output_error", "us_per_query", "selectivity")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)

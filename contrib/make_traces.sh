@@ -9,7 +9,7 @@
 #
 # Needs root for apt-get, the environment that ./run.sh sets up, and about 3
 # hours on 2 cores: 5 to 9 minutes for each long trace, those to train on last,
-# or 30 s with torch and CUDA. What is there is not made again, and no text is
+# or 6 s with torch and CUDA. What is there is not made again, and no text is
 # looked for whose traces are there.
 set -euo pipefail
 bench=

@@ -15,6 +15,7 @@
 #include <faiss/utils/distances.h>
 #include <faiss/utils/random.h>
 
+#include <faiss_saap/KeyCodes.h>
 #include <faiss_saap/faiss_compat.h>
 
 #include "common.h"
@@ -184,6 +185,27 @@ INSTANTIATE_TEST_SUITE_P(
         EveryMethod,
         ::testing::ValuesIn(untrained()),
         [](const auto& info) { return info.param; });
+
+TEST(Methods, CodesRankTheCandidatesOfTheCells) {
+    const World& w = world();
+    const int64_t limit = 40;
+    const Selection got = w.built("ivf_codes_group")->probe(w.step, limit);
+    const Selection cells = w.built("ivf_rope_ip_group")->probe(w.step, 6 * limit);
+    KeyCodes codes(w.data.d, w.far.begin);
+    for (int64_t j = w.far.begin; j < w.far.end; j++) {
+        codes.append(w.data.keys_post.data() + j * w.data.d);
+    }
+    const auto best = codes.best(
+            w.data.group, w.data.query_post(w.step.token, 0), w.data.scale,
+            cells.slots[0], limit);
+    ASSERT_EQ(best.size(), 40u);
+    for (const auto& slots : got.slots) {
+        EXPECT_EQ(slots, best);
+    }
+    EXPECT_EQ(got.index_bytes,
+              cells.index_bytes +
+                      double(cells.slots[0].size() * KeyCodes::code_size(w.data.d)));
+}
 
 TEST(Methods, OracleReadsTheLargestWeights) {
     const World& w = world();

@@ -9,6 +9,7 @@
     file(saap)                        \
     file(union)                       \
     file(query_metric)                \
+    file(key_codes)                   \
     file(segments)                    \
     file(quest)                       \
     file(magicpig)                    \

@@ -66,7 +66,7 @@ def test_bench_decode_writes_json(tmp_path):
     assert result.returncode == 0, result.stderr
     report = json.loads(out.read_text())
     rows = {row["stage"]: row for row in report["rows"]}
-    assert set(rows) == {"bandwidth", "gather", "dense", "sparse", "route", "route_classifier", "attend", "append"}
+    assert set(rows) == {"bandwidth", "gather", "dense", "sparse", "sparse_codes", "route", "route_classifier", "attend", "append"}
     assert all(row["us"] > 0 and row["p99_us"] >= row["us"] for row in rows.values())
     # What is read: keys and values of 8 heads, 2 sequences, bfloat16.
     assert rows["dense"]["bytes"] == 2 * 2048 * 8 * 2 * 128 * 2

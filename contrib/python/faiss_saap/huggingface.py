@@ -343,7 +343,9 @@ class _CpuIndex:
 
     def __init__(self, options: _Options, layer: int, keys: torch.Tensor, scaling: float):
         self._options = options
-        self._adapter = fs.AttentionAdapter(*options.shape_of(keys), **options.adapter_options(layer, scaling))
+        self._adapter = fs.AttentionAdapter(
+            *options.shape_of(keys), **options.adapter_options(layer, scaling), key_codes=options.policy.refine > 1
+        )
 
     def learn(self, view: fs.KvView, length: int, ncell: int) -> list[list[fs.Partition]]:
         """Cells of the first `length` tokens of a text."""
