@@ -11,6 +11,9 @@
 # Needs apt-get, html2text and nroff (Debian: groff-base).
 set -euo pipefail
 [ $# -eq 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+for tool in apt-get html2text nroff; do
+  command -v $tool >/dev/null || { echo "error: $tool is missing" >&2; exit 1; }
+done
 mkdir -p "$1/packages"
 cd "$1"
 BYTES=260000 # 32,768 tokens are 90,000 of code to 150,000 of prose
@@ -110,6 +113,6 @@ echo "$TEXTS" | while read -r name package kind patterns; do
   unpacked "$package"
   passage "$package" "$kind" "$patterns" >"$name.part"
   size=$(stat -c %s "$name.part")
-  [ "$size" -ge 150000 ] || echo "warning: $name has only $size bytes" >&2
+  [ "$size" -ge 150000 ] || { echo "error: $name has only $size bytes" >&2; exit 1; }
   mv "$name.part" "$name.txt"
 done

@@ -169,7 +169,7 @@ class AttentionAdapter {
     /// Codes of a KV head's far keys: the tokens that have left the window.
     /// @throws faiss::FaissException where none are kept
     const KeyCodes& codes(int64_t sequence, int kv_head) const;
-    /// Bytes of all lists and their statistics, exactly: what sequences share
+    /// Bytes of all lists, their statistics and codes, exactly: what sequences share
     /// is counted once, and blocks that wait to be used again are counted. What
     /// partitions hold (centroids, networks) is not.
     size_t bytes_used() const;
@@ -203,13 +203,16 @@ class AttentionAdapter {
             const ProbePolicy* policy = nullptr) const;
 
     /// The second half of `attend`, with cells from `route` or from elsewhere.
-    /// A cell named twice in a row counts once. All keys of the cells are read:
-    /// nothing is ranked.
+    /// A cell named twice in a row counts once.
+    /// @param policy  where it refines, only those keys of the cells are read
+    ///                that it allows, ranked by their codes; null: all keys of
+    ///                the cells, also where the adapter's own policy refines
     void attend_preassigned(
             const std::vector<SequenceInput>& batch,
             const float* queries,
             const ProbedCells& probed,
-            const AttendOutput& out) const;
+            const AttendOutput& out,
+            const ProbePolicy* policy = nullptr) const;
 
    private:
     struct Sequence;
@@ -229,15 +232,8 @@ class AttentionAdapter {
             const std::vector<SequenceInput>& batch,
             const float* queries) const;
 
-    /// Attention over the keys in some cells; of them only those that `policy`
-    /// lets a KV head read, ranked by their codes, where it refines.
-    /// @param policy  null: all keys
-    void attend_cells(
-            const std::vector<SequenceInput>& batch,
-            const float* queries,
-            const ProbedCells& probed,
-            const AttendOutput& out,
-            const ProbePolicy* policy) const;
+    /// Throws where a policy refines and there are no codes.
+    void check_refine(const ProbePolicy& policy) const;
     /// Slots of the far keys in some cells, ascending, each once.
     std::vector<int32_t> far_slots(
             const Token& token,

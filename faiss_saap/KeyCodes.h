@@ -12,12 +12,15 @@ namespace faiss_saap {
 
 /// Codes of the keys of consecutive slots, for one sequence and one KV head.
 ///
-/// A block of 32 components is coded as base + step * n, n = 0 .. 15; base and
-/// step (bfloat16) are the block's own, so that a channel of large components
-/// coarsens only its block. Nothing is learnt: a code depends on its key alone,
+/// A 4-bit scalar quantizer with groups of 32 components: a block is coded as
+/// base + step * n, n = 0 .. 15; base and step (bfloat16) are the block's own,
+/// so that a channel of large components coarsens only its block. Queries stay
+/// as they are (asymmetric distances). In Faiss's words the codes are those of a
+/// first index and the cache refines it (IndexRefine, its k_factor is
+/// ProbePolicy::refine). Nothing is learnt: a code depends on its key alone,
 /// and keys appended in bulk, one by one or again after `truncate` have the same
-/// ones. A key of d components takes 20 bytes for every 32 of them, begun ones
-/// included: a sixth of a 16-bit key and value.
+/// ones. A key of d components takes 20 bytes for every 32 of them, rounded
+/// up: a sixth of a 16-bit key and value.
 ///
 /// A copy shares all that both have until one of them changes it.
 ///
@@ -40,18 +43,20 @@ class KeyCodes {
     /// Fills empty codes, as from a file.
     /// @param n      number of slots
     /// @param codes  size n * code_size(d), slot after slot
+    /// @throws faiss::FaissException when there are codes already, n is
+    ///         negative, or a base or step is not finite
     void restore(int64_t n, const uint8_t* codes);
 
     /// Number of slots coded.
     int64_t size() const {
         return size_;
     }
-    /// Code of a slot, size code_size(d).
+    /// Code of a coded slot, size code_size(d).
     const uint8_t* code(int64_t slot) const {
         const int64_t i = slot - first_slot_;
         return chunks_[i / kChunk]->data() + i % kChunk * code_size_;
     }
-    /// The key that a code stands for.
+    /// The key that the code of a coded slot stands for.
     /// @param key  output, size d
     void decode(int64_t slot, float* key) const;
 
@@ -60,7 +65,7 @@ class KeyCodes {
     /// `share_scores` does for cells.
     /// @param nq       queries, at least 1
     /// @param queries  size nq * d
-    /// @param scale    multiplies q.k
+    /// @param scale    multiplies q.k; positive
     /// @param slots    size n, each once
     /// @param limit    slots wanted; n or more: all
     /// @return  min(n, limit) of them, ascending; of equals the lower ones
@@ -77,7 +82,8 @@ class KeyCodes {
     size_t bytes_used(std::unordered_set<const void*>* counted = nullptr) const;
 
    private:
-    static constexpr int64_t kChunk = 4096;
+    /// Keys that are allocated, and copied after a fork, together.
+    static constexpr int64_t kChunk = 128;
     using Chunk = std::vector<uint8_t>;
 
     Chunk& chunk_for_next();

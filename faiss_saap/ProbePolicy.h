@@ -7,7 +7,7 @@
 namespace faiss_saap {
 
 /// Limits of one probe; all of them hold at once. Two exceptions: the best
-/// non-empty cell is read even where it exceeds them, and an adapter reads few
+/// non-empty cell is read (with `refine`, ranked) even where it exceeds them, and an adapter reads few
 /// far keys (AdapterParams::dense_below) without asking.
 struct ProbePolicy {
     int nprobe = 32; ///< cells at most, of each partition; clamped to ncell
@@ -20,9 +20,11 @@ struct ProbePolicy {
     /// quality than a choice per head.
     bool share_group = true;
     /// above 1: cells with up to this many times the far keys that may be read
-    /// are probed, the keys in them are ranked one by one by their 4-bit codes
-    /// (`KeyCodes`), and the best ones are read, one at least. Needs an adapter
-    /// that keeps codes (AdapterParams::key_codes); GPU adapters refuse it.
+    /// are probed (nprobe at most), the keys in them are ranked one by one by
+    /// their 4-bit codes (`KeyCodes`), and the best ones are read: the limit
+    /// holds exactly, but for one key at least. Without max_keys or
+    /// max_selectivity there is nothing to rank. Needs an adapter that keeps
+    /// codes (AdapterParams::key_codes); GPU adapters refuse it.
     double refine = 1;
     /// share of the key limit for each partition of a KV head that has several,
     /// in sum at most 1; empty: equal shares. A key that two partitions reach
@@ -43,7 +45,8 @@ struct ProbePolicy {
     double share(int partition, int npartition) const;
     /// The same for KV head `kv_head`, which may have shares of its own.
     double share(int kv_head, int partition, int npartition) const;
-    /// Far keys that a KV head may read: key_limit times its shares.
+    /// Far keys that a KV head (without share_group: a query head) may read:
+    /// key_limit times its shares.
     int64_t head_limit(int kv_head, int npartition, int64_t far_keys) const;
 };
 

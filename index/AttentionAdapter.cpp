@@ -102,6 +102,7 @@ AttentionAdapter::AttentionAdapter(
             "dense_below = %" PRId64 " must not be negative",
             p.dense_below);
     p.policy.check();
+    check_refine(p.policy);
     if (p.scale == 0) {
         p.scale = 1 / std::sqrt(static_cast<float>(p.d));
     }
@@ -118,6 +119,14 @@ AttentionAdapter::AttentionAdapter(
         const AdapterParams& params,
         const std::vector<Partition>& partitions)
         : AttentionAdapter(params, one_each(partitions)) {}
+
+void AttentionAdapter::check_refine(const ProbePolicy& policy) const {
+    FAISS_THROW_IF_NOT_FMT(
+            policy.refine == 1 || params_.key_codes,
+            "policy.refine = %g ranks keys by their codes, but the adapter was "
+            "made with key_codes = false",
+            policy.refine);
+}
 
 AttentionAdapter::~AttentionAdapter() = default;
 AttentionAdapter::AttentionAdapter(AttentionAdapter&&) noexcept = default;

@@ -31,7 +31,9 @@ float rounded(float x, uint8_t* bits) {
 void encode_block(int n, const float* x, uint8_t* code) {
     const auto [low, high] = std::minmax_element(x, x + n);
     const float base = rounded(*low, code);
-    const float step = rounded((*high - base) / 15, code + 2);
+    // Where base has been rounded up beyond all of them, there is one level.
+    const float step =
+            rounded(std::max(0.0f, (*high - base) / 15), code + 2);
     uint8_t level[kBlock] = {};
     for (int i = 0; i < n && step > 0; i++) {
         level[i] = static_cast<uint8_t>(
@@ -91,6 +93,17 @@ void KeyCodes::truncate(int64_t size) {
 void KeyCodes::restore(int64_t n, const uint8_t* codes) {
     FAISS_THROW_IF_NOT_FMT(
             size_ == 0, "restore: there are %" PRId64 " codes already", size_);
+    FAISS_THROW_IF_NOT_FMT(n >= 0, "n = %" PRId64 " must not be negative", n);
+    for (int64_t i = 0; i < n * blocks_of(d_); i++) {
+        float base_step[2];
+        to_float(DType::bfloat16, codes + i * kBytes, 2, base_step);
+        FAISS_THROW_IF_NOT_FMT(
+                std::isfinite(base_step[0]) && std::isfinite(base_step[1]),
+                "the code of key %" PRId64 " has a base of %f and a step of %f",
+                i / blocks_of(d_),
+                double(base_step[0]),
+                double(base_step[1]));
+    }
     for (; size_ < n; size_ = std::min(n, size_ + kChunk)) {
         std::copy_n(
                 codes + size_ * code_size_,
@@ -121,6 +134,10 @@ std::vector<int32_t> KeyCodes::best(
         int64_t limit) const {
     FAISS_THROW_IF_NOT_FMT(nq >= 1, "nq = %d must be at least 1", nq);
     FAISS_THROW_IF_NOT_FMT(
+            std::isfinite(scale) && scale > 0,
+            "scale = %f must be positive and finite",
+            double(scale));
+    FAISS_THROW_IF_NOT_FMT(
             limit >= 0, "limit = %" PRId64 " must not be negative", limit);
     const auto n = static_cast<int64_t>(slots.size());
     std::vector<const uint8_t*> codes(n);
@@ -140,7 +157,7 @@ std::vector<int32_t> KeyCodes::best(
         code_products(nq, d_, queries, n, codes.data(), scores.data());
         for (float s : scores) {
             FAISS_THROW_IF_NOT_FMT(
-                    std::isfinite(s),
+                    std::isfinite(s * scale),
                     "a query and a coded key have a product of %f",
                     double(s));
         }

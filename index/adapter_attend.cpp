@@ -90,11 +90,7 @@ ProbedCells AttentionAdapter::route(
         const ProbePolicy* given) const {
     const ProbePolicy& policy = given ? *given : params_.policy;
     policy.check();
-    FAISS_THROW_IF_NOT_FMT(
-            policy.refine == 1 || params_.key_codes,
-            "policy.refine = %g ranks keys by their codes, but the adapter was "
-            "made with key_codes = false",
-            policy.refine);
+    check_refine(policy);
     const std::vector<Token> tokens = tokens_of(batch, queries);
     for (const SequenceInput& in : batch) {
         const auto& heads = at(in.sequence).heads;
@@ -234,16 +230,12 @@ void AttentionAdapter::attend_preassigned(
         const std::vector<SequenceInput>& batch,
         const float* queries,
         const ProbedCells& probed,
-        const AttendOutput& out) const {
-    attend_cells(batch, queries, probed, out, nullptr);
-}
-
-void AttentionAdapter::attend_cells(
-        const std::vector<SequenceInput>& batch,
-        const float* queries,
-        const ProbedCells& probed,
         const AttendOutput& out,
         const ProbePolicy* policy) const {
+    if (policy) {
+        policy->check();
+        check_refine(*policy);
+    }
     for (const SequenceInput& in : batch) {
         const Sequence& s = at(in.sequence);
         check_view(in.kv, s.length);
@@ -492,7 +484,7 @@ void AttentionAdapter::attend(
         const AttendOutput& out,
         const ProbePolicy* policy) const {
     const ProbePolicy& chosen = policy ? *policy : params_.policy;
-    attend_cells(
+    attend_preassigned(
             batch, queries, route(batch, queries, &chosen), out, &chosen);
 }
 

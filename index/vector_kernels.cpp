@@ -665,8 +665,13 @@ void code_products_of(
     const auto low = hn::Set(d32, 15);
     constexpr int kAhead = 8; // rows: most lie on a page of their own
     for (int64_t i = 0; i < n; i++) {
-        for (int b = 0; i + kAhead < n && b < blocks * kCodeBlockBytes; b += 64) {
-            __builtin_prefetch(codes[i + kAhead] + b);
+        if (i + kAhead < n) {
+            const int bytes = blocks * kCodeBlockBytes;
+            for (int b = 0; b < bytes; b += 64) {
+                __builtin_prefetch(codes[i + kAhead] + b);
+            }
+            // Codes begin anywhere in a cache line.
+            __builtin_prefetch(codes[i + kAhead] + bytes - 1);
         }
         V total[NQ];
         float base_part[NQ] = {};

@@ -192,13 +192,46 @@ TEST(KeyCodes, WrongInput) {
     EXPECT_SENTENCE(codes.best(1, q.data(), 1, {15}, 0), "slot 15 has no code");
     EXPECT_SENTENCE(codes.best(0, q.data(), 1, {5}, 0), "nq = 0");
     EXPECT_SENTENCE(codes.best(1, q.data(), 1, {5}, -1), "limit = -1");
+    for (float scale : {0.0f, -1.0f, NAN, INFINITY}) {
+        EXPECT_SENTENCE(codes.best(1, q.data(), scale, {5}, 0), "scale = ");
+    }
+    KeyCodes empty(8, 0);
+    EXPECT_SENTENCE(empty.restore(-1, nullptr), "n = -1");
+    std::vector<uint8_t> bytes(codes.code(5), codes.code(5) + 20);
+    bytes[2] = 0x80, bytes[3] = 0x7f; // a step of infinity
+    EXPECT_SENTENCE(empty.restore(1, bytes.data()), "a step of inf");
+    bytes[0] = bytes[1] = 0xff;
+    EXPECT_SENTENCE(empty.restore(1, bytes.data()), "a base of -nan");
+    EXPECT_EQ(empty.size(), 0);
     EXPECT_SENTENCE(codes.truncate(11), "size = 11");
     EXPECT_SENTENCE(codes.restore(1, nullptr), "10 codes already");
     const std::vector<float> huge(8, 1e19f);
     codes.append(huge.data());
     const std::vector<float> huge_query(8, std::numeric_limits<float>::max());
     EXPECT_SENTENCE(codes.best(1, huge_query.data(), 1, {14, 15}, 1), "a product of");
+    EXPECT_SENTENCE(codes.best(2, q.data(), 1e38f, {14, 15}, 1), "a product of");
     EXPECT_EQ(codes.size(), 11);
+}
+
+/// What one key takes, and what a fork copies, does not grow with the head.
+TEST(KeyCodes, CostLittleAtFirst) {
+    tests::Random random;
+    KeyCodes a = coded(128, random.normal(128));
+    EXPECT_LT(a.bytes_used(), 16u << 10);
+    KeyCodes b = a;
+    b.append(random.normal(128).data());
+    EXPECT_LT(b.bytes_used(), 16u << 10);
+}
+
+TEST(KeyCodes, KeysThatRoundToOneLevel) {
+    // Just below a number of eight bits, which base is rounded up to.
+    const std::vector<float> keys(32, std::nextafter(257.0f, 258.0f));
+    const KeyCodes codes = coded(32, keys);
+    std::vector<float> key(32);
+    codes.decode(kFirst, key.data());
+    for (float x : key) {
+        EXPECT_NEAR(x, keys[0], keys[0] / 256);
+    }
 }
 
 /// An adapter that ranks keys by their codes.
@@ -264,6 +297,82 @@ TEST_F(Refining, ReadsTheBestOfTheProbedCells) {
             EXPECT_LT(tests::relative_error(out.data() + h * 32, expected), 1e-5);
             EXPECT_NEAR(lse[h], expected_lse, 1e-4);
         }
+    }
+}
+
+/// Several tokens at once, and earlier ones by position, are answered as each
+/// alone when it was the newest.
+TEST_F(Refining, EarlierTokensSeeTheirOwnKeys) {
+    AttentionAdapter adapter(params, world.partitions);
+    const int64_t a = adapter.create();
+    adapter.append(a, kv);
+    const int n = 3, first = kLength - n;
+    std::vector<float> several(n * 6 * 32);
+    adapter.attend({{a, kv, n}}, world.queries(first), {several.data()}, &policy);
+    AttentionAdapter growing(params, world.partitions);
+    const int64_t b = growing.create();
+    for (int token : {300, first, first + 1, first + 2}) {
+        const KvView so_far = world.view(token + 1);
+        growing.append(b, so_far);
+        growing.attend({{b, so_far}}, world.queries(token),
+                       {out.data(), lse.data(), stats.data()}, &policy);
+        const std::vector<float> newest = out;
+        const int64_t position = token;
+        SequenceInput in{a, kv};
+        in.positions = &position;
+        adapter.attend({in}, world.queries(token),
+                       {out.data(), lse.data(), stats.data()}, &policy);
+        for (size_t i = 0; i < out.size(); i++) {
+            EXPECT_NEAR(out[i], newest[i], 1e-5) << "token " << token;
+            if (token >= first) {
+                EXPECT_NEAR(several[(token - first) * 6 * 32 + i], newest[i], 1e-5);
+            }
+        }
+    }
+}
+
+TEST_F(Refining, ForksTruncatedAndLoadedOnesAnswerAlike) {
+    AttentionAdapter adapter(params, world.partitions);
+    const int64_t a = adapter.create();
+    adapter.append(a, kv);
+    attend(adapter, a);
+    const std::vector<float> expected = out;
+    const int64_t b = adapter.fork(a);
+    adapter.truncate(b, 200, kv);
+    adapter.append(b, kv);
+    attend(adapter, b);
+    EXPECT_EQ(out, expected);
+    const tests::TemporaryFile file;
+    adapter.save(b, file.path);
+    attend(adapter, adapter.load(file.path));
+    EXPECT_EQ(out, expected);
+}
+
+TEST_F(Refining, TheTwoHalvesAreTheWhole) {
+    AttentionAdapter adapter(params, world.partitions);
+    const int64_t a = adapter.create();
+    adapter.append(a, kv);
+    attend(adapter, a);
+    const std::vector<float> expected = out;
+    const float* q = world.queries(kLength - 1);
+    const ProbedCells probed = adapter.route({{a, kv}}, q, &policy);
+    adapter.attend_preassigned({{a, kv}}, q, probed, {out.data()}, &policy);
+    EXPECT_EQ(out, expected);
+    adapter.attend_preassigned(
+            {{a, kv}}, q, probed, {out.data(), lse.data(), stats.data()});
+    EXPECT_GT(stats[0].keys_read, 3 * (kLength / 20)); // all candidates
+}
+
+TEST_F(Refining, FewFarKeysAreNotRanked) {
+    for (int64_t below : {kLength - kSink - kWindow - 1, kLength - kSink - kWindow}) {
+        params.dense_below = below;
+        AttentionAdapter adapter(params, world.partitions);
+        const int64_t a = adapter.create();
+        adapter.append(a, kv);
+        attend(adapter, a);
+        const bool dense = below == kLength - kSink - kWindow;
+        EXPECT_EQ(stats[0].keys_ranked == 0, dense);
+        EXPECT_EQ(stats[0].keys_read == stats[0].far_keys, dense);
     }
 }
 
@@ -340,6 +449,13 @@ TEST_F(Refining, NeedsCodes) {
     EXPECT_SENTENCE(attend(adapter, a), "policy.refine = 4");
     EXPECT_EQ(out, std::vector<float>(out.size(), 7.0f));
     EXPECT_SENTENCE(adapter.codes(a, 0), "key_codes = false");
+    EXPECT_SENTENCE(
+            adapter.attend_preassigned({{a, kv}}, world.queries(kLength - 1), {},
+                                       {out.data()}, &policy),
+            "policy.refine = 4");
+    params.policy = policy;
+    EXPECT_SENTENCE(AttentionAdapter(params, HeadPartitions()), "policy.refine = 4");
+    params.policy = ProbePolicy();
     policy.refine = 0.5;
     EXPECT_SENTENCE(attend(adapter, a), "policy.refine = 0.5");
     policy.refine = NAN;

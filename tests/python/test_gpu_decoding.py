@@ -98,7 +98,8 @@ def test_each_text_is_decoded_as_alone_in_numpy(decoding, model, tokens, cache, 
         (other,) = alone.methods([name], own, trained, 32, 0.25)
         other.begin(0.2)
         theirs = alone.decode(other, tokens[b : b + 1, FIRST:], FIRST)[0]
-        assert method.selectivity[b] == pytest.approx(other.selectivity, rel=0.02 if name != "ivf_rope_ip" else 0.1)
+        # cells learnt on the device and here differ, and with them what fits a budget
+        assert method.selectivity[b] == pytest.approx(other.selectivity, rel=0.1 if "ivf" in name or "union" in name else 0.02)
         assert relative(hidden[b], theirs) < (0.01 if name in ("window", "oracle_topk") else 0.05)
         assert method.index_bytes() == other.index_bytes()
         loss = alone.nll(theirs[None, :-1], tokens[b : b + 1, FIRST + 1 :])

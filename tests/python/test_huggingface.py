@@ -142,6 +142,18 @@ def test_with_every_cell_probed_it_is_eager_attention(name):
     assert cache.selectivity == 1
 
 
+def test_keys_ranked_by_codes_are_nearer_than_cells():
+    ids, mask = texts(2, 300), mask_of([0, 9], 300)
+    errors = []
+    for refine in (1, 6):
+        model = make_model()
+        cache = make_cache(model, fs.ProbePolicy(nprobe=65536, max_selectivity=0.1, refine=refine))
+        got = logits_in_passes(model, cache, ids, [250, *[1] * 50], mask)
+        assert cache.selectivity <= 0.12
+        errors.append((got[:, 250:] - eager_logits("llama", ids, mask)[:, 250:]).norm())
+    assert errors[1] < 0.9 * errors[0]
+
+
 @pytest.mark.parametrize("keys_per_cell", [0, 8])
 def test_with_trained_partitions_too(keys_per_cell, tmp_path, monkeypatch):
     model = make_model("llama 3.1")

@@ -565,7 +565,8 @@ void bind_adapter(nb::module_& m) {
                             "collections.abc.Sequence[SequenceInput], queries: "
                             "object, policy: ProbePolicy | None = None) -> "
                             "ProbedCells"),
-                    "The first half of attend: which cells to probe.")
+                    "The first half of attend: which cells to probe (with "
+                    "policy.refine, those whose keys are to be ranked).")
             .def(
                     "attend_preassigned",
                     [](const AttentionAdapter& a,
@@ -574,6 +575,7 @@ void bind_adapter(nb::module_& m) {
                        const ProbedCells& probed,
                        const nb::object& output,
                        const nb::object& lse,
+                       const ProbePolicy* policy,
                        bool merge) {
                         const Batch batch(a, asking, queries);
                         return attend(
@@ -586,7 +588,8 @@ void bind_adapter(nb::module_& m) {
                                             batch.inputs,
                                             batch.rows->data(),
                                             probed,
-                                            out);
+                                            out,
+                                            policy);
                                 });
                     },
                     "batch"_a,
@@ -595,14 +598,16 @@ void bind_adapter(nb::module_& m) {
                     nb::kw_only(),
                     "output"_a = nb::none(),
                     "lse"_a = nb::none(),
+                    "policy"_a = nb::none(),
                     "merge"_a = false,
                     nb::sig("def attend_preassigned(self, batch: "
                             "collections.abc.Sequence[SequenceInput], queries: "
                             "object, probed: ProbedCells, *, output: object = "
-                            "None, lse: object = None, merge: bool = False) -> "
-                            "Attention"),
+                            "None, lse: object = None, policy: ProbePolicy | "
+                            "None = None, merge: bool = False) -> Attention"),
                     "The second half of attend, with cells from route or from "
-                    "elsewhere.");
+                    "elsewhere. policy: where it refines, only the keys that it "
+                    "allows are read; None: all keys of the cells.");
 
     m.def(
             "sequence_partitions",
