@@ -25,7 +25,7 @@ WINDOW = {"8k": 256, "32k": 2048, "128k": 2048}
 CELLS = {"8k": 512, "32k": 2048, "128k": 4096}  # 16 keys a cell, 32 where they are many
 QUERIES = {"8k": 24, "32k": 16, "128k": 8}
 # Cells of 32 and 64 keys: a smaller index leaves more of the bytes for keys.
-COARSE = "ivf_rope_ip,ivf_rope_ip_group,ivf_rope_spherical_group"
+COARSE = "ivf_rope_ip,ivf_rope_ip_group,ivf_codes_group,ivf_rope_spherical_group"
 MORE = "hnsw,oracle_cells_group"  # slow to build or to probe: on the whole text only
 SEARCHED = {"8k": [("handbook", 9, 2), ("headers", 21, 2)]}  # heads shown as a search problem (bench_ann)
 # The best of each family, so that all of it takes minutes; `bench_recall --methods all` knows more.
@@ -34,7 +34,7 @@ FAMILIES = (
     "retroinfer_group,quest_64_group,pq_scan_group,pq_scan_4bit_group,pqcache_group,magicpig,streaming_llm,"
     "metric_cells_group,metric_codes,metric_codes_group"
 )
-TRAINED = "saap,saap_group,offline_segments_group"
+TRAINED = "saap,saap_group,saap_codes_group,offline_segments_group"
 FAMILIES_LONG = (
     "oracle_topk_group,ivf_rope_l2_group,ivf_rope_ip_group,retroinfer_group,quest_64_group,pq_scan_4bit_group,"
     "pqcache_group,streaming_llm,metric_codes_group"
@@ -132,12 +132,13 @@ def plan(traces: Path, data: Path, lengths: list[str], more_methods: tuple[str, 
             decoding.append(Run(f"{name}-prefix", **common, methods=FAMILIES, cluster_on="prefix"))
             coarse.append(Run(f"{name}-more", **common, methods=MORE))
             for clustering, runs, suffix in (("all", everything, ""), ("prefix", decoding, "-prefix")):
+                own = partitions if f"layer.{layer}.kv.{kv_head}.centroids" in holds else None
                 for method in more_methods:
-                    more = dict(methods=method, cluster_on=clustering, again=True)
+                    more = dict(methods=method, cluster_on=clustering, again=True, partitions=own)
                     asked_for.append(Run(f"{name}{suffix}-with_{method}", **common, **more))
-                if f"layer.{layer}.kv.{kv_head}.centroids" in holds:
+                if own:
                     methods = TRAINED + (",saap_blend_group" if clustering == "prefix" else "")
-                    more = dict(methods=methods, cluster_on=clustering, partitions=partitions)
+                    more = dict(methods=methods, cluster_on=clustering, partitions=own)
                     runs.append(Run(f"{name}{suffix}-trained", **common, **more))
                 for keys in (32, 64):
                     more = dict(methods=COARSE, cluster_on=clustering, keys_per_cell=keys)
