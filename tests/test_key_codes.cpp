@@ -280,10 +280,11 @@ TEST_F(Refining, ReadsTheBestOfTheProbedCells) {
             const auto best = adapter.codes(a, h / 3).best(
                     nq, world.queries(kLength - 1) + row * nq * 32,
                     adapter.params().scale, slots, limit);
-            EXPECT_EQ(stats[h].keys_ranked, int(slots.size()));
-            EXPECT_GT(stats[h].keys_ranked, limit);
-            EXPECT_LE(stats[h].keys_ranked, 4 * limit + 3);
-            EXPECT_EQ(stats[h].keys_read, limit);
+            // Cells may be too large or too small to offer more than is read.
+            const int offered = static_cast<int>(slots.size());
+            EXPECT_EQ(stats[h].keys_ranked, offered > limit ? offered : 0);
+            EXPECT_EQ(stats[h].keys_read, std::min(offered, limit));
+            EXPECT_TRUE(offered <= 4.0 * far / 20 || stats[h].cells == 1);
             EXPECT_EQ(stats[h].far_keys, far);
             const std::set<int64_t> reads(best.begin(), best.end());
             std::vector<double> expected;
@@ -360,7 +361,11 @@ TEST_F(Refining, TheTwoHalvesAreTheWhole) {
     EXPECT_EQ(out, expected);
     adapter.attend_preassigned(
             {{a, kv}}, q, probed, {out.data(), lse.data(), stats.data()});
-    EXPECT_GT(stats[0].keys_read, 3 * (kLength / 20)); // all candidates
+    int64_t offered = 0;
+    for (int64_t i = probed.begin[0]; i < probed.begin[1]; i++) {
+        offered += adapter.lists(a, 0).slots(probed.cells[i]).size();
+    }
+    EXPECT_EQ(stats[0].keys_read, offered);
 }
 
 TEST_F(Refining, FewFarKeysAreNotRanked) {
@@ -420,7 +425,8 @@ TEST_F(Refining, ALimitOfNothingReadsOneKey) {
     policy.max_keys = 0;
     attend(adapter, a);
     EXPECT_EQ(stats[0].keys_read, 1);
-    EXPECT_GT(stats[0].keys_ranked, 1); // of the best cell
+    EXPECT_EQ(stats[0].cells, 1); // the best one, whose keys are ranked
+    EXPECT_NE(stats[0].keys_ranked, 1);
 }
 
 TEST_F(Refining, SeveralPartitionsRankTheirKeysTogether) {
@@ -428,12 +434,13 @@ TEST_F(Refining, SeveralPartitionsRankTheirKeysTogether) {
     const int64_t a = adapter.create(sequence_partitions(kv, kSink, 500, 9));
     adapter.append(a, kv);
     policy.split = {0.75, 0.25};
+    policy.refine = 8;
     attend(adapter, a);
     const int limit = (kLength - kSink - kWindow) / 20;
     EXPECT_EQ(stats[0].keys_read, limit);
-    EXPECT_LE(stats[0].keys_ranked, 4 * limit + 3);
     // Shares of a head's own are limits by themselves.
     policy.split.clear();
+    policy.refine = 20; // candidates enough, whatever the cells' sizes
     policy.head_split = {{0.25, 0.25}, {0, 1}};
     attend(adapter, a);
     EXPECT_EQ(stats[0].keys_read, limit / 2);

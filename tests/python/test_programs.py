@@ -96,7 +96,7 @@ def test_bench_adapter_measures_while_the_sequence_grows(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = json.loads(out.read_text())["rows"]
     assert sorted({row["tokens"] for row in rows}) == [2048, 4096, 6144, 8192]
-    assert len(rows) == 4 * 2 * 2  # lengths, partitions, choices
+    assert len(rows) == 4 * 2 * 3  # lengths, partitions, choices
     pairs = {}
     for row in rows:
         assert 0 < row["mass_recall"] <= 1 and 0 < row["output_error"] < 1
