@@ -91,8 +91,8 @@ std::vector<int32_t> best_in_double(
     }
     std::vector<int> order(slots.size());
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-        return mass[a] > mass[b];
+    std::sort(order.begin(), order.end(), [&](int a, int b) {
+        return mass[a] != mass[b] ? mass[a] > mass[b] : a < b;
     });
     std::vector<int32_t> best;
     for (size_t i = 0; i < std::min(limit, order.size()); i++) {
@@ -185,7 +185,7 @@ TEST(KeyCodes, CopiesGoTheirOwnWays) {
 TEST(KeyCodes, WrongInput) {
     tests::Random random;
     KeyCodes codes = coded(8, random.normal(80));
-    const auto q = random.normal(8);
+    const auto q = random.normal(16);
     EXPECT_SENTENCE(KeyCodes(0, 0), "d = 0");
     EXPECT_SENTENCE(KeyCodes(8, -1), "first_slot = -1");
     EXPECT_SENTENCE(codes.best(1, q.data(), 1, {4}, 0), "slot 4 has no code");
