@@ -129,8 +129,8 @@ Figures ask(
                     adapter, sequence, probed, far.end, far.begin);
             continue;
         }
-        adapter.attend(
-                {in}, q, {out.data(), lse.data(), stats.data()}, &policy);
+        adapter.attend_preassigned(
+                {in}, q, probed, {out.data(), lse.data(), stats.data()}, &policy);
         // What the heads read apart is the union of their cells.
         f.selectivity += policy.share_group
                 ? stats[0].selectivity()

@@ -14,7 +14,7 @@ import torch
 import faiss_saap as fs
 from smollm2 import SmolLM2
 from smollm2_torch import TorchSmolLM2, rotate
-from sparse_decoding import METHODS_OF_CELLS, SINK, WINDOW, offline_partitions
+from sparse_decoding import METHODS_OF_CELLS, SINK, WINDOW, bytes_of_codes, offline_partitions
 
 #: replaced in tests without a device, by what attends in main memory
 DEVICE = "cuda"
@@ -266,8 +266,7 @@ class HostCells(GpuMethod):
         return torch.from_numpy(out).to(q.device)
 
     def index_bytes(self) -> int:
-        ranked = self.ranked / max(1, self.asked) * len(self.adapters)  # of a token, all layers
-        return self.bytes_of_cells + round(ranked * fs.key_code_size(self.adapters[0].d))
+        return self.bytes_of_cells + bytes_of_codes(self.ranked, self.asked, self.adapters)
 
 
 class GpuDecoding:

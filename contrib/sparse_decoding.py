@@ -174,6 +174,11 @@ class OracleTopK(Method):
         return out
 
 
+def bytes_of_codes(ranked: int, asked: int, adapters: Sequence[fs.AttentionAdapter]) -> int:
+    """What the codes of keys take that one token ranks in all layers, from the sum over so many tokens and layers."""
+    return round(ranked / max(1, asked) * len(adapters) * fs.key_code_size(adapters[0].d))
+
+
 class Cells(Method):
     """The library's adapter, one for each layer, with these partitions[layer][kv_head] (each a list)."""
 
@@ -225,8 +230,7 @@ class Cells(Method):
 
     def index_bytes(self) -> int:
         cells = sum(p.query.bytes_read() for layer in self.partitions for head in layer for p in head)
-        ranked = self._ranked / max(1, self._calls) * len(self.adapters)  # of a token, all layers
-        return cells + round(ranked * fs.key_code_size(self.adapters[0].d))
+        return cells + bytes_of_codes(self._ranked, self._calls, self.adapters)
 
 
 class Planned(Cells):

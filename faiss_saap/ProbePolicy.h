@@ -7,8 +7,8 @@
 namespace faiss_saap {
 
 /// Limits of one probe; all of them hold at once. Two exceptions: the best
-/// non-empty cell is read (with `refine`, ranked) even where it exceeds them, and an adapter reads few
-/// far keys (AdapterParams::dense_below) without asking.
+/// non-empty cell is read (with `refine`, ranked) even where it exceeds them, and
+/// an adapter reads few far keys (AdapterParams::dense_below) without asking.
 struct ProbePolicy {
     int nprobe = 32; ///< cells at most, of each partition; clamped to ncell
     /// far keys at most, per KV head with share_group, else per query head
@@ -45,8 +45,14 @@ struct ProbePolicy {
     double share(int partition, int npartition) const;
     /// The same for KV head `kv_head`, which may have shares of its own.
     double share(int kv_head, int partition, int npartition) const;
-    /// Far keys that a KV head (without share_group: a query head) may read:
-    /// key_limit times its shares.
+    /// Far keys that one of a head's partitions may propose, `refine` included.
+    int64_t candidate_limit(
+            int kv_head,
+            int partition,
+            int npartition,
+            int64_t far_keys) const;
+    /// Far keys that a KV head (without share_group: a query head) may read, all
+    /// its partitions together.
     int64_t head_limit(int kv_head, int npartition, int64_t far_keys) const;
 };
 

@@ -26,6 +26,23 @@ void check_shares(const std::vector<double>& shares, const char* name) {
             sum <= 1 + 1e-9, "%s sums up to %g, more than 1", name, sum);
 }
 
+/// Far keys that the share of one of a head's partitions amounts to.
+double keys_of_share(
+        const ProbePolicy& policy,
+        int kv_head,
+        int partition,
+        int npartition,
+        int64_t far_keys) {
+    const int64_t all = policy.key_limit(far_keys);
+    // Without a limit there is nothing to split; shares of a head's own are
+    // limits by themselves.
+    if (all >= far_keys && policy.head_split.empty()) {
+        return static_cast<double>(far_keys);
+    }
+    return policy.share(kv_head, partition, npartition) *
+            static_cast<double>(all);
+}
+
 } // namespace
 
 void ProbePolicy::check() const {
@@ -92,21 +109,27 @@ int64_t ProbePolicy::key_limit(int64_t far_keys) const {
             max_keys, static_cast<int64_t>(max_selectivity * far_keys));
 }
 
+int64_t ProbePolicy::candidate_limit(
+        int kv_head,
+        int partition,
+        int npartition,
+        int64_t far_keys) const {
+    const double keys = refine *
+            keys_of_share(*this, kv_head, partition, npartition, far_keys);
+    return static_cast<int64_t>(
+            std::min(keys + 1e-9, static_cast<double>(far_keys)));
+}
+
 int64_t ProbePolicy::head_limit(
         int kv_head,
         int npartition,
         int64_t far_keys) const {
-    const int64_t all = key_limit(far_keys);
-    // Without a limit there is nothing to split; shares of a head's own are
-    // limits by themselves.
-    if (all >= far_keys && head_split.empty()) {
-        return far_keys;
-    }
-    double shares = 0;
+    double keys = 0;
     for (int p = 0; p < npartition; p++) {
-        shares += share(kv_head, p, npartition);
+        keys += keys_of_share(*this, kv_head, p, npartition, far_keys);
     }
-    return static_cast<int64_t>(shares * all + 1e-9);
+    return static_cast<int64_t>(
+            std::min(keys + 1e-9, static_cast<double>(far_keys)));
 }
 
 std::vector<int32_t> take_cells(

@@ -165,12 +165,8 @@ ProbedCells AttentionAdapter::route(
                         shared.data());
                 scores = std::move(shared);
             }
-            const int64_t all = policy.key_limit(far_keys);
-            const double wanted = all >= far_keys && policy.head_split.empty()
-                    ? far_keys // as ProbePolicy::head_limit says
-                    : policy.refine * share * all + 1e-9;
-            const auto limit = static_cast<int64_t>(
-                    std::min<double>(wanted, far_keys));
+            const int64_t limit =
+                    policy.candidate_limit(h, p, npartition, far_keys);
             for (int g = 0; g < choices; g++) {
                 auto& row = chosen[task * choices + g];
                 for (int32_t c : take_cells(

@@ -252,6 +252,11 @@ struct Refining : ::testing::Test {
         policy.max_selectivity = 0.05;
         policy.refine = 4;
     }
+    int64_t appended(AttentionAdapter& adapter) const {
+        const int64_t sequence = adapter.create();
+        adapter.append(sequence, kv);
+        return sequence;
+    }
     void attend(const AttentionAdapter& adapter, int64_t sequence) {
         adapter.attend({{sequence, kv}}, world.queries(kLength - 1),
                        {out.data(), lse.data(), stats.data()}, &policy);
@@ -262,8 +267,7 @@ TEST_F(Refining, ReadsTheBestOfTheProbedCells) {
     for (bool share : {true, false}) {
         policy.share_group = share;
         AttentionAdapter adapter(params, world.partitions);
-        const int64_t a = adapter.create();
-        adapter.append(a, kv);
+        const int64_t a = appended(adapter);
         attend(adapter, a);
         const ProbedCells probed =
                 adapter.route({{a, kv}}, world.queries(kLength - 1), &policy);
@@ -305,8 +309,7 @@ TEST_F(Refining, ReadsTheBestOfTheProbedCells) {
 /// alone when it was the newest.
 TEST_F(Refining, EarlierTokensSeeTheirOwnKeys) {
     AttentionAdapter adapter(params, world.partitions);
-    const int64_t a = adapter.create();
-    adapter.append(a, kv);
+    const int64_t a = appended(adapter);
     const int n = 3, first = kLength - n;
     std::vector<float> several(n * 6 * 32);
     adapter.attend({{a, kv, n}}, world.queries(first), {several.data()}, &policy);
@@ -334,8 +337,7 @@ TEST_F(Refining, EarlierTokensSeeTheirOwnKeys) {
 
 TEST_F(Refining, ForksTruncatedAndLoadedOnesAnswerAlike) {
     AttentionAdapter adapter(params, world.partitions);
-    const int64_t a = adapter.create();
-    adapter.append(a, kv);
+    const int64_t a = appended(adapter);
     attend(adapter, a);
     const std::vector<float> expected = out;
     const int64_t b = adapter.fork(a);
@@ -351,8 +353,7 @@ TEST_F(Refining, ForksTruncatedAndLoadedOnesAnswerAlike) {
 
 TEST_F(Refining, TheTwoHalvesAreTheWhole) {
     AttentionAdapter adapter(params, world.partitions);
-    const int64_t a = adapter.create();
-    adapter.append(a, kv);
+    const int64_t a = appended(adapter);
     attend(adapter, a);
     const std::vector<float> expected = out;
     const float* q = world.queries(kLength - 1);
@@ -372,8 +373,7 @@ TEST_F(Refining, FewFarKeysAreNotRanked) {
     for (int64_t below : {kLength - kSink - kWindow - 1, kLength - kSink - kWindow}) {
         params.dense_below = below;
         AttentionAdapter adapter(params, world.partitions);
-        const int64_t a = adapter.create();
-        adapter.append(a, kv);
+        const int64_t a = appended(adapter);
         attend(adapter, a);
         const bool dense = below == kLength - kSink - kWindow;
         EXPECT_EQ(stats[0].keys_ranked == 0, dense);
@@ -384,8 +384,7 @@ TEST_F(Refining, FewFarKeysAreNotRanked) {
 /// Ranking every key finds more mass than reading whole cells.
 TEST_F(Refining, FindsMoreThanCells) {
     AttentionAdapter adapter(params, world.partitions);
-    const int64_t a = adapter.create();
-    adapter.append(a, kv);
+    const int64_t a = appended(adapter);
     double mass[2] = {0, 0};
     for (int refines : {0, 1}) {
         policy.refine = refines ? 20 : 1;
@@ -403,8 +402,7 @@ TEST_F(Refining, FindsMoreThanCells) {
 
 TEST_F(Refining, WithoutALimitItIsDenseAttention) {
     AttentionAdapter adapter(params, world.partitions);
-    const int64_t a = adapter.create();
-    adapter.append(a, kv);
+    const int64_t a = appended(adapter);
     policy.max_selectivity = 1;
     attend(adapter, a);
     for (int h = 0; h < 6; h++) {
@@ -420,8 +418,7 @@ TEST_F(Refining, WithoutALimitItIsDenseAttention) {
 
 TEST_F(Refining, ALimitOfNothingReadsOneKey) {
     AttentionAdapter adapter(params, world.partitions);
-    const int64_t a = adapter.create();
-    adapter.append(a, kv);
+    const int64_t a = appended(adapter);
     policy.max_keys = 0;
     attend(adapter, a);
     EXPECT_EQ(stats[0].keys_read, 1);
@@ -450,8 +447,7 @@ TEST_F(Refining, SeveralPartitionsRankTheirKeysTogether) {
 TEST_F(Refining, NeedsCodes) {
     params.key_codes = false;
     AttentionAdapter adapter(params, world.partitions);
-    const int64_t a = adapter.create();
-    adapter.append(a, kv);
+    const int64_t a = appended(adapter);
     out.assign(out.size(), 7.0f);
     EXPECT_SENTENCE(attend(adapter, a), "policy.refine = 4");
     EXPECT_EQ(out, std::vector<float>(out.size(), 7.0f));

@@ -173,7 +173,7 @@ void bind_gpu(nb::module_& m) {
                                 scale,
                                 position_offset,
                                 dense_below,
-                                false,
+                                /*key_codes=*/false,
                                 policy),
                         head_partitions(partitions),
                         device);
