@@ -6,6 +6,7 @@ Every method sees the same rounding: keys, values and queries are float16, sums 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Container, Iterable, Optional, Sequence
 
 import numpy as np
@@ -211,8 +212,9 @@ class HostCells(GpuMethod):
         self.split, self.refine = list(split), refine
         self.group = model.num_heads // model.num_kv_heads
         self.k, self.v = cache.k.cpu().numpy(), cache.v.cpu().numpy()
-        self.adapters, self.prefilled, self.sequences = [], [], []
-        for layer in range(model.num_layers):
+        self.sequences = []
+
+        def prefilled(layer: int) -> tuple[fs.AttentionAdapter, list[int]]:
             adapter = fs.AttentionAdapter(
                 model.num_heads, model.num_kv_heads, model.head_dim, partitions[layer] if partitions else None,
                 sink=SINK, window=WINDOW, key_codes=True,
@@ -220,8 +222,10 @@ class HostCells(GpuMethod):
             numbers = [adapter.create(own[layer][text] if own else None) for text in range(cache.texts)]
             for text, sequence in enumerate(numbers):
                 adapter.append(sequence, self.view(layer, text, cache.length))
-            self.adapters.append(adapter)
-            self.prefilled.append(numbers)
+            return adapter, numbers
+
+        with ThreadPoolExecutor() as pool:  # an append has a thread for each KV head, and there are few
+            self.adapters, self.prefilled = zip(*pool.map(prefilled, range(model.num_layers)))
         first = [adapter.partition(s[0], h, i) for adapter, s in zip(self.adapters, self.prefilled)
                  for h in range(model.num_kv_heads) for i in range(adapter.npartition(s[0], h))]  # fmt: skip
         self.most_cells = max(p.ncell for p in first)
