@@ -482,8 +482,8 @@ void GpuAttentionAdapter::reset(int64_t sequence, cudaStream_t stream) {
     Sequence& s = at(sequence);
     DeviceScope scope(device_);
     clear(s.lists, params_.d, stream);
-    FAISS_SAAP_CUDA_CHECK(cudaMemsetAsync(
-            &s.state()->length, 0, sizeof(s.state()->length), stream));
+    static_assert(offsetof(SequenceState, assigned) == sizeof(int64_t));
+    FAISS_SAAP_CUDA_CHECK(cudaMemsetAsync(s.state(), 0, 2 * sizeof(int64_t), stream));
     s.length = 0;
     s.length_known = true;
 }

@@ -263,6 +263,7 @@ __global__ void __launch_bounds__(kThreads) truncate_list(TruncateParams p) {
 
 __global__ void end_truncate(TruncateParams p) {
     p.sequence->length = p.length;
+    p.sequence->assigned = min(p.sequence->assigned, p.length);
 }
 
 } // namespace

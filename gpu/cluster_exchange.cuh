@@ -16,7 +16,7 @@ namespace faiss_saap::gpu {
 /// A block alone, which is no cluster, writes and waits as blocks do.
 ///
 /// A block may be one exchange ahead of another, as it has had what the other sent in the
-/// one before: so two barriers take turns.
+/// one before: so two barriers take turns, and each block sends to each in every one.
 class ClusterExchange {
    public:
     /// Makes the barriers ready and says so; await_begin() follows.
@@ -77,6 +77,22 @@ class ClusterExchange {
                     "r"(counter)
                     : "memory");
         }
+#endif
+    }
+    /// 16 bytes that lie in this block, to the same place in `block`, another one.
+    __device__ __forceinline__ void send_copy(const float4* at, unsigned block) const {
+#if __CUDA_ARCH__ >= 900
+        const float4 value = *at;
+        asm volatile(
+                "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+                "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                        address_in_block(shared_address(at), block)),
+                "f"(value.x),
+                "f"(value.y),
+                "f"(value.z),
+                "f"(value.w),
+                "r"(address_in_block(barrier(), block))
+                : "memory");
 #endif
     }
     /// The same in every block of the cluster.

@@ -12,8 +12,6 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-constexpr int kMostBlocks = 16; ///< of a row
-
 /// The layout that rows of so many blocks have, with as many warps that attend as there
 /// is room for; 0 bytes: there is room for none.
 template <class T, int D>
@@ -22,7 +20,7 @@ DecodeLayout layout_of(const DecodeParams& p, int room, int blocks) {
     int warps = kWarps;
     do {
         layout = DecodeLayout::of<T, D>(p, blocks, warps);
-        if (layout.bytes <= room) {
+        if (layout.bytes <= room && layout.ahead > 0) {
             return layout;
         }
         warps /= 2;

@@ -20,17 +20,22 @@ __device__ __forceinline__ RowProducts products_of(
     const bool of_key = layer > layers, scores = layer >= layers;
     const DeviceAssigner& a = of_key ? list.key : list.query;
     RowProducts p;
-    p.rows = scores ? a.rows : a.layer[layer];
-    p.bias = scores ? a.bias : a.layer_bias[layer];
     p.bf16 = a.bf16;
-    p.nrow = scores ? a.ncell : a.width;
+    p.matrix = p.bias_matrix = scores ? a.ncell : a.width;
     p.cols = scores ? a.padded_cols : layer == 0 ? a.padded_d : a.padded_width;
     const bool per_head = (layer == 0 && layers) || a.networks > 1;
     p.heads = per_head && !of_key ? group : 1;
     p.n = p.heads > 1 || of_key ? 1 : group;
-    const int each = DecodeLayout::share(p.nrow, gridDim.x);
-    p.first = min(p.nrow, static_cast<int>(blockIdx.x) * each);
-    p.end = min(p.nrow, p.first + each);
+    const int blocks = static_cast<int>(gridDim.x);
+    const int each = scores ? DecodeLayout::share(p.matrix, blocks)
+                            : DecodeLayout::share_in_fours(p.matrix, blocks);
+    p.first = min(p.matrix, static_cast<int>(blockIdx.x) * each);
+    p.end = min(p.matrix, p.first + each);
+    const auto* rows = static_cast<const char*>(scores ? a.rows : a.layer[layer]);
+    const float* bias = scores ? a.bias : a.layer_bias[layer];
+    p.rows = rows + int64_t(p.first) * p.bytes_of_row();
+    p.bias = bias ? bias + p.first : nullptr;
+    p.share_out(kWarps, /*splits=*/!of_key);
     return p;
 }
 
@@ -75,62 +80,115 @@ __device__ __forceinline__ void read_row(DecodeBlock& b) {
     __syncthreads();
 }
 
-/// Brings the block's weights nearer.
-__device__ __forceinline__ void prefetch_weights(const DecodeBlock& b) {
+/// Weights that are kept in shared memory until they are used: hidden layers and cells, as
+/// far as there is room for them.
+struct KeptWeights {
+    const DecodeBlock& b;
+    int bytes = 0; ///< up to here
+
+    /// Where those of the next layer lie, if they are kept, in order of the layers.
+    __device__ __forceinline__ char* next(int layer) {
+        const RowProducts& product = b.s.products[layer];
+        const int of_layer = product.bytes() + (product.bytes_of_bias() + 15) / 16 * 16;
+        if (layer > b.s.layers || bytes + of_layer > b.layout.kept_bytes) {
+            return nullptr;
+        }
+        char* at = b.shared + b.layout.kept + bytes;
+        bytes += of_layer;
+        return at;
+    }
+};
+
+/// Sends for the block's weights, to be kept or only to be nearer; and brings nearer what
+/// else is known of the row.
+/// @param length, assigned  of the sequence, as far as they can be known while the
+///                          kernels before still run
+__device__ __forceinline__ void send_for_weights(
+        const DecodeBlock& b,
+        int64_t length,
+        int64_t assigned) {
+    const DecodeParams& p = b.p;
+    const DecodeShared& s = b.s;
+    prefetch_bytes(
+            reinterpret_cast<const char*>(s.list.count), 4 * s.list.query.ncell);
+    const int64_t leaving = leaving_slot(length, p.sink, p.window);
+    const bool seeks = leaving >= 0 && leaving >= assigned;
+    KeptWeights kept = {b};
 #pragma unroll 1
-    for (int layer = 0; layer < b.s.nproduct; layer++) {
-        prefetch_products(b.s.products[layer]);
+    for (int layer = 0; layer < s.nproduct; layer++) {
+        const RowProducts& product = s.products[layer];
+        if (char* to = kept.next(layer)) {
+            copy_products(product, to);
+        } else if (layer <= s.layers || seeks) {
+            prefetch_products(product);
+        }
+    }
+    commit_copies();
+}
+
+/// Goes on with the weights where they have come to lie. By a block; a barrier follows.
+__device__ __forceinline__ void use_kept_weights(const DecodeBlock& b) {
+    __syncthreads(); // all have sent for them from where they were
+    KeptWeights kept = {b};
+#pragma unroll 1
+    for (int layer = 0; threadIdx.x == 0 && layer < b.s.nproduct; layer++) {
+        if (const char* at = kept.next(layer)) {
+            RowProducts& product = b.s.products[layer];
+            product.rows = at;
+            product.matrix = product.bias_matrix = product.end - product.first;
+            if (product.bias) {
+                product.bias = reinterpret_cast<const float*>(at + product.bytes());
+            }
+        }
     }
 }
 
-/// Floats between the vectors of two heads that what comes first is multiplied with.
-__device__ __forceinline__ int vector_stride(const DecodeBlock& b) {
-    const DeviceAssigner& query = b.s.list.query;
-    return b.s.layers ? query.padded_d : query.padded_cols;
-}
-
-/// Zeros where nobody else writes: cells that there are not, and what pads vectors.
+/// Zeros where nobody else writes: what pads vectors.
 template <int D>
 __device__ __forceinline__ void clear_padding(DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
-    const DeviceAssigner& query = b.s.list.query;
-#pragma unroll 1
-    for (int c = query.ncell + threadIdx.x; c < layout.padded_cells; c += kThreads) {
-        b.words(layout.keys)[c] = 0;
-    }
-    const int padding = b.s.layers ? query.padded_width - query.width : 0;
+    const int width = b.s.list.query.width, of_units = b.unit_stride();
+    const int padding = b.s.layers ? of_units - width : 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < layout.group * padding; i += kThreads) {
-        const int at = i / padding * query.padded_width + query.width + i % padding;
-        b.floats(layout.hidden)[at] = b.floats(layout.activated)[at] = 0;
+        const int at = i / padding * of_units + width + i % padding;
+        b.ints(layout.hidden)[at] = b.ints(layout.activated)[at] = 0;
     }
-    const int stride = vector_stride(b), of_x = stride - D;
+    const int stride = b.vector_stride(), of_x = stride - D;
 #pragma unroll 1
     for (int i = threadIdx.x; i < layout.group * of_x; i += kThreads) {
-        b.floats(layout.x)[i / of_x * stride + D + i % of_x] = 0;
+        b.ints(layout.x)[i / of_x * stride + D + i % of_x] = 0;
     }
 }
 
-/// Brings the keys that the append reads nearer: the new ones and the one that leaves the
-/// window.
-/// @param length  of the sequence, as far as it can be known while the kernels before
-///                still run
+/// Brings nearer what the append reads: the new keys, and those whose cells are sought or
+/// the one cell that is known.
+/// @param length, assigned  as in send_for_weights
 template <class T, int D>
-__device__ __forceinline__ void prefetch_keys(const DecodeBlock& b, int64_t length) {
+__device__ __forceinline__ void prefetch_keys(
+        const DecodeBlock& b,
+        int64_t length,
+        int64_t assigned) {
     constexpr int kLines = (D * int(sizeof(T)) + 127) / 128;
     const DecodeParams& p = b.p;
-    const int head = threadIdx.x / kLines; // one more than there are: the leaving key
-    if (!p.appends || head > p.heads_kv) {
-        return;
+    const int64_t leaving = leaving_slot(length, p.sink, p.window);
+    const bool seeks = leaving >= 0 && leaving >= assigned;
+    if (threadIdx.x == 0 && leaving >= 0 && !seeks) {
+        prefetch(b.s.list.cells + leaving - p.sink);
     }
-    const bool leaves = head == p.heads_kv;
-    const int64_t slot = leaves ? leaving_slot(length, p.sink, p.window) : length;
-    if (slot < 0 || slot >= b.s.row.view_length) {
-        return;
-    }
-    const char* at = key_row(b.s.kv, leaves ? b.s.row.kv_head : head, slot);
-    if (at) {
-        prefetch(at + 128 * (threadIdx.x % kLines));
+    const int keys = p.heads_kv + (seeks ? b.layout.ahead : 0);
+#pragma unroll 1
+    for (int i = threadIdx.x; p.appends && i < keys * kLines; i += kThreads) {
+        const int key = i / kLines;
+        const bool is_new = key < p.heads_kv;
+        const int64_t slot = is_new ? length : leaving + key - p.heads_kv;
+        if (slot >= b.s.row.view_length) {
+            continue;
+        }
+        const char* at = key_row(b.s.kv, is_new ? key : b.s.row.kv_head, slot);
+        if (at) {
+            prefetch(at + 128 * (i % kLines));
+        }
     }
 }
 
@@ -148,21 +206,26 @@ __device__ __forceinline__ void send_for_queries(const DecodeBlock& b) {
     commit_copies();
 }
 
-__device__ __forceinline__ void read_counts(const DecodeBlock& b) {
-    int32_t* counts = b.ints(b.layout.own_counts);
-#pragma unroll 1
-    for (int c = threadIdx.x; c < b.s.own; c += kThreads) {
-        counts[c] = __ldcg(b.s.list.count + b.s.first + c);
+/// Sends for the numbers of keys of all cells.
+__device__ __forceinline__ void send_for_counts(const DecodeBlock& b) {
+    int32_t* counts = b.ints(b.layout.counts);
+#pragma unroll 4
+    for (int c = threadIdx.x; c < b.s.list.query.ncell; c += kThreads) {
+        copy_4_bytes(counts + c, b.s.list.count + c);
     }
+    commit_copies();
 }
 
 /// What the step is about, but for what is wrong with the new keys.
-/// @param before, capacity  of the sequence
+/// @param before, assigned, capacity  of the sequence
+/// @param most_ahead                  DecodeLayout::ahead
 __device__ __forceinline__ DecodeStep step_of(
         const DecodeParams& p,
         const BatchRow& row,
         int64_t before,
-        int64_t capacity) {
+        int64_t assigned,
+        int64_t capacity,
+        int most_ahead) {
     DecodeStep step;
     step.length = before + (p.appends ? 1 : 0);
     const Reach reach = reach_of(step.length, 1, 0, p.sink, p.window);
@@ -174,11 +237,27 @@ __device__ __forceinline__ DecodeStep step_of(
     step.readable = step.length <= row.view_length;
     if (p.appends) {
         step.leaving = static_cast<int>(leaving_slot(before, p.sink, p.window));
+        if (step.leaving >= 0 && step.leaving >= assigned) { // of tokens that there are
+            step.finds = static_cast<int>(
+                    max(int64_t(1), min(int64_t(most_ahead), before - step.leaving)));
+        }
         step.refused = step.length > capacity ? Fault::append_capacity
                 : !step.readable              ? Fault::append_view
                                               : Fault::none;
     }
     return step;
+}
+
+/// Of the keys whose cells are to be found, those before the first hole of the page table.
+__device__ __forceinline__ int keys_that_are_there(
+        const DecodeBlock& b,
+        const DecodeStep& step) {
+    int n = step.finds;
+#pragma unroll 1
+    for (int i = step.finds - 1; b.s.kv.page_table && i > 0; i--) {
+        n = key_row(b.s.kv, b.s.row.kv_head, step.leaving + i) ? n : i;
+    }
+    return n;
 }
 
 /// Looks at the new key of each KV head, in every block, so that all agree.
@@ -197,59 +276,60 @@ __device__ __forceinline__ void check_new_keys(const DecodeBlock& b, int64_t slo
     }
 }
 
-/// The queries and the key that leaves the window, as the assigners want them.
+/// The queries, and the keys whose cells are sought, as the assigners want them.
 template <int D>
 __device__ __forceinline__ void load_vectors(
         const DecodeBlock& b,
         const DecodeStep& step) {
     const DecodeParams& p = b.p;
     const ListState& list = b.s.list;
-    const int group = b.layout.group, stride = vector_stride(b);
-    const int n = group + (step.leaving >= 0);
+    const int group = b.layout.group, stride = b.vector_stride();
+    const int n = group + step.finds;
     const auto* queries = static_cast<const char*>(p.queries) + b.first_head() * 2 * D;
 #pragma unroll 1
     for (int i = threadIdx.x; i < n * (D / 2); i += kThreads) {
         const int g = i / (D / 2), pair = i % (D / 2);
-        const bool is_key = g == group;
+        const bool is_key = g >= group;
+        const int slot = step.leaving + g - group;
+        float* to = is_key ? b.floats(b.layout.sought) + (g - group) * D
+                           : b.floats(b.layout.x) + g * stride;
         load_vector(
                 list.rotary,
                 D,
-                (is_key ? step.leaving : step.length - 1) + p.position_offset,
+                (is_key ? slot : step.length - 1) + p.position_offset,
                 is_key ? list.key.input == RowInput::pre_rope
                        : list.query.input != RowInput::post_rope,
-                is_key ? key_row(b.s.kv, b.s.row.kv_head, step.leaving)
-                       : queries + g * 2 * D,
+                is_key ? key_row(b.s.kv, b.s.row.kv_head, slot) : queries + g * 2 * D,
                 p.bf16,
                 pair,
                 D / 2,
-                is_key ? b.floats(b.layout.leaving) : b.floats(b.layout.x) + g * stride);
+                to);
+        const int2 at = rotary_pair(list.rotary, D, pair); // its own
+        to[at.x] = __uint_as_float(split_float(to[at.x]));
+        to[at.y] = __uint_as_float(split_float(to[at.y]));
     }
 }
 
-/// Reads what the step is about, its queries and the counts of the block's cells.
+/// Reads what the step is about and its queries, and sends for the counts of the cells.
 template <class T, int D>
 __device__ __forceinline__ void begin_step(DecodeBlock& b) {
     const DecodeParams& p = b.p;
     DecodeShared& s = b.s;
     const int64_t before = __ldcg(&s.row.sequence->length);
+    const int64_t assigned = __ldcg(&s.row.sequence->assigned);
     const int64_t capacity = __ldcg(&s.row.sequence->capacity);
     send_for_queries<T, D>(b);
-    read_counts(b);
-    DecodeStep step = step_of(p, s.row, before, capacity);
-    if (p.appends && step.refused == Fault::none) {
-        check_new_keys(b, before);
-    }
-    load_vectors<D>(b, step);
-    wait_for_copies<0>();
-    __syncthreads();
+    send_for_counts(b);
+    DecodeStep step = step_of(p, s.row, before, assigned, capacity, b.layout.ahead);
+    step.finds = keys_that_are_there(b, step);
     if (threadIdx.x == 0) {
-        if (step.refused == Fault::none) {
-            step.refused = static_cast<Fault>(s.refused_by);
-        }
         step.attends = step.readable && step.refused == Fault::none;
         step.dense = p.attend_dense && step.attends ? step.dense : 0;
         s.step = step;
+        s.products[s.layers + 1].n = step.finds;
     }
+    load_vectors<D>(b, step);
+    wait_for_copies<1>(); // all but the counts
     __syncthreads();
 }
 

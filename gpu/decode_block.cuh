@@ -11,16 +11,12 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-/// Cells, and extents of each, whose places a block keeps at hand.
-constexpr int kCellsAtHand = 64, kExtentsAtHand = 6;
-
 /// What a step of a row is about.
 struct DecodeStep {
     int64_t length = 0; ///< of the sequence, with the token of this step
     Fault refused = Fault::none;
     int leaving = -1; ///< the slot that leaves the window; -1: none
+    int finds = 0;    ///< slots from there on whose cells are found in this step
     int far = 0;      ///< keys that there are
     int sinks = 0, window_begin = 0;
     int dense = 0;    ///< keys of sink and window that are read
@@ -44,14 +40,12 @@ struct DecodeShared {
 
     DecodeStep step;
     int refused_by;             ///< the worst Fault of a new key
-    float norm[kStreamQueries]; ///< log of the sum over all keys, for each head
     int leaving_cell;           ///< that the leaving key joins; -1: none
+    int found[kMostAhead];      ///< cells of the keys that were sought
     int leaving_at;             ///< its number among the far keys taken; -1: not taken
     Selection selection;
-    /// Where extents begin: of cells that are taken, from the first that is read on.
-    uint32_t extents[kCellsAtHand * kExtentsAtHand];
-    /// Sum and largest by each warp that attends: of sink and window, and of all keys.
-    float2 dense_sums[kWarps][kStreamQueries], all_sums[kWarps][kStreamQueries];
+    /// Sum and largest of sink and window by each warp that attends.
+    float2 dense_sums[kWarps][kStreamQueries];
     unsigned long long barriers[2]; ///< of the exchange
 };
 
@@ -92,6 +86,26 @@ struct DecodeBlock {
     /// The cells that are taken, and where the keys of each begin.
     __device__ __forceinline__ int2* taken() const {
         return reinterpret_cast<int2*>(shared + layout.taken);
+    }
+    /// What the exponentials of a part of the cells weigh, for each head: in the room of
+    /// cells that are listed later.
+    __device__ __forceinline__ float* factors(int part) const {
+        static_assert(sizeof(s.selection.listed) >= kMostBlocks * kWarps * sizeof(float));
+        return reinterpret_cast<float*>(s.selection.listed) + part * layout.head_stride;
+    }
+    /// What is wrong with the step; after the new keys have been checked.
+    __device__ __forceinline__ Fault refused() const {
+        return s.step.refused != Fault::none ? s.step.refused
+                                             : static_cast<Fault>(s.refused_by);
+    }
+    /// Words from one query to the next, as what comes first is multiplied with them.
+    __device__ __forceinline__ int vector_stride() const {
+        const DeviceAssigner& query = s.list.query;
+        return padded_columns(s.layers ? query.padded_d : query.padded_cols);
+    }
+    /// And from one query's hidden units to the next's.
+    __device__ __forceinline__ int unit_stride() const {
+        return padded_columns(s.list.query.width);
     }
     /// The first of the queries that the row answers, and of its results.
     __device__ __forceinline__ int64_t first_head() const {

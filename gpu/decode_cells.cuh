@@ -1,6 +1,6 @@
-/// Which cells a row of decode() reads: each block scores its share of them, the blocks
-/// tell each other the sums that scores are weighed by, then each cell's mass per key,
-/// and each takes the same cells. Device code.
+/// Which cells a row of decode() reads: each block scores its share of them, and the
+/// blocks tell each other the scores; each weighs all cells and takes the same ones.
+/// Device code.
 #pragma once
 
 #include "decode_block.cuh"
@@ -9,215 +9,308 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-/// Scores of the block's cells for each query head, and for the leaving key; hidden
-/// layers, of which each block has some units, are told to all blocks.
-/// @param at_hand  by load_first_pieces, of the first product
-__device__ __forceinline__ void score_cells(DecodeBlock& b, RowPieces& at_hand) {
+/// The block's units of a hidden layer, to all other blocks, and waits for theirs.
+__device__ __forceinline__ void exchange_units(
+        DecodeBlock& b,
+        const RowProducts& product,
+        const uint32_t* units) {
     const DecodeLayout& layout = b.layout;
     const DeviceAssigner& query = b.s.list.query;
-    const float* x = b.floats(layout.x);
-#pragma unroll 1
-    for (int layer = 0; layer < b.s.nproduct; layer++) {
-        const RowProducts& product = b.s.products[layer];
-        // in; then up and down of each residual block, which adds to what was; scores.
-        const bool hides = layer < b.s.layers, of_key = layer > b.s.layers;
-        const bool up = layer % 2;
-        float* y = b.floats(up ? layout.activated : layout.hidden);
-        float* alone = b.floats(of_key ? layout.key_scores : layout.scores);
-        multiply_rows(
-                product,
-                at_hand,
-                of_key ? b.floats(layout.leaving) : x,
-                hides && layer && !up ? y : nullptr,
-                query.padded_width,
-                [&](int v, int r, float value, int second) {
-                    if (!hides) {
-                        alone[v * layout.cells + r - product.first] = value;
-                        return;
-                    }
-                    value = up ? fmaxf(value, 0.0f) : value;
-#pragma unroll 4
-                    for (int i = second; i < b.blocks; i += 2) {
-                        b.exchange.send(y + v * query.padded_width + r, i, value);
-                    }
-                });
-        if (layer + 1 < b.s.nproduct) {
-            load_first_pieces(b.s.products[layer + 1], at_hand);
-        }
-        if (hides) {
-            x = y;
-            if (threadIdx.x == 0) {
-                b.exchange.expect(4 * layout.group * query.width);
-            }
-            b.exchange.wait();
-        }
-    }
+    const int each = (product.end - product.first + 3) / 4;
+    const auto* from = reinterpret_cast<const float4*>(units + product.first);
     __syncthreads();
-}
-
-/// The block's best cell for the leaving key, and what the heads score it. By the last
-/// warp.
-__device__ __forceinline__ void tell_best_of_leaving(const DecodeBlock& b) {
-    const DecodeLayout& layout = b.layout;
-    if (b.warp != kWarps - 1 || b.s.step.leaving < 0) {
-        return;
-    }
-    unsigned long long best = 0;
+    // By turns, beginning with the next block.
 #pragma unroll 1
-    for (int c = b.lane; c < b.s.own; c += 32) {
-        best = max(best, scored_cell(b.floats(layout.key_scores)[c], b.s.first + c));
-    }
-    best = largest_of_warp(best);
-    const int cell = best ? cell_of_scored(best) - b.s.first : 0;
-    if (b.lane < b.blocks) {
-        b.exchange.send(b.words(layout.found) + b.rank, b.lane, best);
-    }
-    if (b.lane < layout.group) {
-        b.exchange.send_to_all(
-                b.floats(layout.at_best) + b.lane * b.blocks + b.rank,
-                b.floats(layout.scores)[b.lane * layout.cells + cell]);
-    }
-}
-
-/// Of each head, the largest score of the block's keys and the sum of all exponentials
-/// beside it.
-__device__ __forceinline__ void tell_sums(const DecodeBlock& b) {
-    const DecodeParams& p = b.p;
-    const DecodeLayout& layout = b.layout;
-    const int32_t* counts = b.ints(layout.own_counts);
+    for (int turn = b.warp + 1; turn < b.blocks; turn += kWarps) {
+        const int to = b.rank + turn;
 #pragma unroll 1
-    for (int g = b.warp; g < layout.group; g += kWarps) {
-        const float* mine = b.floats(layout.scores) + g * layout.cells;
-        float most = -INFINITY;
-        bool bad = false;
-#pragma unroll 4
-        for (int c = b.lane; c < b.s.own; c += 32) {
-            bad = bad || !(mine[c] < INFINITY);
-            most = counts[c] ? fmaxf(most, p.scale * mine[c]) : most;
-        }
-        if (bad && !b.s.step.takes_all) {
-            raise(p.flag, Fault::route_query, b.s.row.query);
-        }
-        most = most_of_warp(most);
-        float sum = 0;
-#pragma unroll 4
-        for (int c = b.lane; c < b.s.own; c += 32) {
-            const auto keys = static_cast<float>(counts[c]);
-            sum += keys > 0 && most > -INFINITY
-                    ? keys * __expf(p.scale * mine[c] - most)
-                    : 0.0f;
-        }
-        sum = sum_of_warp(sum);
-        if (b.lane < b.blocks) {
-            b.exchange.send(
-                    b.words(layout.partial) + g * b.blocks + b.rank,
-                    static_cast<unsigned>(b.lane),
-                    as_word(sum, most));
+        for (int i = b.lane; i < layout.group * each; i += 32) {
+            const int head = i / each;
+            b.exchange.send_copy(
+                    from + head * (b.unit_stride() / 4) + i - head * each,
+                    to < b.blocks ? to : to - b.blocks);
         }
     }
-}
-
-/// Tells what the weights of cells depend on.
-__device__ __forceinline__ void tell_sums_and_best(const DecodeBlock& b) {
-    tell_best_of_leaving(b);
-    tell_sums(b);
+    const bool all = (b.blocks - 1) * DecodeLayout::share_in_fours(query.width, b.blocks) <
+            query.width;
+    if (!all && static_cast<int>(threadIdx.x) < b.blocks) {
+        // Each must hear of each in every exchange, or it would be too far ahead.
+        b.exchange.send(b.ints(layout.signs) + b.rank, threadIdx.x, 0);
+    }
     if (threadIdx.x == 0) {
-        const int group = b.layout.group;
-        const int of_leaving = b.s.step.leaving >= 0 ? 8 + 4 * group : 0;
-        b.exchange.expect(b.blocks * (8 * group + of_leaving));
+        const int others = (query.width + 3) / 4 - each;
+        b.exchange.expect(16 * layout.group * others + (all ? 0 : 4 * b.blocks));
     }
+    b.exchange.wait();
 }
 
-/// log of the sum over all keys, of each head, and the leaving key's cell, in which it
-/// counts.
-__device__ __forceinline__ void find_norms_of_row(const DecodeBlock& b) {
+/// Scores of the block's cells for each query head, and for the keys whose cells are
+/// sought; of hidden layers each block has some units.
+__device__ __forceinline__ void score_cells(DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
+    DecodeShared& s = b.s;
+    const bool listed = s.step.leaving >= 0 && s.step.finds == 0;
+    uint16_t leaving_cell = 0;
+    if (threadIdx.x == kThreads - 1 && listed) {
+        leaving_cell = __ldcg(s.list.cells + s.step.leaving - b.p.sink);
+    }
+    auto* hidden = reinterpret_cast<uint32_t*>(b.ints(layout.hidden));
+    auto* activated = reinterpret_cast<uint32_t*>(b.ints(layout.activated));
+    const auto* x = reinterpret_cast<const uint32_t*>(b.ints(layout.x));
+    int stride = b.vector_stride();
+    const int of_units = b.unit_stride();
+    const int nproduct = s.layers + 1 + (s.step.finds > 0);
 #pragma unroll 1
-    for (int g = b.warp; g < layout.group; g += kWarps) {
-        const bool is = b.lane < b.blocks, leaves = b.s.step.leaving >= 0;
-        const float2 of_block = is
-                ? as_floats(b.words(layout.partial)[g * b.blocks + b.lane])
-                : make_float2(0, -INFINITY);
-        const unsigned long long best = is && leaves ? b.words(layout.found)[b.lane] : 0;
-        const unsigned long long best_of_all = largest_of_warp(best);
-        const bool mine = best && best == best_of_all;
-        const float added = mine
-                ? b.p.scale * b.floats(layout.at_best)[g * b.blocks + b.lane]
-                : -INFINITY;
-        const float most = most_of_warp(fmaxf(of_block.y, added));
-        float sum = 0;
-        if (most > -INFINITY) {
-            sum = (of_block.x > 0 ? of_block.x * __expf(of_block.y - most) : 0.0f) +
-                    (mine ? __expf(added - most) : 0.0f);
+    for (int layer = 0; layer < nproduct; layer++) {
+        // in; then up and down of each residual block, which adds to what was; scores.
+        const bool hides = layer < s.layers, of_key = layer > s.layers;
+        const bool up = layer % 2, adds = layer && !up;
+        uint32_t* y = up ? activated : hidden;
+        if (of_key) {
+            x = reinterpret_cast<const uint32_t*>(b.ints(layout.sought));
+            stride = s.products[layer].cols;
         }
-        sum = sum_of_warp(sum);
-        if (b.lane == 0) {
-            b.s.norm[g] = most > -INFINITY ? most + __logf(sum) : 0.0f;
-            if (g == 0) {
-                b.s.leaving_cell = leaves ? cell_of_scored(best_of_all) : -1;
+        const ProductRoom room = {
+                of_key ? nullptr : b.floats(layout.products),
+                layout.head_stride == 4 ? 2 : 3};
+        multiply_rows(s.products[layer], x, stride, room, [&](int v, int r, float value) {
+            if (hides) {
+                uint32_t& unit = y[v * of_units + r];
+                value = up ? fmaxf(value, 0.0f)
+                        : adds ? value + joined_float(unit)
+                               : value;
+                unit = split_float(value);
+            } else if (of_key) {
+                b.floats(layout.sought_scores)[v * layout.cells + r - s.first] = value;
+            } else {
+                b.floats(layout.scores)[r * layout.head_stride + v] = value;
             }
+        });
+        if (hides) {
+            exchange_units(b, s.products[layer], y);
+            x = y;
+            stride = of_units;
         }
     }
+    if (threadIdx.x == kThreads - 1) {
+        s.leaving_cell = listed ? leaving_cell : -1;
+    }
+    wait_for_copies<0>(); // the cells' numbers of keys
     __syncthreads();
 }
 
-/// log of the mass per key of the block's cells, of which the group's heads are summed,
-/// to all blocks: four lanes have a cell, and every fourth head of it; then each tells
-/// every fourth block.
-__device__ __forceinline__ void tell_masses(const DecodeBlock& b) {
-    constexpr int kHeads = kStreamQueries / 4; // of a lane
+/// Turns the block's scores into exponentials beside the largest one of a part, and tells
+/// the sum over the keys of each part.
+__device__ __forceinline__ void tell_sums(const DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
     const DecodeShared& s = b.s;
-    const float* scores = b.floats(layout.scores);
-    const int own = s.own, first = s.first;
+    const int g = b.warp % layout.head_stride, part = b.warp / layout.head_stride;
+    const bool is = g < layout.group;
+    const int first = s.first + 32 * part + b.lane, end = s.first + s.own;
+    const int step = 32 * layout.parts;
+    float* of_head = b.floats(layout.scores) + g;
+    const int32_t* counts = b.ints(layout.counts);
+    float most = -INFINITY;
+    bool bad = false;
+#pragma unroll 2
+    for (int c = first; is && c < end; c += step) {
+        const float score = of_head[c * layout.head_stride];
+        bad = bad || !(score < INFINITY);
+        most = fmaxf(most, score);
+    }
+    most = most_of_warp(most);
+    float sum = 0;
+#pragma unroll 2
+    for (int c = first; c < end; c += step) {
+        float& score = of_head[c * layout.head_stride];
+        score = is && most > -INFINITY ? __expf(b.p.scale * (score - most)) : 0.0f;
+        const int keys = counts[c] + (c == s.leaving_cell);
+        sum += keys ? static_cast<float>(keys) * score : 0.0f;
+    }
+    sum = sum_of_warp(sum);
+    if (is && b.lane < b.blocks) {
+        const int at = (b.rank * layout.parts + part) * layout.head_stride + g;
+        b.exchange.send(
+                b.words(layout.partial) + at, b.lane, as_word(sum, b.p.scale * most));
+    }
+    if (bad && !s.step.takes_all) {
+        raise(b.p.flag, Fault::route_query, s.row.query);
+    }
+    __syncthreads();
+}
+
+/// The exponentials of the block's cells, to all other blocks.
+__device__ __forceinline__ void tell_exponentials(const DecodeBlock& b) {
+    const int each = b.layout.head_stride / 4, pieces = b.s.own * each;
+    const auto* from = reinterpret_cast<const float4*>(b.floats(b.layout.scores)) +
+            b.s.first * each;
+    // By turns, beginning with the next block.
 #pragma unroll 1
-    for (int i0 = 0; i0 < 4 * own; i0 += kThreads) { // whole warps
-        const int i = i0 + static_cast<int>(threadIdx.x), part = i % 4;
-        const int c = min(i / 4, own - 1), cell = first + c;
-        const int count = b.ints(layout.own_counts)[c] + (cell == s.leaving_cell);
-        float y[kHeads], most = -INFINITY, sum = 0;
-#pragma unroll
-        for (int j = 0; j < kHeads; j++) {
-            const int g = part + 4 * j;
-            y[j] = g < layout.group ? b.p.scale * scores[g * layout.cells + c] - s.norm[g]
-                                    : -INFINITY;
-            most = fmaxf(most, y[j]); // passes over NaN
-        }
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-#pragma unroll
-        for (int j = 0; j < kHeads; j++) {
-            sum += y[j] > -INFINITY ? __expf(y[j] - most) : 0.0f;
-        }
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        const float mass = most > -INFINITY ? most + __logf(sum) : -INFINITY;
-        const unsigned long long key =
-                count ? cell_key(s.step.takes_all ? 0 : mass, cell) : 0ull;
-#pragma unroll 1
-        for (int to = part; i < 4 * own && to < b.blocks; to += 4) {
-            b.exchange.send(b.words(layout.keys) + cell, to, key);
-            b.exchange.send(b.ints(layout.counts) + cell, to, count);
+    for (int turn = b.warp + 1; turn < b.blocks; turn += kWarps) {
+        const int to = b.rank + turn;
+#pragma unroll 2
+        for (int i = b.lane; i < pieces; i += 32) {
+            b.exchange.send_copy(from + i, to < b.blocks ? to : to - b.blocks);
         }
     }
 }
 
-/// Waits for the sums of all blocks, weighs the block's cells and waits for the weights
-/// of all cells.
-__device__ __forceinline__ void weigh_cells(DecodeBlock& b) {
-    b.exchange.wait();
-    find_norms_of_row(b);
-    tell_masses(b);
-    if (threadIdx.x == 0) {
-        b.exchange.expect(12 * b.s.list.query.ncell);
+/// The block's best cell for each key that is sought, to all blocks.
+__device__ __forceinline__ void tell_best_of_sought(const DecodeBlock& b) {
+    const DecodeLayout& layout = b.layout;
+#pragma unroll 1
+    for (int k = b.warp; k < b.s.step.finds; k += kWarps) {
+        const float* scores = b.floats(layout.sought_scores) + k * layout.cells;
+        unsigned long long best = 0;
+#pragma unroll 1
+        for (int c = b.lane; c < b.s.own; c += 32) {
+            best = max(best, scored_cell(scores[c], b.s.first + c));
+        }
+        best = largest_of_warp(best);
+        if (b.lane < b.blocks) {
+            b.exchange.send(b.words(layout.found) + k * b.blocks + b.rank, b.lane, best);
+        }
     }
+}
+
+/// Tells what the choice of cells depends on.
+__device__ __forceinline__ void tell_cells(const DecodeBlock& b) {
+    const DecodeLayout& layout = b.layout;
+    const int finds = b.s.step.finds;
+    tell_sums(b);
+    tell_exponentials(b);
+    if (finds) {
+        tell_best_of_sought(b);
+        __syncthreads(); // tiles come where scores have been
+    }
+    if (threadIdx.x == 0) {
+        const int others = b.s.list.query.ncell - b.s.own;
+        b.exchange.expect(
+                4 * layout.head_stride * others +
+                8 * b.blocks * (layout.group * layout.parts + finds));
+    }
+}
+
+/// The cells of the keys that were sought, the first of which leaves the window now.
+__device__ __forceinline__ void find_cells(const DecodeBlock& b) {
+#pragma unroll 1
+    for (int k = b.warp; k < b.s.step.finds; k += kWarps) {
+        const unsigned long long best = largest_of_warp(
+                b.lane < b.blocks ? b.words(b.layout.found)[k * b.blocks + b.lane] : 0);
+        if (b.lane == 0) {
+            b.s.found[k] = cell_of_scored(best);
+            if (k == 0) {
+                b.s.leaving_cell = cell_of_scored(best);
+            }
+        }
+    }
+    __syncthreads();
+}
+
+/// The block that has a cell, and the part of all cells.
+struct CellPlace {
+    int part;
+
+    /// @param each, inverse  cells of a block, at most
+    __device__ __forceinline__ CellPlace(
+            const DecodeLayout& layout,
+            int cell,
+            int each,
+            float inverse) {
+        // As exact as a division: a quotient is 1 / (2 each) from the next one at least.
+        const int block = static_cast<int>((static_cast<float>(cell) + 0.5f) * inverse);
+        part = block * layout.parts + (cell - block * each) / 32 % layout.parts;
+    }
+};
+
+/// What the exponentials of each part weigh: exp(their largest) over the sum over all
+/// keys, for each head.
+__device__ __forceinline__ void find_factors(const DecodeBlock& b) {
+    const DecodeLayout& layout = b.layout;
+    const DecodeShared& s = b.s;
+    const int g = b.warp, parts = b.blocks * layout.parts;
+    if (g < layout.head_stride) {
+        const bool is = g < layout.group && b.lane < parts;
+        const float2 of_part = is
+                ? as_floats(b.words(layout.partial)[b.lane * layout.head_stride + g])
+                : make_float2(0, -INFINITY);
+        const float most = most_of_warp(of_part.y);
+        float factor = of_part.y > -INFINITY ? __expf(of_part.y - most) : 0.0f;
+        float sum = of_part.x * factor;
+        if (s.step.finds) { // the key that leaves now counts in its cell
+            const int each = DecodeLayout::share(s.list.query.ncell, b.blocks);
+            const CellPlace place(layout, s.leaving_cell, each, 1.0f / each);
+            const float more =
+                    b.floats(layout.scores)[s.leaving_cell * layout.head_stride + g];
+            sum += b.lane == place.part ? more * factor : 0.0f;
+        }
+        sum = sum_of_warp(sum);
+        factor = is && sum > 0 ? factor / sum : 0.0f;
+        if (b.lane < parts) {
+            b.factors(b.lane)[g] = factor;
+        }
+    }
+    __syncthreads();
+}
+
+/// Bins of masses per key, of which each head's is at most 1: eight for each factor of
+/// two, down to 2^-29.
+struct MassBins {
+    __device__ __forceinline__ int operator()(unsigned long long key) const {
+        constexpr int kTop = 0x41000000; // 8.0f
+        const int bits = static_cast<int>(key >> 32 & 0x7fffffff);
+        return max(0, min(Selection::kBins - 1, (kTop - bits) >> 20));
+    }
+};
+
+/// Waits for what all blocks tell, finds the mass per key of all cells, of which the
+/// group's heads are summed, and puts them into bins. Masses below 1e-38 are equal.
+/// @return keys of the smallest cell that this thread has seen
+__device__ __forceinline__ int weigh_cells(DecodeBlock& b) {
+    const DecodeLayout& layout = b.layout;
+    DecodeShared& s = b.s;
     b.exchange.wait();
+    if (s.step.finds) {
+        find_cells(b);
+    }
+    find_factors(b);
+    const int ncell = s.list.query.ncell, leaving = s.leaving_cell;
+    const int stride = layout.head_stride;
+    const int each = DecodeLayout::share(ncell, b.blocks);
+    const float inverse = 1.0f / static_cast<float>(each);
+    int32_t* counts = b.ints(layout.counts);
+    const float* exponentials = b.floats(layout.scores);
+    int least = INT32_MAX;
+#pragma unroll 4
+    for (int c = threadIdx.x; c < layout.padded_cells; c += kThreads) {
+        unsigned long long key = 0;
+        if (c < ncell) {
+            const float* factors = b.factors(CellPlace(layout, c, each, inverse).part);
+            float mass = 0;
+#pragma unroll 1
+            for (int g = 0; g < stride; g += 4) {
+                const auto x = *reinterpret_cast<const float4*>(
+                        exponentials + c * stride + g);
+                const auto w = *reinterpret_cast<const float4*>(factors + g);
+                mass += x.x * w.x + x.y * w.y + x.z * w.z + x.w * w.w;
+            }
+            const int count = counts[c] + (c == leaving);
+            counts[c] = count;
+            if (count) {
+                key = cell_key(s.step.takes_all ? 0 : mass, c);
+            }
+            bin_cell(s.selection, MassBins(), key, count, b.p.nprobe < ncell, least);
+        }
+        b.words(layout.keys)[c] = key;
+    }
+    return least;
 }
 
 /// Takes cells within the policy's limits; every block takes the same ones.
-__device__ __forceinline__ void take_cells_of_row(const DecodeBlock& b) {
+__device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
     const DecodeParams& p = b.p;
     DecodeShared& s = b.s;
+    const int least = weigh_cells(b);
     const int far = s.step.attends ? s.step.far : 0;
     const bool all = s.step.takes_all;
     if (far > 0 && (all || p.share != 0)) {
@@ -225,18 +318,21 @@ __device__ __forceinline__ void take_cells_of_row(const DecodeBlock& b) {
                 min(p.max_keys, static_cast<int64_t>(p.max_selectivity * far));
         const int64_t limit =
                 all || most >= far ? far : static_cast<int64_t>(p.share * most + 1e-9);
-        // A mass per key is at most 1, and few matter that are below exp(-24).
         take_cells(
                 s.selection,
-                Bins{0, Selection::kBins / 24.0f},
+                MassBins(),
                 b.words(b.layout.keys),
                 b.layout.padded_cells,
                 b.ints(b.layout.counts),
                 all ? s.list.query.ncell : p.nprobe,
                 static_cast<int>(limit),
                 /*at_least_one=*/true,
+                least,
                 [&](int i, int cell, int count, int begin) {
                     b.taken()[i] = make_int2(cell, begin);
+                    if (i % b.blocks == b.rank) { // some block asks for it first
+                        prefetch(s.list.extents + int64_t(cell) * kExtents);
+                    }
                     if (cell == s.leaving_cell) { // its newest key
                         s.leaving_at = begin + count - 1;
                     }

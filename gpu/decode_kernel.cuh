@@ -1,11 +1,9 @@
 /// The kernel of decode(): a step of all rows.
 ///
 /// A cluster of blocks has a row: a KV head of one sequence. Each block scores its share
-/// of the cells, and all tell each other what they have found: first the sums that
-/// scores are weighed by and the best cell of the key that leaves the window, then each
-/// cell's mass per key. So each block takes the same cells and attends to its share of
-/// the keys; sink and window are read while the blocks wait for each other. At the
-/// end they exchange their results.
+/// of the cells, and all tell each other the scores. So each block takes the same cells
+/// and attends to its share of the keys; sink and window are read while the blocks wait
+/// for each other. At the end they exchange their results.
 #pragma once
 
 #include "decode_begin.cuh"
@@ -49,7 +47,6 @@ __device__ __forceinline__ void attend_to_row(
 #pragma unroll 1
     for (int far = 0; far < 2; far++) {
         if (far) {
-            weigh_cells(b);
             take_cells_of_row(b);
         }
         KeySlots slots(b, far);
@@ -66,7 +63,9 @@ __device__ __forceinline__ void attend_to_row(
                     slot, more ? slots(key + tile_warps * kStreamKeys) : -1);
         }
         if (!far) {
-            tell_sums_and_best(b);
+            if (b.p.appends && b.s.step.refused == Fault::none) {
+                check_new_keys(b, b.s.step.length - 1);
+            }
             stream.clear();
             stream.load_queries(shared_address(b.shared) + b.layout.queries);
         }
@@ -92,18 +91,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     DecodeBlock block(arguments.params, arguments.layout, fixed, shared);
     // What no step changes, while the kernels before still run.
     read_row<T, D>(block);
-    RowPieces at_hand;
-    load_first_pieces(fixed.products[0], at_hand);
-    const int64_t guess = __ldcg(&fixed.row.sequence->length);
-    prefetch_weights(block);
+    const int64_t length = __ldcg(&fixed.row.sequence->length);
+    const int64_t assigned = __ldcg(&fixed.row.sequence->assigned);
+    send_for_weights(block, length, assigned);
     clear_padding<D>(block);
-    prefetch_keys<T, D>(block, guess);
+    prefetch_keys<T, D>(block, length, assigned);
+    use_kept_weights(block);
     block.exchange.await_begin();
     wait_for_previous();
 
     begin_step<T, D>(block);
     // Before the first keys are sent for: sending takes longer than they do.
-    score_cells(block, at_hand);
+    score_cells(block);
+    tell_cells(block);
     auto stream = begin_stream<T, D>(block);
     attend_to_row(block, stream);
     keep_results(block, stream);

@@ -26,7 +26,7 @@ struct KeySlots {
     const DecodeBlock& b;
     const int far;
     int at = 0;            ///< the lane's cell, among those that are taken
-    int first_at_hand = 0; ///< the first cell of DecodeShared::extents, among them
+    int first_at_hand = 0; ///< the first cell of DecodeLayout::extents, among them
 
     __device__ __forceinline__ KeySlots(const DecodeBlock& b, int far) : b(b), far(far) {}
 
@@ -43,7 +43,7 @@ struct KeySlots {
 #pragma unroll 1
         for (int i = threadIdx.x; i < n * kExtentsAtHand; i += kThreads) {
             const int cell = b.taken()[first_at_hand + i / kExtentsAtHand].x;
-            b.s.extents[i] = __ldcg(
+            extents()[i] = __ldcg(
                     b.s.list.extents + int64_t(cell) * kExtents + i % kExtentsAtHand);
         }
         at = cell_of(min(count() - 1, key));
@@ -71,12 +71,15 @@ struct KeySlots {
         const auto entry = static_cast<uint32_t>(i - cell.y);
         const int e = extent_of(entry), near = at - first_at_hand;
         const uint32_t extent = e < kExtentsAtHand && near < kCellsAtHand
-                ? b.s.extents[near * kExtentsAtHand + e]
+                ? extents()[near * kExtentsAtHand + e]
                 : __ldcg(b.s.list.extents + int64_t(cell.x) * kExtents + e);
         return __ldcg(b.s.list.slots + extent + (entry - extent_begin(e)));
     }
 
    private:
+    __device__ __forceinline__ uint32_t* extents() const {
+        return reinterpret_cast<uint32_t*>(b.shared + b.layout.extents);
+    }
     /// The last one that begins at or before a key.
     __device__ __forceinline__ int cell_of(int key) const {
         int low = 0, high = b.s.selection.taken - 1;

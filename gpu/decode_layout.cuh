@@ -6,38 +6,57 @@
 #include <faiss_saap/host_device.h>
 
 #include "decode.h"
+#include "multiply_rows.cuh"
 #include "tile_stream.cuh"
 
 namespace faiss_saap::gpu {
 
 namespace {
 
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMostBlocks = 16; ///< of a row
+
 /// Floats between the results of two queries, which spreads the banks.
 template <int D>
 constexpr int kResultStride = D + 4;
+
+/// Cells, and extents of each, whose places a block keeps at hand.
+constexpr int kCellsAtHand = 64, kExtentsAtHand = 6;
+
+/// Keys whose cells are found at once, at most: those that leave the window next. So
+/// the key assigner's weights are read in one step of so many.
+constexpr int kMostAhead = 8;
 
 /// Where arrays begin, in bytes; alike in all blocks of a row, as they write into each
 /// other's.
 struct DecodeLayout {
     int group = 0, cells = 0, padded_cells = 0; ///< cells: of a block at most
-    int tile_warps = 0; ///< that attend
-    int queries = 0;    ///< as the cache's type, for the tensor cores
-    int tiles = 0;      ///< of keys and values, for each of these warps; then its results
-    int keys = 0;       ///< cell_keys of all cells: padded_cells
-    int counts = 0;     ///< and their far keys
-    int found = 0;      ///< best cell of the leaving key by each block
-    int partial = 0;    ///< sum of exp and largest by each block, for each head
-    int at_best = 0; ///< a head's score of the block's best cell of the leaving key
-    int scores = 0, key_scores = 0; ///< of the block's cells, by queries and leaving key
-    int own_counts = 0;             ///< far keys of the block's cells
+    int head_stride = 0; ///< of a cell's scores by the heads: group, in fours
+    int tile_warps = 0;  ///< that attend
+    int ahead = 0;       ///< keys whose cells are found at once
+    int queries = 0;     ///< as the cache's type, for the tensor cores
+    int tiles = 0; ///< of keys and values, for each of these warps; then its results
+    /// Before there are tiles: weights; keys whose cells are sought, and their scores.
+    int kept = 0, kept_bytes = 0, sought = 0, sought_scores = 0;
+    int counts = 0;    ///< far keys of all cells
+    int found = 0;     ///< best cell of each key that is sought, by each block
+    int signs = 0;     ///< a word by each block
+    /// Of all cells by the heads: scores, then exp(score - the largest of their part).
+    int scores = 0;
+    int parts = 0;   ///< of a block's cells: of a head, one for each warp that it has
+    int partial = 0; ///< of each part and head: sum over the keys and largest
+    int taken = 0;     ///< after them: cells that are read, where the keys of each begin
     int pieces = 0, block_pieces = 0; ///< of 16 bytes: of the output, of a block's share
-    int results = 0;                  ///< of this block's share, from each block
+    int results = 0;  ///< of this block's share, from each block
+    int products = 0; ///< before them: of warps that share a tile
     int sums = 0;    ///< sum and largest of each block, for each head; twice: of all
                      ///< keys, and of sink and window
     int weights = 0; ///< of the blocks' results, and of the caller's
-    int x = 0, leaving = 0; ///< queries and leaving key, while cells are scored
-    int hidden = 0, activated = 0; ///< of the query assigner
-    int taken = 0; ///< after them, cells that are read, and where the keys of each begin
+    /// Queries and hidden layers of the query assigner, by split_float.
+    int x = 0, hidden = 0, activated = 0;
+    int keys = 0;    ///< after them: cell_keys of all cells, padded_cells
+    int extents = 0; ///< and after those, of cells that are read: where they begin
     int bytes = 0;
 
     /// @param warps  that attend
@@ -52,35 +71,51 @@ struct DecodeLayout {
         }
         using Stream = TileStream<T, D>;
         constexpr int kOfWarp = 2 * Stream::kTile * int(sizeof(T));
-        static_assert(kOfWarp >= kStreamQueries * kResultStride<D> * int(sizeof(float)));
+        static_assert(kOfWarp >= results_of_warp<D>() + kStreamQueries * 8);
         l.tile_warps = warps;
+        l.head_stride = (l.group + 3) / 4 * 4;
+        l.parts = kWarps / l.head_stride;
+        static_assert(D % kPieceColumns == 0);
+        const int of_key = 4 * D + (4 * l.cells + 15) / 16 * 16;
+        l.ahead = std::min(kMostAhead, warps * kOfWarp / of_key);
         l.queries = l.take(kStreamQueries * Stream::kStride * int(sizeof(T)));
-        l.tiles = l.take(warps * kOfWarp);
-        l.keys = l.take(8 * l.padded_cells);
+        l.tiles = l.kept = l.take(warps * kOfWarp);
+        l.kept_bytes = warps * kOfWarp - l.ahead * of_key;
+        l.sought = l.kept + l.kept_bytes;
+        l.sought_scores = l.sought + l.ahead * 4 * D;
         l.counts = l.take(4 * p.most_cells);
-        l.found = l.take(8 * blocks);
-        l.partial = l.take(8 * blocks * l.group);
-        l.at_best = l.take(4 * blocks * l.group);
-        l.scores = l.take(4 * l.group * l.cells);
-        l.key_scores = l.take(4 * l.cells);
-        l.own_counts = l.take(4 * l.cells);
+        l.found = l.take(8 * blocks * l.ahead);
+        l.signs = l.take(4 * blocks);
+        l.partial = l.take(8 * blocks * l.parts * l.head_stride);
+        l.scores = l.taken = l.take(4 * l.head_stride * p.most_cells);
         l.pieces = l.group * D / 4;
         l.block_pieces = share(l.pieces, blocks);
-        l.results = l.take(16 * blocks * l.block_pieces);
+        l.results = l.products = l.take(std::max(
+                16 * blocks * l.block_pieces, 4 * kWarps * kTileRows * l.head_stride));
         l.sums = l.take(2 * 8 * blocks * l.group);
         l.weights = l.take(4 * (blocks + 1) * l.group);
-        l.x = l.take(4 * l.group * p.most_cols);
-        l.hidden = l.take(4 * l.group * p.most_width);
-        l.activated = l.take(4 * l.group * p.most_width);
-        l.leaving = l.take(4 * D);
-        l.taken = l.x;
-        l.bytes = std::max(l.bytes, l.x + 8 * p.most_cells);
+        l.x = l.keys = l.extents =
+                l.take(4 * l.group * padded_columns(p.most_cols));
+        l.hidden = l.take(4 * l.group * padded_columns(p.most_width));
+        l.activated = l.take(4 * l.group * padded_columns(p.most_width));
+        l.bytes = std::max(
+                {l.bytes,
+                 l.keys + 8 * l.padded_cells,
+                 l.extents + 4 * kCellsAtHand * kExtentsAtHand});
         return l;
     }
 
-    /// What each block has of n things.
+    /// Bytes of a warp's outputs; then come its sums and largest.
+    template <int D>
+    FAISS_SAAP_HOST_DEVICE static constexpr int results_of_warp() {
+        return kStreamQueries * kResultStride<D> * int(sizeof(float));
+    }
+    /// What each block has of n things; and in fours.
     FAISS_SAAP_HOST_DEVICE static int share(int n, int blocks) {
         return (n + blocks - 1) / blocks;
+    }
+    FAISS_SAAP_HOST_DEVICE static int share_in_fours(int n, int blocks) {
+        return 4 * share(n, 4 * blocks);
     }
 
    private:

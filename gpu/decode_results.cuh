@@ -16,6 +16,14 @@ __device__ __forceinline__ float* results_of_warp(const DecodeBlock& b, int warp
             b.layout.tiles + warp * 2 * TileStream<T, D>::kTile * int(sizeof(T)));
 }
 
+/// And its sums and largest, for each query.
+template <class T, int D>
+__device__ __forceinline__ float2* sums_of_warp(const DecodeBlock& b, int warp) {
+    return reinterpret_cast<float2*>(
+            reinterpret_cast<char*>(results_of_warp<T, D>(b, warp)) +
+            DecodeLayout::results_of_warp<D>());
+}
+
 /// Keeps what the warps have seen of sink and window, before they go on to far keys.
 template <class T, int D>
 __device__ __forceinline__ void keep_dense_sums(
@@ -42,7 +50,7 @@ __device__ __forceinline__ void keep_results(
             continue;
         }
         if (b.lane < 4) {
-            b.s.all_sums[b.warp][q] = make_float2(stream.sum[i], stream.largest[i]);
+            sums_of_warp<T, D>(b, b.warp)[q] = make_float2(stream.sum[i], stream.largest[i]);
         }
         float* to =
                 results_of_warp<T, D>(b, b.warp) + q * kResultStride<D> + b.lane / 4;
@@ -55,90 +63,85 @@ __device__ __forceinline__ void keep_results(
     __syncthreads();
 }
 
-/// Four components of a query's result, and the sums that it has been weighed by.
-struct ResultPiece {
-    float o[4] = {};
-    float largest = -INFINITY;
-    float sum = 0, dense_sum = 0; ///< of all keys, of sink and window
-
-    /// Of all warps; by four lanes, each of which has every fourth warp.
-    template <class T, int D>
-    __device__ __forceinline__ void gather(const DecodeBlock& b, int q, int piece) {
-        const DecodeShared& s = b.s;
-        const int part = threadIdx.x % 4, warps = b.layout.tile_warps;
-#pragma unroll 4
-        for (int w = part; w < warps; w += 4) {
-            largest = fmaxf(largest, s.all_sums[w][q].y);
+/// Weighs the warps' results of each query, in place of their sums, and tells all blocks
+/// their sum and largest.
+template <class T, int D>
+__device__ __forceinline__ void weigh_warps(const DecodeBlock& b) {
+    const DecodeLayout& layout = b.layout;
+#pragma unroll 1
+    for (int q = b.warp; q < layout.group; q += kWarps) {
+        const bool is = b.lane < layout.tile_warps;
+        float2* at = sums_of_warp<T, D>(b, is ? b.lane : 0) + q;
+        const float2 of_warp = is ? *at : make_float2(0, -INFINITY);
+        const float largest = most_of_warp(of_warp.y), shift = shift_of(largest);
+        const float weight = exp2f(of_warp.y - shift);
+        if (is) {
+            at->x = weight;
         }
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        const float shift = shift_of(largest);
-#pragma unroll 4
-        for (int w = part; w < warps; w += 4) {
-            const float weight = exp2f(s.all_sums[w][q].y - shift);
-            sum += weight * s.all_sums[w][q].x;
-            if (b.p.out.stats) {
-                dense_sum += exp2f(s.dense_sums[w][q].y - shift) * s.dense_sums[w][q].x;
+        const auto tell = [&](int kind, float sum) {
+            sum = sum_of_warp(sum);
+            if (b.lane < b.blocks) {
+                b.exchange.send(
+                        b.words(layout.sums) + (kind * layout.group + q) * b.blocks +
+                                b.rank,
+                        b.lane,
+                        as_word(sum, largest));
             }
-            const auto from = *reinterpret_cast<const float4*>(
-                    results_of_warp<T, D>(b, w) + q * kResultStride<D> + 4 * piece);
-            o[0] += weight * from.x;
-            o[1] += weight * from.y;
-            o[2] += weight * from.z;
-            o[3] += weight * from.w;
-        }
-#pragma unroll
-        for (int step = 1; step < 4; step *= 2) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, step);
-            dense_sum += __shfl_xor_sync(0xffffffffu, dense_sum, step);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                o[j] += __shfl_xor_sync(0xffffffffu, o[j], step);
-            }
+        };
+        tell(0, weight * of_warp.x);
+        if (b.p.out.stats) {
+            const float2 dense =
+                    is ? b.s.dense_sums[b.lane][q] : make_float2(0, -INFINITY);
+            tell(1, exp2f(dense.y - shift) * dense.x);
         }
     }
-};
+    __syncthreads();
+}
 
 /// Sends each block its share of this block's result, and all of them the sums; tells how
 /// much comes.
 template <class T, int D>
 __device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
-    const bool stats = b.p.out.stats;
     const int pieces = layout.pieces, each = layout.block_pieces;
-    // Four lanes for each, and whole warps.
+    const int warps = layout.tile_warps, half = threadIdx.x % 2;
+    const float inverse = 1.0f / static_cast<float>(each);
+    weigh_warps<T, D>(b);
+    // Two lanes for four components: each has every other warp, then half of them.
 #pragma unroll 1
-    for (int i0 = 0; i0 < 4 * pieces; i0 += kThreads) {
-        const int i = (i0 + static_cast<int>(threadIdx.x)) / 4, part = threadIdx.x % 4;
+    for (int i0 = 0; i0 < 2 * pieces; i0 += kThreads) { // whole warps
+        const int i = (i0 + static_cast<int>(threadIdx.x)) / 2;
         const int clamped = min(i, pieces - 1), q = clamped / (D / 4);
-        ResultPiece piece;
-        piece.gather<T, D>(b, q, clamped % (D / 4));
-        if (i >= pieces) {
-            continue;
+        float4 o = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+        for (int w = half; w < warps; w += 2) {
+            const float weight = sums_of_warp<T, D>(b, w)[q].x;
+            const auto x = *reinterpret_cast<const float4*>(
+                    results_of_warp<T, D>(b, w) + q * kResultStride<D> +
+                    4 * (clamped % (D / 4)));
+            o.x += weight * x.x;
+            o.y += weight * x.y;
+            o.z += weight * x.z;
+            o.w += weight * x.w;
         }
-        const int owner = i / each;
-        auto* to = b.words(layout.results) + 2 * (b.rank * each + i - owner * each);
-        if (part < 2) {
+        const float a = half ? o.x : o.z, c = half ? o.y : o.w; // of the other lane
+        const float x = (half ? o.z : o.x) + __shfl_xor_sync(0xffffffffu, a, 1);
+        const float y = (half ? o.w : o.y) + __shfl_xor_sync(0xffffffffu, c, 1);
+        if (i < pieces) {
+            // As exact as a division: CellPlace.
+            const int owner =
+                    static_cast<int>((static_cast<float>(i) + 0.5f) * inverse);
             b.exchange.send(
-                    to + part,
+                    b.words(layout.results) + 2 * (b.rank * each + i - owner * each) +
+                            half,
                     owner,
-                    part ? as_word(piece.o[2], piece.o[3])
-                         : as_word(piece.o[0], piece.o[1]));
-        }
-        if (i % (D / 4) == 0 && (part % 2 == 0 || stats)) {
-            const auto sums = part % 2 ? as_word(piece.dense_sum, piece.largest)
-                                       : as_word(piece.sum, piece.largest);
-            auto* at = b.words(layout.sums) +
-                    (part % 2 * layout.group + q) * b.blocks + b.rank;
-#pragma unroll 1
-            for (int block = part / 2; block < b.blocks; block += 2) {
-                b.exchange.send(at, block, sums);
-            }
+                    as_word(x, y));
         }
     }
     if (threadIdx.x == 0) {
         const int own = max(0, min(each, pieces - b.rank * each));
-        b.exchange.expect(b.blocks * (16 * own + 8 * layout.group * (stats ? 2 : 1)));
+        const int kinds = b.p.out.stats ? 2 : 1;
+        b.exchange.expect(b.blocks * (16 * own + 8 * layout.group * kinds));
     }
 }
 
@@ -149,14 +152,23 @@ __device__ __forceinline__ void end_append(const DecodeBlock& b) {
     if (!b.p.appends || b.rank != 0 || threadIdx.x != kThreads - 1) {
         return;
     }
-    if (s.step.leaving >= 0 && s.step.refused == Fault::none) {
+    const bool refused = b.refused() != Fault::none;
+    if (s.step.leaving >= 0 && !refused) {
         list_one(s.list, s.leaving_cell, s.step.leaving, b.p.sink);
+#pragma unroll 4
+        for (int k = 1; k < s.step.finds; k++) {
+            s.list.cells[s.step.leaving + k - b.p.sink] =
+                    static_cast<uint16_t>(s.found[k]);
+        }
     }
     BatchItem& item = b.p.items[s.row.item];
     if (atomicAdd(&item.done, 1) == b.p.heads_kv - 1) {
         item.done = 0;
-        if (s.step.refused == Fault::none) {
+        if (!refused) {
             s.row.sequence->length = s.step.length;
+            if (s.step.finds) {
+                s.row.sequence->assigned = s.step.leaving + s.step.finds;
+            }
         }
     }
 }
@@ -184,7 +196,7 @@ __device__ __forceinline__ void weigh_results(const DecodeBlock& b, float lse) {
         if (lane <= blocks) {
             b.floats(layout.weights)[q * (blocks + 1) + lane] = each * weight;
         }
-        if (b.rank != 0 || s.step.refused != Fault::none) {
+        if (b.rank != 0 || b.refused() != Fault::none) {
             continue;
         }
         if (lane == 0 && out.lse) {
@@ -218,7 +230,7 @@ __device__ __forceinline__ void write_output(const DecodeBlock& b) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < each; i += kThreads) {
         const int piece = b.rank * each + i;
-        if (piece >= pieces || b.s.step.refused != Fault::none) {
+        if (piece >= pieces || b.refused() != Fault::none) {
             break;
         }
         const float* weights = b.floats(layout.weights) + piece / (D / 4) * (blocks + 1);
@@ -264,8 +276,8 @@ __device__ __forceinline__ void raise_faults(const DecodeBlock& b) {
     if (b.rank != 0 || threadIdx.x != 0 || s.row.kv_head != 0) {
         return;
     }
-    if (s.step.refused != Fault::none) {
-        raise(b.p.flag, s.step.refused, s.row.item);
+    if (b.refused() != Fault::none) {
+        raise(b.p.flag, b.refused(), s.row.item);
     } else if (!s.step.readable) {
         raise(b.p.flag, Fault::attend_view, s.row.item);
     }

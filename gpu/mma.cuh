@@ -28,6 +28,11 @@ __device__ __forceinline__ void copy_16_bytes(
     copy_16_bytes(shared_address(to), from, there);
 }
 
+__device__ __forceinline__ void copy_4_bytes(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared_address(to)),
+                 "l"(from));
+}
+
 __device__ __forceinline__ void commit_copies() {
     asm volatile("cp.async.commit_group;\n" ::: "memory");
 }

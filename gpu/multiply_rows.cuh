@@ -1,179 +1,345 @@
-/// Rows of weights times vectors in shared memory. Device code.
+/// Rows of weights times vectors in shared memory, on tensor cores. Device code.
 #pragma once
 
+#include <faiss_saap/host_device.h>
+
 #include "device_vectors.cuh"
+#include "mma.cuh"
 
 namespace faiss_saap::gpu {
 
-/// What to multiply: rows [first, end) of each of `heads` matrices. Where there are
-/// several, each has a vector of its own; the one matrix has n. Vectors are `cols`
-/// floats apart.
+constexpr int kTileRows = 16, kTileVectors = 8; ///< that a warp multiplies at once
+constexpr int kPieceColumns = 32;               ///< of a tile
+
+/// What vectors are padded to.
+FAISS_SAAP_HOST_DEVICE inline int padded_columns(int n) {
+    return (n + kPieceColumns - 1) / kPieceColumns * kPieceColumns;
+}
+
+__device__ __forceinline__ uint4 load_words(uint32_t at) {
+    const float4 x = load_shared(at);
+    return make_uint4(
+            __float_as_uint(x.x),
+            __float_as_uint(x.y),
+            __float_as_uint(x.z),
+            __float_as_uint(x.w));
+}
+
+/// What to multiply: rows [first, end) of each of `heads` matrices with up to
+/// kTileVectors vectors: the matrices have one each, or the one matrix has n.
 struct RowProducts {
-    const void* rows = nullptr; ///< heads * nrow * cols, bfloat16 or float
-    const float* bias = nullptr; ///< heads * nrow; may be null
-    int bf16 = 0;
-    int nrow = 0, cols = 0;
-    int heads = 1;
+    const void* rows = nullptr;  ///< row `first` of the first matrix, bfloat16 or float
+    const float* bias = nullptr; ///< of that row; may be null
+    int matrix = 0, bias_matrix = 0; ///< rows, biases from one matrix to the next
+    int cols = 0;                    ///< a multiple of 8
     int first = 0, end = 0;
-    int n = 1;
+    // Small, as a block keeps many of these.
+    uint8_t bf16 = 0, heads = 1, n = 1;
+
+    // How the warps share out the tiles: whole ones, or, where there are few, ranges of
+    // their pieces.
+    uint8_t log_warps = 0;           ///< that have one tile, as a power of two
+    uint16_t tiles = 0, pieces = 0; ///< tiles of a matrix, pieces of a tile
+
+    /// After all but these are known.
+    __device__ __forceinline__ void share_out(int warps, bool splits) {
+        tiles = (end - first + kTileRows - 1) / kTileRows;
+        pieces = (cols + kPieceColumns - 1) / kPieceColumns;
+        log_warps = 0;
+#pragma unroll 1
+        while (splits && items() << (log_warps + 1) <= warps &&
+               2 << log_warps <= pieces) {
+            log_warps++;
+        }
+    }
+    __device__ __forceinline__ int items() const {
+        return heads * tiles;
+    }
+    __device__ __forceinline__ int bytes_of_row() const {
+        return cols * (bf16 ? 2 : 4);
+    }
+    /// Of all of them, and of their biases.
+    __device__ __forceinline__ int bytes() const {
+        return heads * (end - first) * bytes_of_row();
+    }
+    __device__ __forceinline__ int bytes_of_bias() const {
+        return bias ? heads * (end - first) * int(sizeof(float)) : 0;
+    }
 };
 
 /// Brings the rows nearer. Weights never change: this may be done before the kernels
 /// before have ended. By a block.
 __device__ __forceinline__ void prefetch_products(const RowProducts& p) {
-    const int of_row = p.cols * (p.bf16 ? 2 : 4), all = (p.end - p.first) * of_row;
+    const int rows = p.end - p.first;
 #pragma unroll 1
     for (int h = 0; h < p.heads; h++) {
         prefetch_bytes(
                 static_cast<const char*>(p.rows) +
-                        (int64_t(h) * p.nrow + p.first) * of_row,
-                all);
-    }
-}
-
-/// Adds the products of a lane's pieces with up to four vectors.
-/// @param at  where the vectors are in shared memory
-template <RowType Type>
-__device__ __forceinline__ void add_products(
-        float (&sum)[2][4],
-        const uint4 (&bits)[2][4],
-        const uint32_t (&at)[4],
-        int piece,
-        int pieces) {
-    constexpr int kBytes = Type == RowType::float32 ? 16 : 32; // of a vector's piece
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int offset = kBytes * min(piece + 8 * i, pieces - 1);
-#pragma unroll
-        for (int v = 0; v < 4; v++) {
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                sum[r][v] += product_of_piece<Type>(bits[r][i], at[v] + offset);
-            }
+                        int64_t(h) * p.matrix * p.bytes_of_row(),
+                rows * p.bytes_of_row());
+        if (p.bias) {
+            prefetch_bytes(
+                    reinterpret_cast<const char*>(p.bias + int64_t(h) * p.bias_matrix),
+                    rows * int(sizeof(float)));
         }
     }
 }
 
-/// What a lane has at hand of two rows that eight lanes share: every eighth of 32 pieces
-/// of 16 bytes.
-struct RowPieces {
-    uint4 bits[2][4];
-};
-
-/// What a warp multiplies at once: eight rows of one matrix.
-struct RowItem {
-    int head, row; ///< this lane's row of its matrix; it has the fourth after it, too
-
-    __device__ __forceinline__ RowItem(const RowProducts& p, int item) {
-        const int octets = (p.end - p.first + 7) / 8;
-        const int lane = threadIdx.x % 32;
-        head = p.heads > 1 ? item / octets : 0;
-        row = p.first + 8 * (item - head * octets) + lane / 8;
+/// Sends for the rows, to lie one matrix after the other, and then the biases. By a block.
+__device__ __forceinline__ void copy_products(const RowProducts& p, char* to) {
+    const int of_matrix = (p.end - p.first) * p.bytes_of_row();
+    const auto* from = static_cast<const char*>(p.rows);
+#pragma unroll 1
+    for (int h = 0; h < p.heads; h++) {
+#pragma unroll 4
+        for (int i = 16 * threadIdx.x; i < of_matrix; i += 16 * blockDim.x) {
+            copy_16_bytes(to + h * of_matrix + i, from + i, true);
+        }
+        from += int64_t(p.matrix) * p.bytes_of_row();
     }
-    __device__ static int count(const RowProducts& p) {
-        return p.heads * ((p.end - p.first + 7) / 8);
+    const int rows = p.end - p.first;
+#pragma unroll 1
+    for (int i = threadIdx.x; p.bias && i < p.heads * rows; i += blockDim.x) {
+        const int h = p.heads > 1 ? i / rows : 0;
+        copy_4_bytes(
+                to + p.bytes() + i * int(sizeof(float)),
+                p.bias + int64_t(h) * p.bias_matrix + i - h * rows);
     }
-};
+}
 
-/// Sends for 32 pieces of an item's rows, of which this lane's begin at `first_piece`.
-__device__ __forceinline__ void load_pieces(
-        const RowProducts& p,
-        int item,
-        int first_piece,
-        RowPieces& to) {
-    const int pieces = p.bf16 ? p.cols / 8 : p.cols / 4;
-    const bool there = item < RowItem::count(p);
-    const RowItem at(p, there ? item : 0);
-    const auto* row = static_cast<const uint4*>(p.rows) +
-            (int64_t(at.head) * p.nrow + at.row) * pieces;
+/// A float as the sum of two bfloat16 numbers in one word, within 2^-17 of it.
+__device__ __forceinline__ uint32_t split_float(float x) {
+    const __nv_bfloat16 high = __float2bfloat16_rn(x);
+    const __nv_bfloat16 low = __float2bfloat16_rn(x - __bfloat162float(high));
+    return static_cast<uint32_t>(__bfloat16_as_ushort(low)) << 16 |
+            __bfloat16_as_ushort(high);
+}
+__device__ __forceinline__ float joined_float(uint32_t x) {
+    return __uint_as_float(x << 16) + __uint_as_float(x & 0xffff0000u);
+}
+
+/// A lane's pieces of 32 columns of a tile: eight columns of its row and of the eighth row
+/// after it. Columns may come in any order, as long as rows and vectors have the same: so
+/// a lane's are the ones that lie beside each other.
+template <bool Bf16>
+struct TilePiece {
+    static constexpr int kWords = Bf16 ? 1 : 2;
+    uint4 row[2][kWords];
+
+    __device__ __forceinline__ void load(const char* at, const char* below) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+        for (int i = 0; i < kWords; i++) {
+            row[0][i] = reinterpret_cast<const uint4*>(at)[i];
+            row[1][i] = reinterpret_cast<const uint4*>(below)[i];
+        }
+    }
+
+    /// c[0] += this * the vectors, c[1] likewise by what is small.
+    /// @param x, next  the lane's columns of its vector, by split_float
+    __device__ __forceinline__ void multiply(
+            float (&c)[2][4],
+            const uint4& x,
+            const uint4& next) const {
+        const uint32_t words[8] = {
+                x.x, x.y, x.z, x.w, next.x, next.y, next.z, next.w};
+        uint32_t high[4], low[4]; // of the vector
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int piece = first_piece + 8 * i;
-            to.bits[r][i] = there && at.row + 4 * r < p.end && piece < pieces
-                    ? __ldg(row + 4 * r * pieces + piece)
-                    : make_uint4(0, 0, 0, 0);
+            high[i] = __byte_perm(words[2 * i], words[2 * i + 1], 0x5410);
+            low[i] = __byte_perm(words[2 * i], words[2 * i + 1], 0x7632);
         }
+        uint32_t a[2][4], rest[2][4]; // of the rows, and what bfloat16 leaves of floats
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            if constexpr (Bf16) {
+                const uint4& w = row[r][0];
+                a[r][0] = w.x;
+                a[r][1] = w.y;
+                a[r][2] = w.z;
+                a[r][3] = w.w;
+            } else {
+                const auto* w = reinterpret_cast<const float*>(row[r]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    a[r][i] = pack<__nv_bfloat16>(w[2 * i], w[2 * i + 1]);
+                    rest[r][i] = pack<__nv_bfloat16>(
+                            w[2 * i] - __uint_as_float(a[r][i] << 16),
+                            w[2 * i + 1] - __uint_as_float(a[r][i] & 0xffff0000u));
+                }
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+            const uint32_t tile[4] = {
+                    a[0][2 * s], a[1][2 * s], a[0][2 * s + 1], a[1][2 * s + 1]};
+            multiply_add<__nv_bfloat16>(c[0], tile, high[2 * s], high[2 * s + 1]);
+            multiply_add<__nv_bfloat16>(c[1], tile, low[2 * s], low[2 * s + 1]);
+            if constexpr (!Bf16) {
+                const uint32_t of_rest[4] = {
+                        rest[0][2 * s],
+                        rest[1][2 * s],
+                        rest[0][2 * s + 1],
+                        rest[1][2 * s + 1]};
+                multiply_add<__nv_bfloat16>(
+                        c[1], of_rest, high[2 * s], high[2 * s + 1]);
+            }
+        }
+    }
+};
+
+/// Where warps that share a tile leave their products, in shared memory: of each warp.
+struct ProductRoom {
+    float* products = nullptr;
+    int log_columns = 0;       ///< room for as many vectors, as a power of two
+
+    __device__ __forceinline__ float& at(int warp, int row, int v) const {
+        return products[((warp * kTileRows + row) << log_columns) + v];
+    }
+};
+
+/// Calls `emit` with v, the row among the block's, and the product, for each tile that the
+/// warp has whole; else leaves the products of its pieces in `room`.
+template <bool Bf16, class Emit>
+__device__ __forceinline__ void multiply_tiles(
+        const RowProducts& p,
+        const uint32_t* x,
+        int x_stride,
+        const ProductRoom& room,
+        const Emit& emit) {
+    constexpr int kPieces = Bf16 ? 4 : 1; // on their way
+    constexpr int kElement = Bf16 ? 2 : 4;
+    const int warp = threadIdx.x / 32, quad = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
+    const int vectors = p.heads > 1 ? p.heads : p.n, rows = p.end - p.first;
+    const uint32_t of_lane =
+            shared_address(x + min(quad, vectors - 1) * x_stride + 8 * part);
+    const int each = (p.pieces + (1 << p.log_warps) - 1) >> p.log_warps;
+    const int begin = (warp & ((1 << p.log_warps) - 1)) * each;
+    const int end = min(p.pieces, begin + each);
+    const int step = static_cast<int>(blockDim.x / 32) >> p.log_warps;
+    const auto head_of = [&](int item) {
+        return p.heads > 1 ? item / p.tiles : 0;
+    };
+    // Rows that are not there are read as the last one, columns as the last ones: what
+    // comes of rows is dropped, and vectors are 0 there.
+    const char *at, *below;
+    const auto go_to = [&](int item) {
+        const int head = head_of(item);
+        const int row = (item - head * p.tiles) * kTileRows + quad;
+        const int of_row = p.cols * kElement;
+        const char* first = static_cast<const char*>(p.rows) +
+                int64_t(head) * p.matrix * of_row;
+        at = first + min(row, rows - 1) * of_row;
+        below = first + min(row + 8, rows - 1) * of_row;
+    };
+    TilePiece<Bf16> tile[kPieces];
+    const auto send = [&](int piece, TilePiece<Bf16>& to) {
+        const int column =
+                min(piece * kPieceColumns + 8 * part, p.cols - 8) * kElement;
+        to.load(at + column, below + column);
+    };
+    int item = warp >> p.log_warps, piece = begin; // that are multiplied now
+    int next_item = item, next_piece = begin;           // and that are on their way
+    if (item >= p.items()) {
+        return;
+    }
+    go_to(item);
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) {
+        if (begin + i < end) {
+            send(begin + i, tile[i]);
+        }
+    }
+    float c[2][4] = {};
+#pragma unroll 1
+    while (item < p.items()) {
+        next_piece += kPieces;
+        if (next_piece >= end) {
+            next_piece = begin;
+            next_item += step;
+            if (next_item < p.items()) {
+                go_to(next_item);
+            }
+        }
+        const bool more = next_item < p.items();
+#pragma unroll
+        for (int i = 0; i < kPieces; i++) {
+            if (piece + i < end) {
+                const uint32_t from = of_lane + 4 * (piece + i) * kPieceColumns;
+                tile[i].multiply(c, load_words(from), load_words(from + 16));
+            }
+            if (more && next_piece + i < end) {
+                send(next_piece + i, tile[i]);
+            }
+        }
+        if (next_item != item) {
+            // Of this lane: vectors 2 * part and the next, of two rows.
+            const int head = head_of(item);
+            const int first = (item - head * p.tiles) * kTileRows + quad;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const int v = 2 * part + j, row = first + 8 * half;
+                    const float value = c[0][2 * half + j] + c[1][2 * half + j];
+                    c[0][2 * half + j] = c[1][2 * half + j] = 0;
+                    if (p.log_warps) {
+                        if (v < 1 << room.log_columns) {
+                            room.at(warp, quad + 8 * half, v) = value;
+                        }
+                    } else if ((p.heads > 1 ? v == head : v < p.n) && row < rows) {
+                        emit(v, row, value);
+                    }
+                }
+            }
+        }
+        item = next_item;
+        piece = next_piece;
     }
 }
 
-/// Sends for what multiply_rows needs first.
-__device__ __forceinline__ void load_first_pieces(const RowProducts& p, RowPieces& to) {
-    load_pieces(p, threadIdx.x / 32, threadIdx.x % 8, to);
-}
-
-/// Row r times x_v + bias[r] + add_v[r], for all rows and vectors, by all warps of a
-/// block.
-/// @param at_hand  by load_first_pieces
-/// @param x        shared memory
-/// @param add      shared memory, vectors add_stride floats apart; may be null. What
-///                 emit writes there is not read again
-/// @param emit     called with v, r and the result by two lanes each, of which `second`
-///                 tells one
+/// Row r times x_v + bias[r], for all rows and vectors, by all warps of a block.
+/// @param x     shared memory, vectors of words by split_float, x_stride words apart, with
+///              zeros up to a multiple of kPieceColumns
+/// @param room  for as many vectors
+/// @param emit  called with v, r and the result
 template <class Emit>
 __device__ __forceinline__ void multiply_rows(
-        const RowProducts& p,
-        RowPieces& at_hand,
-        const float* x,
-        const float* add,
-        int add_stride,
+        const RowProducts p, // in registers, as what is written may lie anywhere
+        const uint32_t* x,
+        int x_stride,
+        const ProductRoom& room,
         const Emit& emit) {
-    const int part = threadIdx.x % 8;
-    const int pieces = p.bf16 ? p.cols / 8 : p.cols / 4;
-    const uint32_t vectors = shared_address(x);
-    const int items = RowItem::count(p), warp = threadIdx.x / 32;
+    const auto add_bias = [&](int v, int row, float value) {
+        const int head = p.heads > 1 ? v : 0;
+        value += p.bias ? p.bias[head * p.bias_matrix + row] : 0.0f;
+        emit(v, p.first + row, value);
+    };
+    if (p.bf16) {
+        multiply_tiles<true>(p, x, x_stride, room, add_bias);
+    } else {
+        multiply_tiles<false>(p, x, x_stride, room, add_bias);
+    }
+    if (p.log_warps == 0) {
+        return;
+    }
+    __syncthreads();
 #pragma unroll 1
-    for (int item = warp; item < items; item += blockDim.x / 32) {
-        const RowItem rows(p, item);
-        float bias[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            bias[r] = p.bias && rows.row + 4 * r < p.end
-                    ? p.bias[rows.head * p.nrow + rows.row + 4 * r]
-                    : 0.0f;
+    for (int i = threadIdx.x; i < p.items() * kTileRows << room.log_columns;
+         i += blockDim.x) {
+        const int v = i & ((1 << room.log_columns) - 1);
+        const int in_tile = (i >> room.log_columns) % kTileRows;
+        const int item = (i >> room.log_columns) / kTileRows;
+        const int head = p.heads > 1 ? item / p.tiles : 0;
+        const int row = (item - head * p.tiles) * kTileRows + in_tile;
+        if ((p.heads > 1 ? v != head : v >= p.n) || row >= p.end - p.first) {
+            continue;
         }
-#pragma unroll 1
-        for (int v0 = 0; v0 < p.n; v0 += 4) {
-            uint32_t at[4];
-#pragma unroll
-            for (int v = 0; v < 4; v++) {
-                at[v] = vectors + 4 * (rows.head + min(v0 + v, p.n - 1)) * p.cols;
-            }
-            float sum[2][4] = {};
-#pragma unroll 1
-            for (int piece = part; piece < pieces; piece += 32) {
-                const bool first = v0 == 0 && piece == part;
-                if (!(first ? item == warp : pieces <= 32)) {
-                    load_pieces(p, item, piece, at_hand);
-                }
-                if (p.bf16) {
-                    add_products<RowType::bfloat16>(sum, at_hand.bits, at, piece, pieces);
-                } else {
-                    add_products<RowType::float32>(sum, at_hand.bits, at, piece, pieces);
-                }
-            }
-            // Lane l is left with vector l % 4.
-            const bool upper = part & 2, odd = part & 1;
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const float(&all)[4] = sum[r];
-                float a = upper ? all[2] : all[0], b = upper ? all[3] : all[1];
-                a += __shfl_xor_sync(0xffffffffu, upper ? all[0] : all[2], 2);
-                b += __shfl_xor_sync(0xffffffffu, upper ? all[1] : all[3], 2);
-                a = (odd ? b : a) + __shfl_xor_sync(0xffffffffu, odd ? a : b, 1);
-                a += __shfl_xor_sync(0xffffffffu, a, 4);
-                const int row = rows.row + 4 * r, v = v0 + part % 4;
-                const bool there = row < p.end && v < p.n;
-                if (add && there) {
-                    a += add[(rows.head + v) * add_stride + row];
-                }
-                __syncwarp();
-                if (there) {
-                    emit(rows.head + v, row, a + bias[r], /*second=*/part / 4);
-                }
-            }
+        float sum = 0;
+#pragma unroll 4
+        for (int w = 0; w < 1 << p.log_warps; w++) {
+            sum += room.at((item << p.log_warps) + w, in_tile, v);
         }
+        add_bias(v, row, sum);
     }
 }
 

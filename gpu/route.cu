@@ -388,6 +388,11 @@ __device__ void select_row(
             RowCell* cells = p.work.cells + r * p.work.stride;
             clear_selection(s, all ? n : p.nprobe);
             const Bins bins = find_bins(s, keys, padded);
+            int least = INT32_MAX;
+#pragma unroll 2
+            for (int c = threadIdx.x; c < n; c += kThreads) {
+                bin_cell(s, bins, keys[c], counts[c], /*counts_cells=*/true, least);
+            }
             take_cells(
                     s,
                     bins,
@@ -397,6 +402,7 @@ __device__ void select_row(
                     all ? n : p.nprobe,
                     static_cast<int>(limit),
                     /*at_least_one=*/taken == 0,
+                    least,
                     [&](int rank, int c, int count, int before) {
                         const int cell = list.first_cell + c;
                         const int begin = taken_keys + before;

@@ -54,7 +54,7 @@ struct DeviceAssigner {
 
 /// Lists of one KV head and one partition.
 struct ListState {
-    uint16_t* cells = nullptr;   ///< cell of each listed slot, size capacity
+    uint16_t* cells = nullptr;   ///< cell of each slot that has one, size capacity
     int32_t* count = nullptr;    ///< size ncell
     int32_t* newest = nullptr;   ///< newest slot, size ncell; -1: none
     uint32_t* extents = nullptr; ///< where each begins, size ncell * kExtents
@@ -72,6 +72,9 @@ struct ListState {
 /// The fixed part of a sequence; its address never changes.
 struct SequenceState {
     int64_t length = 0;
+    /// The cells of far slots and of some that are still in the window, those before
+    /// this one, are known: ListState::cells has them. May lag behind.
+    int64_t assigned = 0;
     int64_t capacity = 0; ///< tokens that the lists have room for
     ListState* lists = nullptr; ///< by KV head, then partition
 };

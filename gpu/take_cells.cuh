@@ -29,7 +29,7 @@ struct Selection {
     alignas(16) int keys_of[kBins];
     alignas(16) int cells_of[kBins];
     int least; ///< keys of the smallest cell
-    unsigned long long listed[kListed]; ///< cells that are ranked
+    alignas(16) unsigned long long listed[kListed]; ///< cells that are ranked
     int counts[kListed];                ///< and their keys
     int nlisted;                        ///< may be more than there is room for
     int taken, keys;           ///< cells and keys
@@ -225,11 +225,12 @@ __device__ int2 take_sorted_cells(
     return make_int2(cells, keys);
 }
 
-/// Which scores bins are for: the first one begins at `top`.
+/// Bins of scores of which the largest is `top`.
 struct Bins {
     float top, scale;
 
-    /// Of a cell_key; falls with the score, whatever is rounded.
+    /// Of a cell_key; falls with the score, whatever is rounded. Others than these are
+    /// likewise.
     __device__ int operator()(unsigned long long key) const {
         const float x = top - of_ordered(static_cast<uint32_t>(key >> 32));
         return max(0, min(Selection::kBins - 1, static_cast<int>(x * scale)));
@@ -319,22 +320,43 @@ __device__ inline int last_bin(const Selection& s, int nprobe, int limit) {
             kEach * who + __shfl_sync(0xffffffffu, within, who));
 }
 
-/// Adds a cell of each lane that has one to those that are ranked.
-__device__ inline void list_cells(
+/// Lists the cells of the bins up to `last`, to be ranked. By a block.
+template <class BinOf>
+__device__ __forceinline__ void list_cells(
         Selection& s,
-        bool mine,
-        unsigned long long key,
-        int count) {
+        const BinOf& bin_of,
+        const unsigned long long* keys,
+        int n,
+        const int32_t* counts,
+        int last) {
+    constexpr int kEach = 4; // of a thread at once, which do not wait for each other
     const int lane = threadIdx.x % 32;
-    const unsigned all = __ballot_sync(0xffffffffu, mine);
-    int at = 0;
-    if (lane == 0 && all) {
-        at = atomicAdd(&s.nlisted, __popc(all));
-    }
-    at = __shfl_sync(0xffffffffu, at, 0) + __popc(all & ((1u << lane) - 1));
-    if (mine && at < Selection::kListed) {
-        s.listed[at] = key;
-        s.counts[at] = count;
+#pragma unroll 1
+    for (int first = 0; first < n; first += kEach * kSelectThreads) {
+        unsigned long long key[kEach];
+        unsigned listed[kEach];
+        int all = 0;
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            const int c = first + i * kSelectThreads + threadIdx.x;
+            key[i] = c < n ? keys[c] : 0;
+            listed[i] = __ballot_sync(0xffffffffu, key[i] && bin_of(key[i]) <= last);
+            all += __popc(listed[i]);
+        }
+        int at = 0;
+        if (lane == 0 && all) {
+            at = atomicAdd(&s.nlisted, all);
+        }
+        at = __shfl_sync(0xffffffffu, at, 0);
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            const int mine = at + __popc(listed[i] & ((1u << lane) - 1));
+            if ((listed[i] >> lane & 1) && mine < Selection::kListed) {
+                s.listed[mine] = key[i];
+                s.counts[mine] = counts[first + i * kSelectThreads + threadIdx.x];
+            }
+            at += __popc(listed[i]);
+        }
     }
 }
 
@@ -440,44 +462,53 @@ __device__ __forceinline__ void take_ranked_cells(
     }
 }
 
-/// take_cells (ProbePolicy.h), by a block. keys[i] is the cell_key of cell i; n is their
-/// number, 2^k >= 32. A histogram of the scores says where the limit is crossed, and
-/// cells down to there are ranked; where they are too many, `keys` are sorted instead.
-/// `take` is as in take_sorted_cells; what was taken is in s.taken and s.keys after the
-/// next barrier. clear_selection and a barrier come first.
-template <class Take>
-__device__ void take_cells(
+/// Counts a cell in its bin.
+/// @param counts_cells  not where the cells of all bins are within the limit anyway
+/// @param least  keys of the smallest cell that this thread has counted
+template <class BinOf>
+__device__ __forceinline__ void bin_cell(
         Selection& s,
-        const Bins& bin_of,
+        const BinOf& bin_of,
+        unsigned long long key,
+        int count,
+        bool counts_cells,
+        int& least) {
+    if (key) {
+        const int bin = bin_of(key);
+        atomicAdd(&s.keys_of[bin], count);
+        if (counts_cells) {
+            atomicAdd(&s.cells_of[bin], 1);
+        }
+        least = min(least, count);
+    }
+}
+
+/// take_cells (ProbePolicy.h), by a block. keys[i] is the cell_key of cell i; n is their
+/// number, 2^k >= 32. The histogram of the scores, which bin_cell has made, says where
+/// the limit is crossed, and cells down to there are ranked; where they are too many,
+/// `keys` are sorted instead. `take` is as in take_sorted_cells; what was taken is in
+/// s.taken and s.keys after the next barrier. clear_selection and a barrier come before
+/// bin_cell.
+/// @param least  as bin_cell has left it
+template <class BinOf, class Take>
+__device__ __forceinline__ void take_cells(
+        Selection& s,
+        const BinOf& bin_of,
         unsigned long long* keys,
         int n,
         const int32_t* counts,
         int nprobe,
         int limit,
         bool at_least_one,
+        int least,
         const Take& take) {
     const int lane = threadIdx.x % 32;
-    int least = INT32_MAX;
-#pragma unroll 2
-    for (int c = threadIdx.x; c < n; c += blockDim.x) {
-        if (keys[c]) {
-            const int bin = bin_of(keys[c]), count = counts[c];
-            atomicAdd(&s.keys_of[bin], count);
-            atomicAdd(&s.cells_of[bin], 1);
-            least = min(least, count);
-        }
-    }
     least = __reduce_min_sync(0xffffffffu, least);
     if (lane == 0) {
         atomicMin(&s.least, least);
     }
     __syncthreads();
-    const int last = last_bin(s, nprobe, limit);
-#pragma unroll 1
-    for (int c = threadIdx.x; c < n; c += blockDim.x) {
-        const unsigned long long key = keys[c];
-        list_cells(s, key && bin_of(key) <= last, key, key ? counts[c] : 0);
-    }
+    list_cells(s, bin_of, keys, n, counts, last_bin(s, nprobe, limit));
     __syncthreads();
     if (s.nlisted <= Selection::kListed) {
         take_ranked_cells(s, keys, n, counts, nprobe, limit, at_least_one, take);

@@ -297,6 +297,66 @@ TEST_F(GpuAdapter, AStepIsAppendThenAttend) {
     }
 }
 
+/// A step finds the cells of keys that leave the window later. Where these are dropped and
+/// others come in their place, in this sequence or a fork of it, theirs count.
+TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
+    AdapterCase c;
+    c.name = "";
+    c.lengths = {600};
+    Pair p(c, 600);
+    const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
+    OnDevice<float> output(c.heads_q * c.d);
+    AttendOutput out;
+    out.output = output.data();
+    const auto step_to = [&](int64_t to) {
+        const auto plan = p.device.plan({p.input(1, p.n)});
+        while (p.device.length(p.on_device) < to) {
+            p.device.step(*plan, queries.data(), out);
+        }
+        p.cpu.append(p.on_cpu, p.host.view(to));
+        p.expect_same(p.on_cpu, p.on_device);
+    };
+    // Other keys from a slot on.
+    const auto replace_keys = [&](int64_t from) {
+        const KvView view = p.host.view(p.n);
+        const std::vector<char> before = p.host.k;
+        const auto offset = [&](int h, int64_t slot) {
+            return static_cast<const char*>(view.key(h, slot)) - p.host.k.data();
+        };
+        for (int64_t slot = from; slot < p.n; slot++) {
+            for (int h = 0; h < c.heads_kv; h++) {
+                const auto other = offset(h, p.random.below(p.n));
+                std::copy_n(before.data() + other, 2 * c.d, p.host.k.data() + offset(h, slot));
+            }
+        }
+        ASSERT_EQ(
+                cudaMemcpy(
+                        p.cache.k.data(),
+                        p.host.k.data(),
+                        p.host.k.size(),
+                        cudaMemcpyHostToDevice),
+                cudaSuccess);
+    };
+    p.append(c.window + 90);
+    for (int round = 0; round < 9; round++) {
+        const int64_t length = p.cpu.length(p.on_cpu) + 1 + p.random.below(5);
+        step_to(length);
+        if (round % 3 == 2) {
+            p.on_cpu = p.cpu.fork(p.on_cpu);
+            p.on_device = p.device.fork(p.on_device);
+        }
+        const int64_t left = length - p.random.below(c.window);
+        p.cpu.truncate(p.on_cpu, left, p.host.view(left));
+        p.device.truncate(p.on_device, left, p.cache.view(left));
+        replace_keys(left);
+        step_to(left + c.window + 3);
+    }
+    p.cpu.reset(p.on_cpu);
+    p.device.reset(p.on_device);
+    replace_keys(0);
+    step_to(c.window + 40);
+}
+
 TEST_F(GpuAdapter, AStepThatIsRefusedChangesNothing) {
     AdapterCase c;
     c.name = "";
