@@ -95,14 +95,6 @@ class ClusterExchange {
                 : "memory");
 #endif
     }
-    /// The same in every block of the cluster.
-    template <class T>
-    __device__ __forceinline__ void send_to_all(T* at, T value) const {
-#pragma unroll 4
-        for (unsigned b = 0; b < gridDim.x; b++) {
-            send(at, b, value);
-        }
-    }
 
     /// How many bytes this block gets in this exchange, its own included. By one thread,
     /// at any time before it ends.

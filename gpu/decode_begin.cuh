@@ -53,7 +53,7 @@ __device__ __forceinline__ void read_row(DecodeBlock& b) {
          i += kThreads) {
         queries[i] = 0; // of heads that are not there
     }
-    clear_selection(s.selection, p.nprobe);
+    clear_selection(s.selection);
     if (threadIdx.x == 0) {
         s.refused_by = 0;
         s.leaving_at = -1;
@@ -143,7 +143,7 @@ __device__ __forceinline__ void use_kept_weights(const DecodeBlock& b) {
     }
 }
 
-/// Zeros where nobody else writes: what pads vectors.
+/// Zeros that pad vectors.
 template <int D>
 __device__ __forceinline__ void clear_padding(DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
@@ -206,14 +206,13 @@ __device__ __forceinline__ void send_for_queries(const DecodeBlock& b) {
     commit_copies();
 }
 
-/// Sends for the numbers of keys of all cells.
-__device__ __forceinline__ void send_for_counts(const DecodeBlock& b) {
+/// Reads the numbers of keys of all cells.
+__device__ __forceinline__ void read_counts(const DecodeBlock& b) {
     int32_t* counts = b.ints(b.layout.counts);
 #pragma unroll 4
     for (int c = threadIdx.x; c < b.s.list.query.ncell; c += kThreads) {
-        copy_4_bytes(counts + c, b.s.list.count + c);
+        counts[c] = __ldcg(b.s.list.count + c);
     }
-    commit_copies();
 }
 
 /// What the step is about, but for what is wrong with the new keys.
@@ -236,14 +235,16 @@ __device__ __forceinline__ DecodeStep step_of(
     step.takes_all = reach.far_keys() <= p.dense_below;
     step.readable = step.length <= row.view_length;
     if (p.appends) {
-        step.leaving = static_cast<int>(leaving_slot(before, p.sink, p.window));
+        step.refused = step.length > capacity ? Fault::append_capacity
+                : !step.readable              ? Fault::append_view
+                                              : Fault::none;
+        if (step.refused == Fault::none) {
+            step.leaving = static_cast<int>(leaving_slot(before, p.sink, p.window));
+        }
         if (step.leaving >= 0 && step.leaving >= assigned) { // of tokens that there are
             step.finds = static_cast<int>(
                     max(int64_t(1), min(int64_t(most_ahead), before - step.leaving)));
         }
-        step.refused = step.length > capacity ? Fault::append_capacity
-                : !step.readable              ? Fault::append_view
-                                              : Fault::none;
     }
     return step;
 }
@@ -252,10 +253,12 @@ __device__ __forceinline__ DecodeStep step_of(
 __device__ __forceinline__ int keys_that_are_there(
         const DecodeBlock& b,
         const DecodeStep& step) {
+    const DeviceView& kv = b.s.kv;
     int n = step.finds;
 #pragma unroll 1
-    for (int i = step.finds - 1; b.s.kv.page_table && i > 0; i--) {
-        n = key_row(b.s.kv, b.s.row.kv_head, step.leaving + i) ? n : i;
+    for (int i = step.finds - 1; kv.page_table && i > 0; i--) {
+        const int32_t page = __ldcg(kv.page_table + (step.leaving + i) / kv.page_size);
+        n = page >= 0 && page < kv.npages ? n : i; // alike in all blocks: they count on it
     }
     return n;
 }
@@ -310,7 +313,7 @@ __device__ __forceinline__ void load_vectors(
     }
 }
 
-/// Reads what the step is about and its queries, and sends for the counts of the cells.
+/// Reads what the step is about, its queries and the counts of the cells.
 template <class T, int D>
 __device__ __forceinline__ void begin_step(DecodeBlock& b) {
     const DecodeParams& p = b.p;
@@ -319,7 +322,7 @@ __device__ __forceinline__ void begin_step(DecodeBlock& b) {
     const int64_t assigned = __ldcg(&s.row.sequence->assigned);
     const int64_t capacity = __ldcg(&s.row.sequence->capacity);
     send_for_queries<T, D>(b);
-    send_for_counts(b);
+    read_counts(b);
     DecodeStep step = step_of(p, s.row, before, assigned, capacity, b.layout.ahead);
     step.finds = keys_that_are_there(b, step);
     if (threadIdx.x == 0) {
@@ -329,7 +332,7 @@ __device__ __forceinline__ void begin_step(DecodeBlock& b) {
         s.products[s.layers + 1].n = step.finds;
     }
     load_vectors<D>(b, step);
-    wait_for_copies<1>(); // all but the counts
+    wait_for_copies<0>();
     __syncthreads();
 }
 

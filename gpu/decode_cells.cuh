@@ -1,6 +1,6 @@
 /// Which cells a row of decode() reads: each block scores its share of them, and the
-/// blocks tell each other the scores; each weighs all cells and takes the same ones.
-/// Device code.
+/// blocks tell each other exponentials of the scores and their sums; each weighs all cells
+/// and takes the same ones. Device code.
 #pragma once
 
 #include "decode_block.cuh"
@@ -95,7 +95,6 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
     if (threadIdx.x == kThreads - 1) {
         s.leaving_cell = listed ? leaving_cell : -1;
     }
-    wait_for_copies<0>(); // the cells' numbers of keys
     __syncthreads();
 }
 
@@ -110,20 +109,28 @@ __device__ __forceinline__ void tell_sums(const DecodeBlock& b) {
     const int step = 32 * layout.parts;
     float* of_head = b.floats(layout.scores) + g;
     const int32_t* counts = b.ints(layout.counts);
-    float most = -INFINITY;
+    // Of cells with keys, where there are any: an empty one may be far above them, and it
+    // may get the leaving key.
+    constexpr float kMost = 80; // exponents that floats hold
+    float most = -INFINITY, most_of_all = -INFINITY;
     bool bad = false;
 #pragma unroll 2
     for (int c = first; is && c < end; c += step) {
         const float score = of_head[c * layout.head_stride];
         bad = bad || !(score < INFINITY);
-        most = fmaxf(most, score);
+        most_of_all = fmaxf(most_of_all, score);
+        most = counts[c] || c == s.leaving_cell ? fmaxf(most, score) : most;
     }
     most = most_of_warp(most);
+    most_of_all = most_of_warp(most_of_all);
+    most = most > -INFINITY ? most : most_of_all;
     float sum = 0;
 #pragma unroll 2
     for (int c = first; c < end; c += step) {
         float& score = of_head[c * layout.head_stride];
-        score = is && most > -INFINITY ? __expf(b.p.scale * (score - most)) : 0.0f;
+        score = is && most > -INFINITY
+                ? __expf(fminf(b.p.scale * (score - most), kMost))
+                : 0.0f;
         const int keys = counts[c] + (c == s.leaving_cell);
         sum += keys ? static_cast<float>(keys) * score : 0.0f;
     }
@@ -234,18 +241,19 @@ __device__ __forceinline__ void find_factors(const DecodeBlock& b) {
         const float2 of_part = is
                 ? as_floats(b.words(layout.partial)[b.lane * layout.head_stride + g])
                 : make_float2(0, -INFINITY);
-        const float most = most_of_warp(of_part.y);
-        float factor = of_part.y > -INFINITY ? __expf(of_part.y - most) : 0.0f;
-        float sum = of_part.x * factor;
+        float keys = of_part.x;
         if (s.step.finds) { // the key that leaves now counts in its cell
             const int each = DecodeLayout::share(s.list.query.ncell, b.blocks);
             const CellPlace place(layout, s.leaving_cell, each, 1.0f / each);
             const float more =
                     b.floats(layout.scores)[s.leaving_cell * layout.head_stride + g];
-            sum += b.lane == place.part ? more * factor : 0.0f;
+            keys += b.lane == place.part ? more : 0.0f;
         }
-        sum = sum_of_warp(sum);
-        factor = is && sum > 0 ? factor / sum : 0.0f;
+        // Parts without a key weigh nothing.
+        const float most = most_of_warp(keys > 0 ? of_part.y : -INFINITY);
+        float factor = keys > 0 && of_part.y > -INFINITY ? __expf(of_part.y - most) : 0.0f;
+        const float sum = sum_of_warp(keys * factor);
+        factor = is && sum > 1e-30f ? factor / sum : 0.0f;
         if (b.lane < parts) {
             b.factors(b.lane)[g] = factor;
         }

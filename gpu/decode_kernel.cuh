@@ -1,7 +1,7 @@
 /// The kernel of decode(): a step of all rows.
 ///
 /// A cluster of blocks has a row: a KV head of one sequence. Each block scores its share
-/// of the cells, and all tell each other the scores. So each block takes the same cells
+/// of the cells, and all tell each other what they found. So each block takes the same cells
 /// and attends to its share of the keys; sink and window are read while the blocks wait
 /// for each other. At the end they exchange their results.
 #pragma once

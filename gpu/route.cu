@@ -386,7 +386,7 @@ __device__ void select_row(
                     ? far
                     : static_cast<int64_t>(share * limit_of_head + 1e-9);
             RowCell* cells = p.work.cells + r * p.work.stride;
-            clear_selection(s, all ? n : p.nprobe);
+            clear_selection(s);
             const Bins bins = find_bins(s, keys, padded);
             int least = INT32_MAX;
 #pragma unroll 2

@@ -265,7 +265,7 @@ __device__ inline Bins find_bins(Selection& s, const unsigned long long* keys, i
 }
 
 /// Makes room for take_cells; a barrier is between.
-__device__ inline void clear_selection(Selection& s, int nprobe) {
+__device__ inline void clear_selection(Selection& s) {
 #pragma unroll 1
     for (int b = threadIdx.x; b < Selection::kBins; b += blockDim.x) {
         s.keys_of[b] = s.cells_of[b] = 0;
@@ -273,7 +273,7 @@ __device__ inline void clear_selection(Selection& s, int nprobe) {
     if (threadIdx.x == 0) {
         s.least = INT32_MAX;
         s.nlisted = 0;
-        s.taken = nprobe;
+        s.taken = INT32_MAX;
         s.keys = 0;
         s.passed = 0;
     }
