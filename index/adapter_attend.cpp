@@ -202,22 +202,61 @@ struct FarKeys {
     std::vector<int32_t> slots; ///< ascending, each once
 };
 
-/// Slots begin .. end - 1, of the cache for all KV heads, or of a row's far
-/// keys.
+/// Slots begin .. end - 1 of a token's cache: all of them, or its far keys.
 struct Piece {
-    int64_t row = -1; ///< of probed cells; -1: sink or window
+    bool far;
     int64_t begin, end;
 };
 
-void cut(
-        int64_t row,
+void cut_dense(
         int64_t begin,
         int64_t end,
         int64_t length,
         std::vector<Piece>& pieces) {
     for (; begin < end; begin += length) {
-        pieces.push_back({row, begin, std::min(begin + length, end)});
+        pieces.push_back({false, begin, std::min(begin + length, end)});
     }
+}
+
+/// Cuts the far keys of a token where all its rows together have about `length`
+/// slots, so that a piece reads the rows of all KV heads where they are
+/// neighbours.
+void cut_far(
+        const FarKeys* far,
+        int64_t rows,
+        int64_t length,
+        std::vector<Piece>& pieces) {
+    constexpr int64_t kSamples = 16; // of a piece
+    const int64_t step = std::max<int64_t>(1, length / kSamples);
+    std::vector<int32_t> samples;
+    int64_t slots = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const auto n = static_cast<int64_t>(far[r].slots.size());
+        slots += n;
+        for (int64_t i = step / 2; i < n; i += step) {
+            samples.push_back(far[r].slots[i]);
+        }
+    }
+    std::sort(samples.begin(), samples.end());
+    int64_t begin = 0;
+    for (size_t i = kSamples; i < samples.size(); i += kSamples) {
+        pieces.push_back({true, begin, samples[i]});
+        begin = samples[i];
+    }
+    if (slots > 0) {
+        pieces.push_back({true, begin, INT64_MAX});
+    }
+}
+
+/// The part of ascending slots that lies in [begin, end).
+SlotList slots_between(
+        int kv_head,
+        const std::vector<int32_t>& slots,
+        int64_t begin,
+        int64_t end) {
+    const auto first = std::lower_bound(slots.begin(), slots.end(), begin);
+    const auto last = std::lower_bound(first, slots.end(), end);
+    return {kv_head, slots.data() + (first - slots.begin()), last - first};
 }
 
 } // namespace
@@ -322,63 +361,66 @@ void AttentionAdapter::attend_preassigned(
         }
     });
 
-    // Every row is cut into pieces, so that one long sequence occupies all
-    // cores; partial results merge exactly. Long pieces, because the first rows
-    // of each are read without a prefetch, but some for every thread.
+    // Tokens are cut into pieces, so that one long sequence occupies all cores;
+    // partial results merge exactly. Long pieces, because the first rows of
+    // each are read without a prefetch, but some for every thread.
     int64_t slots = 0;
     for (int64_t r = 0; r < rows; r++) {
         slots += static_cast<int64_t>(far[r].slots.size());
     }
-    const int64_t length = std::clamp<int64_t>(
-            slots / (4 * omp_get_max_threads()), 256, 4096);
+    const int64_t length =
+            std::max<int64_t>(slots / (4 * omp_get_max_threads()), 2048);
     std::vector<Piece> pieces;
     std::vector<int64_t> first_piece = {0}; // of each token
     for (int64_t t = 0; t < ntoken; t++) {
+        cut_far(far.data() + t * rows_per_token, rows_per_token, length, pieces);
         if (params_.attend_dense) {
             const int64_t stretch =
                     std::max<int64_t>(64, length / params_.heads_kv);
             const Token& token = tokens[t];
-            cut(-1, 0, token.sink_end, stretch, pieces);
-            cut(-1, token.window_begin, token.window_end, stretch, pieces);
-        }
-        for (int64_t r = t * rows_per_token; r < (t + 1) * rows_per_token;
-             r++) {
-            cut(r, 0, static_cast<int64_t>(far[r].slots.size()), length, pieces);
+            cut_dense(0, token.sink_end, stretch, pieces);
+            cut_dense(token.window_begin, token.window_end, stretch, pieces);
         }
         first_piece.push_back(static_cast<int64_t>(pieces.size()));
     }
     std::vector<int64_t> token_of(pieces.size());
-    std::vector<int64_t> first_result(pieces.size() + 1, 0);
     for (int64_t t = 0; t < ntoken; t++) {
-        for (int64_t i = first_piece[t]; i < first_piece[t + 1]; i++) {
-            token_of[i] = t;
-            first_result[i + 1] = first_result[i] +
-                    (pieces[i].row < 0 ? params_.heads_q : nq);
-        }
+        std::fill(
+                token_of.begin() + first_piece[t],
+                token_of.begin() + first_piece[t + 1],
+                t);
     }
     const int d_v = ntoken ? tokens[0].from->kv.d_v : 0;
-    std::vector<float> part(first_result.back() * d_v);
-    std::vector<float> part_lse(first_result.back());
+    const int64_t results = params_.heads_q; // of a piece
+    std::vector<float> part(pieces.size() * results * d_v);
+    std::vector<float> part_lse(pieces.size() * results);
     parallel_for(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
         const Piece& piece = pieces[i];
+        const int64_t t = token_of[i];
         AttendKernelParams p;
-        p.kv = &tokens[token_of[i]].from->kv;
+        p.kv = &tokens[t].from->kv;
         p.scale = params_.scale;
-        p.n = piece.end - piece.begin;
-        if (piece.row < 0) {
+        p.queries = queries + t * results * params_.d;
+        std::vector<SlotList> lists;
+        if (piece.far) {
+            for (int64_t r = 0; r < rows_per_token; r++) {
+                lists.push_back(slots_between(
+                        static_cast<int>(r / choices),
+                        far[t * rows_per_token + r].slots,
+                        piece.begin,
+                        piece.end));
+            }
+            p.lists = lists.data();
+            p.heads = static_cast<int>(rows_per_token);
+            p.nq = nq;
+        } else {
             p.heads = params_.heads_kv;
             p.nq = group_;
-            p.queries = queries + token_of[i] * params_.heads_q * params_.d;
             p.begin = piece.begin;
-        } else {
-            p.kv_head = static_cast<int>(
-                    piece.row / choices % params_.heads_kv);
-            p.nq = nq;
-            p.queries = queries + piece.row * nq * params_.d;
-            p.slots = far[piece.row].slots.data() + piece.begin;
+            p.end = piece.end;
         }
-        p.output = part.data() + first_result[i] * d_v;
-        p.lse = part_lse.data() + first_result[i];
+        p.output = part.data() + i * results * d_v;
+        p.lse = part_lse.data() + i * results;
         attend_kernel(p);
     });
 
@@ -394,19 +436,15 @@ void AttentionAdapter::attend_preassigned(
         }
         for (int64_t i = first_piece[t]; i < first_piece[t + 1]; i++) {
             const Piece& piece = pieces[i];
-            const float* l = part_lse.data() + first_result[i];
-            const auto n = static_cast<int>(
-                    first_result[i + 1] - first_result[i]);
-            const int64_t head =
-                    piece.row < 0 ? 0 : piece.row * nq - first_row;
+            const float* l = part_lse.data() + i * results;
             merge_states(
-                    n,
+                    params_.heads_q,
                     d_v,
-                    output + head * d_v,
-                    lse.data() + head,
-                    part.data() + first_result[i] * d_v,
+                    output,
+                    lse.data(),
+                    part.data() + i * results * d_v,
                     l);
-            for (int h = 0; piece.row < 0 && h < n; h++) {
+            for (int h = 0; !piece.far && h < params_.heads_q; h++) {
                 dense[h] = merge_weights(dense[h], l[h]).lse;
             }
         }
@@ -463,14 +501,15 @@ std::vector<int32_t> AttentionAdapter::far_slots(
         n += head[p].lists.mark_slots(
                 of_partition[p], token.window_begin, bits.data());
     }
-    std::vector<int32_t> slots;
-    slots.reserve(n);
+    std::vector<int32_t> slots(n);
+    int32_t* to = slots.data();
     for (size_t w = 0; w < bits.size(); w++) {
+        const auto first = static_cast<int32_t>(token.sink_end + 64 * w);
         for (uint64_t left = bits[w]; left; left &= left - 1) {
-            slots.push_back(static_cast<int32_t>(
-                    token.sink_end + 64 * w + __builtin_ctzll(left)));
+            *to++ = first + __builtin_ctzll(left);
         }
     }
+    slots.resize(to - slots.data());
     return slots;
 }
 

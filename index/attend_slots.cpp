@@ -90,8 +90,8 @@ void attend_slots(
                 slots[i],
                 kv.length);
     }
-    p.n = n;
-    p.slots = slots;
+    const SlotList list = {kv_head, slots, n};
+    p.lists = &list;
     attend_kernel(p);
 }
 
@@ -108,8 +108,8 @@ void attend_range(
     AttendKernelParams p =
             checked_call(kv, kv_head, nq, queries, scale, output, lse);
     check_range(kv, begin, end);
-    p.n = end - begin;
     p.begin = begin;
+    p.end = end;
     attend_kernel(p);
 }
 
@@ -141,7 +141,7 @@ void attend_dense(
     parallel_for(stretches, [&](int64_t i) {
         AttendKernelParams p = whole;
         p.begin = begin + i * stretch;
-        p.n = std::min(stretch, end - p.begin);
+        p.end = std::min(p.begin + stretch, end);
         p.output = part.data() + i * size;
         p.lse = part_lse.data() + i * heads_q;
         attend_kernel(p);

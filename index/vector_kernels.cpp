@@ -8,6 +8,7 @@
 #define HWY_TARGET_INCLUDE "index/vector_kernels.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.h
+#include <hwy/aligned_allocator.h>
 #include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
@@ -27,6 +28,11 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 using D = hn::CappedTag<float, 16>;
 using V = hn::Vec<D>;
+
+/// What is loaded again and again starts on a cache line: a load that lies on
+/// two of them takes twice as long.
+template <class T>
+using Aligned = hwy::AlignedFreeUniquePtr<T[]>;
 
 /// Rows per tile: one maximum and one rescaling per tile, and sums short
 /// enough for float32. Keys and values of a head's tile stay in the first
@@ -164,48 +170,82 @@ HWY_INLINE void store_sums(V a, V b, V c, V e, float* to) {
 #endif
 }
 
-/// Rows to ask the memory for while others are at work: one for each of them,
-/// the last one again where there are fewer. Scattered rows go into the second
-/// cache, as the first one is full of the tile at work; what is read in order
-/// is faster on its way through the first (both measured).
+/// Rows to ask the memory for while others are at work, a few after each step
+/// of the arithmetic. What is read in order goes into the first cache,
+/// scattered rows into the second.
 ///
 /// A prefetch whose address must be translated holds up all that follows it,
-/// so the first lines of several rows go together and their translations
-/// overlap. The other lines are spread over the arithmetic: a burst of all
-/// would fill the queues of the memory, and the arithmetic would wait.
+/// so the first lines of several scattered rows go together and their
+/// translations overlap. The lines of a row go together too: one by one between
+/// the arithmetic, a gather takes twice as long (measured).
 template <class T>
-struct RowsAhead {
-    const T* const* rows = nullptr;
-    int n = 0; ///< 0: nothing to ask for
-    bool in_order = false; ///< rows follow each other in the memory
-    static constexpr int kBurst = 16;
+class RowsAhead {
+   public:
+    RowsAhead() = default;
+    /// @param in_order  rows follow each other in the memory
+    RowsAhead(const std::vector<const T*>& rows, int width, bool in_order)
+            : rows_(rows.data()),
+              n_(static_cast<int>(rows.size())),
+              bytes_(width * static_cast<int>(sizeof(T))),
+              in_order_(in_order) {}
 
-    /// Before row i: the first lines of this and the next rows.
-    HWY_INLINE void translate(int i) const {
-        if (i % kBurst == 0) {
-            for (int j = i; j < std::min(n, i + kBurst); j++) {
-                __builtin_prefetch(rows[j], 0, 2);
-            }
-        }
-    }
-    /// A whole row: in the order of the memory, other rows are its neighbours.
-    HWY_INLINE void fetch(int i, int width) const {
-        const T* row = rows[std::min(i, n - 1)];
-        for (int c = 0; c < width; c += 64 / static_cast<int>(sizeof(T))) {
-            if (in_order) {
-                __builtin_prefetch(row + c, 0, 3);
+    /// Asks for the next `count` rows, as far as there are any.
+    HWY_INLINE void fetch(int count) {
+        for (const int end = std::min(n_, next_ + count); next_ < end; next_++) {
+            const auto* row = reinterpret_cast<const char*>(rows_[next_]);
+            if (in_order_) {
+                for (int b = 0; b < bytes_; b += 64) {
+                    __builtin_prefetch(row + b, 0, 3);
+                }
             } else {
-                __builtin_prefetch(row + c, 0, 2);
+                translate();
+                fetch_scattered(row);
             }
         }
     }
+    void fetch_rest() {
+        fetch(n_ - next_);
+    }
+
+   private:
+    HWY_INLINE void translate() const {
+        constexpr int kBurst = 16;
+        if (next_ % kBurst == 0) {
+            for (int i = next_; i < std::min(n_, next_ + kBurst); i++) {
+                __builtin_prefetch(rows_[i], 0, 2);
+            }
+        }
+    }
+    /// Unrolled for the reason that `inner_products_of_rows` is.
+    HWY_INLINE void fetch_scattered(const char* row) const {
+        int b = 0;
+        for (; b + 256 <= bytes_; b += 256) {
+            __builtin_prefetch(row + b, 0, 2);
+            __builtin_prefetch(row + b + 64, 0, 2);
+            __builtin_prefetch(row + b + 128, 0, 2);
+            __builtin_prefetch(row + b + 192, 0, 2);
+        }
+        for (; b < bytes_; b += 64) {
+            __builtin_prefetch(row + b, 0, 2);
+        }
+    }
+
+    const T* const* rows_ = nullptr;
+    int n_ = 0, next_ = 0, bytes_ = 0;
+    bool in_order_ = false;
 };
 
 /// q.k of kRows rows and NQ queries.
+///
+/// A load that is executed again for each line of a row looks like a stride to
+/// the hardware, which fetches ahead. For rows in order that is a fifth of the
+/// time won; of scattered rows it fetches what nobody reads, and takes half as
+/// long again. So there each line of a row has a load of its own.
+/// @param kScattered  rows do not follow each other in the memory
 /// @param rows      kRows pointers, `stride` apart
 /// @param q         size NQ * width, in the order of `load_half`
 /// @param products  output, NQ times kRows entries, kTile apart
-template <int NQ, class T>
+template <int NQ, bool kScattered, class T>
 HWY_INLINE void inner_products_of_rows(
         const T* const* rows,
         int stride,
@@ -234,15 +274,26 @@ HWY_INLINE void inner_products_of_rows(
     };
     int c = 0;
     V k[kRows];
+    const auto add_block = [&](int column) HWY_ATTR {
+        for (int r = 0; r < kRows; r++) {
+            k[r] = load_half<0>(d, row[r] + column);
+        }
+        add(column, k);
+        for (int r = 0; r < kRows; r++) {
+            k[r] = load_half<1>(d, row[r] + column);
+        }
+        add(column + lanes, k);
+    };
+    if constexpr (kScattered) {
+        for (; c + 8 * lanes <= width; c += 8 * lanes) {
+            add_block(c);
+            add_block(c + 2 * lanes);
+            add_block(c + 4 * lanes);
+            add_block(c + 6 * lanes);
+        }
+    }
     for (; c + 2 * lanes <= width; c += 2 * lanes) {
-        for (int r = 0; r < kRows; r++) {
-            k[r] = load_half<0>(d, row[r] + c);
-        }
-        add(c, k);
-        for (int r = 0; r < kRows; r++) {
-            k[r] = load_half<1>(d, row[r] + c);
-        }
-        add(c + lanes, k);
+        add_block(c);
     }
     for (; c + lanes <= width; c += lanes) {
         for (int r = 0; r < kRows; r++) {
@@ -268,35 +319,36 @@ HWY_INLINE void inner_products_of_rows(
     }
 }
 
-/// x <- factor * x over a tile; returns the maximum.
+/// x <- factor * x over the n rows of a tile, and -infinity up to a whole
+/// vector; returns the maximum.
 /// @param poison  becomes NaN when a result is not finite: neither the maximum
 ///                nor Highway's exponential lets a NaN through
 HWY_INLINE float scale_tile(float factor, int n, float* x, float& poison) {
     const D d;
     const int lanes = static_cast<int>(hn::Lanes(d));
-    const V f = hn::Set(d, factor);
+    const V f = hn::Set(d, factor), none = hn::Set(d, -INFINITY);
     V zeros = hn::Zero(d);
-    V best = hn::Set(d, -INFINITY);
-    std::fill(x + n, x + kTile, 0.0f);
+    V best = none;
     for (int i = 0; i < n; i += lanes) {
+        const auto there = hn::FirstN(d, n - i);
         const V product = hn::Mul(f, hn::LoadU(d, x + i));
-        zeros = hn::MulAdd(product, hn::Zero(d), zeros);
-        best = hn::Max(best, product);
-        hn::StoreU(product, d, x + i);
+        zeros = hn::MulAdd(
+                hn::IfThenElseZero(there, product), hn::Zero(d), zeros);
+        const V logit = hn::IfThenElse(there, product, none);
+        best = hn::Max(best, logit);
+        hn::StoreU(logit, d, x + i);
     }
     poison += hn::GetLane(hn::SumOfLanes(d, zeros));
-    std::fill(x + n, x + kTile, -INFINITY);
-    // What stood in for missing rows must not count.
-    return n % lanes == 0 ? hn::GetLane(hn::MaxOfLanes(d, best))
-                          : *std::max_element(x, x + n);
+    return hn::GetLane(hn::MaxOfLanes(d, best));
 }
 
-/// weights <- exp(weights - maximum); returns their sum.
-HWY_INLINE float exponentiate(float maximum, float* weights) {
+/// weights <- exp(weights - maximum) for the n rows of a tile; returns their
+/// sum.
+HWY_INLINE float exponentiate(float maximum, int n, float* weights) {
     const D d;
     const V shift = hn::Set(d, maximum);
     V sum = hn::Zero(d);
-    for (int i = 0; i < kTile; i += static_cast<int>(hn::Lanes(d))) {
+    for (int i = 0; i < n; i += static_cast<int>(hn::Lanes(d))) {
         const V w = hn::Exp(d, hn::Sub(hn::LoadU(d, weights + i), shift));
         hn::StoreU(w, d, weights + i);
         sum = hn::Add(sum, w);
@@ -307,16 +359,15 @@ HWY_INLINE float exponentiate(float maximum, float* weights) {
 /// output <- output * shrink + sum of weight * row over NV vectors of n rows,
 /// for NQ queries; two vectors make a block, one is what is left of a row.
 /// @param rows     n pointers, `stride` apart
-/// @param pass     which of all passes over the rows
+/// @param ahead    asked for `fetch` rows after kRows of these
 /// @param output   in the order of `load_half`
 template <int NQ, int NV, class T>
 HWY_INLINE void add_value_columns(
         const T* const* rows,
         int stride,
         int n,
-        RowsAhead<T> ahead,
-        int pass,
-        int passes,
+        RowsAhead<T>& ahead,
+        int fetch,
         int column,
         int width,
         const float* weights,
@@ -333,11 +384,8 @@ HWY_INLINE void add_value_columns(
         }
     }
     for (int i = 0; i < n; i++) {
-        // Every pass over the rows asks for its share of those ahead.
-        if (ahead.n && i % passes == 0) {
-            const int next = (pass * n + i) / passes;
-            ahead.translate(next);
-            ahead.fetch(next, width);
+        if (i % kRows == 0) {
+            ahead.fetch(fetch);
         }
         const T* row = rows[i * stride] + column;
         V v[NV];
@@ -368,13 +416,15 @@ HWY_INLINE void add_value_columns(
 
 /// The same over whole rows.
 /// @param weights  NQ times n entries, kTile apart
+/// @param ahead    asked for `fetch` rows after kRows of these
 /// @param output   size NQ * width
 template <int NQ, class T>
 HWY_INLINE void add_values(
         const T* const* rows,
         int stride,
         int n,
-        RowsAhead<T> ahead,
+        RowsAhead<T>& ahead,
+        int fetch,
         int width,
         const float* weights,
         const float* shrink,
@@ -382,15 +432,15 @@ HWY_INLINE void add_values(
     const int lanes = static_cast<int>(hn::Lanes(D()));
     const int vectors = width / lanes;
     const int passes = vectors / 4 + vectors % 4 / 2 + vectors % 2;
-    int c = 0, pass = 0;
+    const int fetch_in_pass = (fetch + passes - 1) / std::max(passes, 1);
+    int c = 0;
     const auto add = [&](auto count) HWY_ATTR {
         add_value_columns<NQ, count>(
                 rows,
                 stride,
                 n,
                 ahead,
-                pass++,
-                passes,
+                fetch_in_pass,
                 c,
                 width,
                 weights,
@@ -418,155 +468,219 @@ HWY_INLINE void add_values(
     }
 }
 
-/// An online softmax (Milakov and Gimelshein, arXiv 1805.02867) over tiles of
-/// tokens. Heads take turns; meanwhile the next tile is prefetched in the order
-/// of tokens, in which the rows of all heads are neighbours in the usual
-/// layout: read in this order, memory gives nearly what it gives to a
-/// sequential reader, and half of it head by head.
+/// Where the rows of a KV head lie: KvView::key or ::value, with what does not
+/// depend on the slot worked out once.
+template <class T>
+struct HeadRows {
+    const T* base;
+    int64_t token_stride, page_stride;
+    const int32_t* page_table;
+    int page_size;
+
+    static HeadRows keys(const KvView& kv, int head) {
+        return {static_cast<const T*>(kv.k) + head * kv.k_head_stride,
+                kv.k_token_stride, kv.k_page_stride, kv.page_table, kv.page_size};
+    }
+    static HeadRows values(const KvView& kv, int head) {
+        return {static_cast<const T*>(kv.v) + head * kv.v_head_stride,
+                kv.v_token_stride, kv.v_page_stride, kv.page_table, kv.page_size};
+    }
+    HWY_INLINE const T* at(int64_t slot) const {
+        if (!page_table) {
+            return base + slot * token_stride;
+        }
+        return base + page_table[slot / page_size] * page_stride +
+                slot % page_size * token_stride;
+    }
+};
+
+/// An online softmax (Milakov and Gimelshein, arXiv 1805.02867) over tiles,
+/// the next of which is prefetched meanwhile.
+///
+/// Tiles follow each other by tokens, heads in turns. In the usual layout the
+/// rows of all heads of a token are neighbours: in this order memory gives
+/// nearly what it gives to a sequential reader, and half of it head by head;
+/// of scattered rows more share a page, and its translation.
 template <class T>
 struct OnlineSoftmax {
     const AttendKernelParams& p;
     const int d, d_v;
     const int queries; ///< of all heads
-    const int tile;    ///< tokens
-    std::vector<float> q;      ///< in the order of `load_half`
-    std::vector<float> output; ///< likewise
+    const int tokens_per_tile; ///< of a tile of all heads
+    Aligned<float> q;      ///< in the order of `load_half`
+    Aligned<float> output; ///< likewise
     std::vector<float> maximum, sum, poison;
-    /// Rows of a tile, size tile * heads; of no tile: empty.
-    struct Rows {
+    /// `n` rows of some heads, token by token. Up to a multiple of kRows the
+    /// last token stands in for missing ones.
+    struct Tile {
+        int n = 0; ///< 0: there is none
+        int first_head = 0, heads = 0;
         std::vector<const T*> keys, values;
     };
-    Rows now, next;
+    Tile now, next;
+    RowsAhead<T> keys_ahead, values_ahead; ///< of the next tile
+    std::vector<int64_t> taken; ///< of each head's rows
 
     explicit OnlineSoftmax(const AttendKernelParams& params)
             : p(params),
               d(p.kv->d),
               d_v(p.kv->d_v),
               queries(p.heads * p.nq),
-              tile(tokens_per_tile()),
-              q(size_t(queries) * d),
-              output(size_t(queries) * d_v, 0.0f),
+              tokens_per_tile(static_cast<int>(std::clamp<int64_t>(
+                      kTileBytes /
+                              (int64_t(p.heads) * (d + d_v) * sizeof(T)) / 16 *
+                              16,
+                      16,
+                      kTile))),
+              q(hwy::AllocateAligned<float>(size_t(queries) * d)),
+              output(hwy::AllocateAligned<float>(size_t(queries) * d_v)),
               maximum(queries, -INFINITY),
               sum(queries, 0.0f),
-              poison(queries, 0.0f) {
+              poison(queries, 0.0f),
+              taken(p.lists ? p.heads : 1, 0) {
+        std::fill_n(output.get(), size_t(queries) * d_v, 0.0f);
         for (int i = 0; i < queries; i++) {
             const int64_t at = int64_t(i) * d;
-            arrange<T>(d, p.queries + at, q.data() + at);
+            arrange<T>(d, p.queries + at, q.get() + at);
         }
     }
 
-    int tokens_per_tile() const {
-        const int64_t token = int64_t(p.heads) * (d + d_v) * sizeof(T);
-        const int64_t fit = kTileBytes / token / 16 * 16;
-        return static_cast<int>(std::clamp<int64_t>(fit, 16, kTile));
-    }
-
-    int tokens_at(int64_t begin) const {
-        return static_cast<int>(
-                std::clamp<int64_t>(p.n - begin, 0, tile));
-    }
-
-    /// Pointers to the rows of the tile at `begin`, token by token. Up to a
-    /// multiple of kRows the last token stands in for missing ones.
-    void resolve(int64_t begin, Rows& rows) const {
-        const int n = tokens_at(begin);
+    /// @param slot  a function of i = 0 .. n - 1
+    template <class Slot>
+    HWY_INLINE void fill(Tile& tile, int n, const Slot& slot) const {
+        tile.n = n;
         const int padded = (n + kRows - 1) / kRows * kRows;
-        rows.keys.resize(padded * p.heads);
-        rows.values.resize(padded * p.heads);
-        const KvView kv = *p.kv; // a copy that no store can change
-        const T** to_k = rows.keys.data();
-        const T** to_v = rows.values.data();
-        for (int i = 0; i < padded; i++) {
-            const int64_t at = begin + std::min(i, n - 1);
-            const int64_t slot = p.slots ? p.slots[at] : p.begin + at;
-            const auto* k = static_cast<const T*>(kv.key(p.kv_head, slot));
-            const auto* v = static_cast<const T*>(kv.value(p.kv_head, slot));
-            for (int h = 0; h < p.heads; h++) {
-                *to_k++ = k + h * kv.k_head_stride;
-                *to_v++ = v + h * kv.v_head_stride;
+        tile.keys.resize(padded * tile.heads);
+        tile.values.resize(padded * tile.heads);
+        for (int h = 0; h < tile.heads && n > 0; h++) {
+            const int head = p.lists ? p.lists[tile.first_head].kv_head
+                                     : p.kv_head + h;
+            const auto k = HeadRows<T>::keys(*p.kv, head);
+            const auto v = HeadRows<T>::values(*p.kv, head);
+            const T** to_k = tile.keys.data() + h;
+            const T** to_v = tile.values.data() + h;
+            const auto put = [&](int i, int64_t s) {
+                to_k[i * tile.heads] = k.at(s);
+                to_v[i * tile.heads] = v.at(s);
+            };
+            for (int i = 0; i < n; i++) {
+                put(i, slot(i));
+            }
+            for (int i = n; i < padded; i++) {
+                put(i, slot(n - 1));
             }
         }
     }
 
-    /// What the first queries of head h prefetch: its share of the next tile.
-    RowsAhead<T> share(const std::vector<const T*>& rows, int h, int first)
-            const {
-        const auto each = static_cast<int>(rows.size()) / p.heads;
-        return {rows.data() + h * each, first == h * p.nq ? each : 0, !p.slots};
+    /// The tile after those taken: the next tokens of all heads, or of the head
+    /// whose next slot is the lowest.
+    void take(Tile& tile) {
+        int64_t left = p.end - p.begin - taken[0];
+        if (!p.lists) {
+            tile.heads = p.heads;
+            const int n = static_cast<int>(
+                    std::min<int64_t>(left, tokens_per_tile));
+            const int64_t first = p.begin + taken[0];
+            fill(tile, n, [&](int i) { return first + i; });
+            taken[0] += n;
+            return;
+        }
+        int h = -1;
+        for (int i = 0; i < p.heads; i++) {
+            const auto& list = p.lists[i];
+            if (taken[i] < list.n &&
+                (h < 0 || list.slots[taken[i]] < p.lists[h].slots[taken[h]])) {
+                h = i;
+            }
+        }
+        if (h < 0) {
+            fill(tile, 0, [](int) { return 0; });
+            return;
+        }
+        left = p.lists[h].n - taken[h];
+        tile.first_head = h;
+        tile.heads = 1;
+        const int32_t* slots = p.lists[h].slots + taken[h];
+        const int n = static_cast<int>(std::min<int64_t>(left, kTile));
+        fill(tile, n, [&](int i) { return slots[i]; });
+        taken[h] += n;
     }
 
+    /// Queries first .. first + NQ - 1 over the rows of head h of the tile.
+    /// @param fetch  rows ahead for each kRows rows
     template <int NQ>
-    void add_tile(int n, int h, int first) {
+    void add_tile(int h, int first, int fetch) {
         alignas(64) float weights[NQ * kTile];
         float shrink[NQ];
-        const RowsAhead<T> ahead = share(next.keys, h, first);
-        for (int i = 0; i < n; i += kRows) {
-            if (ahead.n) {
-                ahead.translate(i);
-                for (int r = 0; r < kRows; r++) {
-                    ahead.fetch(i + r, d);
-                }
+        for (int i = 0; i < now.n; i += kRows) {
+            keys_ahead.fetch(fetch);
+            const T* const* rows = now.keys.data() + i * now.heads + h;
+            const float* x = q.get() + int64_t(first) * d;
+            if (p.lists) {
+                inner_products_of_rows<NQ, true>(
+                        rows, now.heads, d, x, weights + i);
+            } else {
+                inner_products_of_rows<NQ, false>(
+                        rows, now.heads, d, x, weights + i);
             }
-            inner_products_of_rows<NQ>(
-                    now.keys.data() + i * p.heads + h,
-                    p.heads,
-                    d,
-                    q.data() + int64_t(first) * d,
-                    weights + i);
         }
         for (int j = 0; j < NQ; j++) {
             float* w = weights + j * kTile;
             float& top = maximum[first + j];
             const float before = top;
-            top = std::max(before, scale_tile(p.scale, n, w, poison[first + j]));
+            top = std::max(
+                    before, scale_tile(p.scale, now.n, w, poison[first + j]));
             // exp(-inf - -inf) would be NaN
             shrink[j] = before == top ? 1.0f : std::exp(before - top);
             sum[first + j] = sum[first + j] * shrink[j] +
-                    exponentiate(top == -INFINITY ? 0.0f : top, w);
+                    exponentiate(top == -INFINITY ? 0.0f : top, now.n, w);
         }
         add_values<NQ>(
                 now.values.data() + h,
-                p.heads,
-                n,
-                share(next.values, h, first),
+                now.heads,
+                now.n,
+                values_ahead,
+                fetch,
                 d_v,
                 weights,
                 shrink,
-                output.data() + int64_t(first) * d_v);
+                output.get() + int64_t(first) * d_v);
     }
 
     /// At most NQ of `count` queries.
     template <int NQ>
-    void add_queries(int count, int n, int h, int first) {
+    void add_queries(int count, int h, int first, int fetch) {
         if constexpr (NQ > 1) {
             if (count < NQ) {
-                add_queries<NQ - 1>(count, n, h, first);
+                add_queries<NQ - 1>(count, h, first, fetch);
                 return;
             }
         }
-        add_tile<NQ>(n, h, first);
+        add_tile<NQ>(h, first, fetch);
+    }
+
+    void look_ahead() {
+        take(next);
+        keys_ahead = {next.keys, d, !p.lists};
+        values_ahead = {next.values, d_v, !p.lists};
     }
 
     void run() {
-        resolve(0, next);
-        const auto rows = static_cast<int>(next.keys.size());
-        for (int i = 0; i < rows; i++) {
-            const RowsAhead<T> keys = {next.keys.data(), rows};
-            const RowsAhead<T> values = {next.values.data(), rows};
-            keys.translate(i);
-            values.translate(i);
-            keys.fetch(i, d);
-            values.fetch(i, d_v);
-        }
-        for (int64_t begin = 0; begin < p.n; begin += tile) {
+        look_ahead();
+        while (next.n > 0) {
+            // The first tile, or what a short one before it left.
+            keys_ahead.fetch_rest();
+            values_ahead.fetch_rest();
             std::swap(now, next);
-            resolve(begin + tile, next);
-            const int n = tokens_at(begin);
-            for (int h = 0; h < p.heads; h++) {
-                // Queries in groups that share the loads of a row.
-                const int end = (h + 1) * p.nq;
-                for (int first = h * p.nq; first < end; first += kQueries) {
-                    add_queries<kQueries>(end - first, n, h, first);
+            look_ahead();
+            for (int h = 0; h < now.heads; h++) {
+                // Queries in groups that share the loads of a row; the first
+                // group asks for what is ahead.
+                const int begin = (now.first_head + h) * p.nq;
+                const int end = begin + p.nq;
+                for (int first = begin; first < end; first += kQueries) {
+                    add_queries<kQueries>(
+                            end - first, h, first, first == begin ? kRows : 0);
                 }
             }
         }
@@ -574,7 +688,7 @@ struct OnlineSoftmax {
             const float norm =
                     (sum[i] > 0 ? 1 / sum[i] : 0.0f) + poison[i];
             float* o = p.output + i * d_v;
-            restore<T>(d_v, output.data() + i * d_v, o);
+            restore<T>(d_v, output.get() + i * d_v, o);
             for (int j = 0; j < d_v; j++) {
                 o[j] *= norm;
             }
@@ -606,14 +720,23 @@ void inner_products_of(
         int64_t n,
         const float* rows,
         float* out) {
-    float products[NQ * kTile];
+    alignas(64) float products[NQ * kTile];
     for (int64_t begin = 0; begin < n; begin += kRows) {
         const int64_t count = std::min<int64_t>(kRows, n - begin);
         const float* row[kRows]; // the last row stands in for missing ones
         for (int r = 0; r < kRows; r++) {
             row[r] = rows + (begin + std::min<int64_t>(r, count - 1)) * d;
         }
-        inner_products_of_rows<NQ>(row, 1, d, q, products);
+        // The hardware's own prefetch stops at the end of a page, which holds
+        // but eight vectors of 128 components. Those behind the last are not
+        // there, but a prefetch may ask for any address.
+        constexpr int kAhead = 8;
+        const auto ahead = reinterpret_cast<uintptr_t>(rows) +
+                (begin + kAhead) * d * sizeof(float);
+        for (size_t b = 0; b < kRows * d * sizeof(float); b += 64) {
+            __builtin_prefetch(reinterpret_cast<const void*>(ahead + b));
+        }
+        inner_products_of_rows<NQ, false>(row, 1, d, q, products);
         for (int h = 0; h < NQ; h++) {
             std::copy_n(products + h * kTile, count, out + h * n + begin);
         }
@@ -627,13 +750,16 @@ void InnerProducts(
         int64_t n,
         const float* rows,
         float* out) {
+    const Aligned<float> queries = hwy::AllocateAligned<float>(size_t(nq) * d);
+    std::copy_n(q, size_t(nq) * d, queries.get());
     int i = 0;
     for (; i + kQueries <= nq; i += kQueries) {
         inner_products_of<kQueries>(
-                d, q + int64_t(i) * d, n, rows, out + i * n);
+                d, queries.get() + int64_t(i) * d, n, rows, out + i * n);
     }
     for (; i < nq; i++) {
-        inner_products_of<1>(d, q + int64_t(i) * d, n, rows, out + i * n);
+        inner_products_of<1>(
+                d, queries.get() + int64_t(i) * d, n, rows, out + i * n);
     }
 }
 
@@ -718,10 +844,12 @@ void CodeProducts(
         float* out) {
     const int blocks = (d + kCodeBlock - 1) / kCodeBlock;
     const int width = blocks * kCodeBlock;
-    std::vector<float> padded(size_t(nq) * width, 0.0f);
+    const Aligned<float> padded =
+            hwy::AllocateAligned<float>(size_t(nq) * width);
+    std::fill_n(padded.get(), size_t(nq) * width, 0.0f);
     std::vector<float> sums(size_t(nq) * blocks, 0.0f);
     for (int h = 0; h < nq; h++) {
-        std::copy_n(q + size_t(h) * d, d, padded.data() + size_t(h) * width);
+        std::copy_n(q + size_t(h) * d, d, padded.get() + size_t(h) * width);
         for (int c = 0; c < d; c++) {
             sums[h * blocks + c / kCodeBlock] += q[size_t(h) * d + c];
         }
@@ -730,7 +858,7 @@ void CodeProducts(
     for (; h + kQueries <= nq; h += kQueries) {
         code_products_of<kQueries>(
                 blocks,
-                padded.data() + size_t(h) * width,
+                padded.get() + size_t(h) * width,
                 sums.data() + h * blocks,
                 n,
                 codes,
@@ -739,7 +867,7 @@ void CodeProducts(
     for (; h < nq; h++) {
         code_products_of<1>(
                 blocks,
-                padded.data() + size_t(h) * width,
+                padded.get() + size_t(h) * width,
                 sums.data() + h * blocks,
                 n,
                 codes,

@@ -8,18 +8,26 @@
 
 namespace faiss_saap {
 
-/// nq queries of each of some KV heads over n rows of the cache, all of them
-/// checked.
+/// Slots of a KV head, ascending where that is possible: they are read in
+/// turns with those of other heads, the lowest first.
+struct SlotList {
+    int kv_head = 0;
+    const int32_t* slots = nullptr; ///< size n
+    int64_t n = 0;
+};
+
+/// nq queries of each of some heads over rows of the cache, all of them
+/// checked: lists of slots, or slots begin .. end - 1 of KV heads that follow
+/// each other.
 struct AttendKernelParams {
     const KvView* kv = nullptr;
-    int kv_head = 0; ///< the first one
-    int heads = 1;   ///< KV heads; all read the same slots
-    int nq = 0;      ///< queries of each head
+    int heads = 1; ///< KV heads, or lists
+    int nq = 0;    ///< queries of each of them
     const float* queries = nullptr; ///< size heads * nq * kv->d
     float scale = 0;
-    int64_t n = 0;
-    const int32_t* slots = nullptr; ///< size n; null: begin, begin + 1, ...
-    int64_t begin = 0;
+    const SlotList* lists = nullptr; ///< size heads, or null
+    int kv_head = 0;                 ///< without lists, the first one
+    int64_t begin = 0, end = 0;
     float* output = nullptr; ///< size heads * nq * kv->d_v
     float* lse = nullptr;    ///< size heads * nq
 };
