@@ -2,6 +2,7 @@
 /// sparse attention with its stages, all in one run.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <numeric>
 #include <random>
@@ -22,6 +23,11 @@ namespace {
 /// Candidates of `sparse_codes` for each key that is read.
 constexpr double kRefine = 6;
 
+/// A key and its value.
+struct RowPair {
+    const char *key, *value;
+};
+
 /// One sequence, its cache and what it asks.
 struct Sequence {
     std::mt19937 random;
@@ -34,7 +40,7 @@ struct Sequence {
     int64_t classified = 0; ///< the same cells, routed by a classifier
     std::vector<float> queries; ///< heads_q * d
     ProbedCells probed;
-    std::vector<std::vector<int32_t>> slots; ///< per KV head, those it reads
+    std::vector<RowPair> rows; ///< those it reads
 
     Sequence(const DecodeOptions& o, unsigned seed)
             : random(seed), cache(o.shape(o.tokens), random) {
@@ -86,6 +92,67 @@ WIDEST_LOADS uint64_t read_all(const char* data, size_t bytes) {
     return sum;
 }
 
+using Line = uint64_t __attribute__((vector_size(64)));
+
+/// Reads rows without computing. Every load is an instruction of its own: one
+/// executed again for each line of a row looks like a stride, and the hardware
+/// fetches what lies behind the row. Each `bytes` must be 64 at least.
+WIDEST_LOADS uint64_t read_rows(const RowPair* rows, size_t n, size_t bytes) {
+    constexpr size_t kAhead = 16;
+    Line sum = {};
+    for (size_t i = 0; i < n; i++) {
+        const RowPair& next = rows[std::min(i + kAhead, n - 1)];
+        for (size_t b = 0; b < bytes; b += 256) {
+#pragma GCC unroll 4
+            for (size_t c = 0; c < 256; c += 64) {
+                __builtin_prefetch(next.key + std::min(b + c, bytes - 1));
+            }
+#pragma GCC unroll 4
+            for (size_t c = 0; c < 256; c += 64) {
+                __builtin_prefetch(next.value + std::min(b + c, bytes - 1));
+            }
+        }
+        for (size_t b = 0; b < bytes; b += 256) {
+#pragma GCC unroll 4
+            for (size_t c = 0; c < 256; c += 64) {
+                Line key, value;
+                const size_t at = std::min(b + c, bytes - 64);
+                std::memcpy(&key, rows[i].key + at, 64);
+                std::memcpy(&value, rows[i].value + at, 64);
+                sum += key + value;
+            }
+        }
+    }
+    uint64_t total = 0;
+    for (size_t j = 0; j < 8; j++) {
+        total += sum[j];
+    }
+    return total;
+}
+
+/// The rows of some slots of each KV head, in turns by 256 tokens: in this
+/// order several lie on one page.
+std::vector<RowPair> in_turns(
+        const KvView& kv,
+        const std::vector<std::vector<int32_t>>& slots) {
+    std::vector<RowPair> rows;
+    std::vector<size_t> taken(slots.size(), 0);
+    for (int64_t end = 256; end < kv.length + 256; end += 256) {
+        for (size_t h = 0; h < slots.size(); h++) {
+            for (size_t& i = taken[h];
+                 i < slots[h].size() && slots[h][i] < end;
+                 i++) {
+                const auto head = static_cast<int>(h);
+                rows.push_back(
+                        {static_cast<const char*>(kv.key(head, slots[h][i])),
+                         static_cast<const char*>(
+                                 kv.value(head, slots[h][i]))});
+            }
+        }
+    }
+    return rows;
+}
+
 volatile uint64_t sink_of_sums; ///< keeps reads from being optimised away
 
 struct Stage {
@@ -101,6 +168,10 @@ void run(const DecodeOptions& o) {
             o.heads_q,
             o.heads_kv);
     const DType dtype = o.shape(o.tokens).dtype;
+    FAISS_THROW_IF_NOT_FMT(
+            o.d * element_size(dtype) >= 64,
+            "d = %d: a key must have 64 bytes at least",
+            o.d);
     const double row = 2.0 * o.d * element_size(dtype); // a key and a value
     const double cache = row * o.heads_kv * o.tokens;
     const int group = o.heads_q / o.heads_kv;
@@ -144,6 +215,7 @@ void run(const DecodeOptions& o) {
         s->adapter->attend_preassigned(
                 s->batch(), s->queries.data(), s->probed,
                 {out.data(), lse.data(), stats.data()});
+        std::vector<std::vector<int32_t>> read;
         for (int h = 0; h < o.heads_kv; h++) {
             keys_read += static_cast<double>(stats[h * group].keys_read);
             far_keys += static_cast<double>(stats[h * group].far_keys);
@@ -161,8 +233,9 @@ void run(const DecodeOptions& o) {
                 slots.push_back(static_cast<int32_t>(j));
             }
             std::sort(slots.begin(), slots.end());
-            s->slots.push_back(slots);
+            read.push_back(std::move(slots));
         }
+        s->rows = in_turns(s->kv, read);
     }
     const double rows_read =
             keys_read / copies + double(o.heads_kv) * (o.sink + o.window);
@@ -190,22 +263,14 @@ void run(const DecodeOptions& o) {
              }},
             {"gather", attend_bytes,
              [&](Sequence& s) {
-                 uint64_t sum = 0;
+                 const int64_t n = static_cast<int64_t>(s.rows.size());
                  const size_t bytes = o.d * element_size(dtype);
-                 constexpr size_t kAhead = 32;
+                 constexpr int64_t kPiece = 2048;
+                 uint64_t sum = 0;
 #pragma omp parallel for schedule(dynamic) reduction(+ : sum)
-                 for (int h = 0; h < o.heads_kv; h++) {
-                     const auto& slots = s.slots[h];
-                     for (size_t i = 0; i < slots.size(); i++) {
-                         const auto next = slots[std::min(i + kAhead, slots.size() - 1)];
-                         for (const void* row : {s.kv.key(h, next), s.kv.value(h, next)}) {
-                             for (size_t b = 0; b < bytes; b += 64) {
-                                 __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
-                             }
-                         }
-                         sum += read_all(static_cast<const char*>(s.kv.key(h, slots[i])), bytes);
-                         sum += read_all(static_cast<const char*>(s.kv.value(h, slots[i])), bytes);
-                     }
+                 for (int64_t i = 0; i < n; i += kPiece) {
+                     sum += read_rows(
+                             s.rows.data() + i, std::min(kPiece, n - i), bytes);
                  }
                  sink_of_sums = sum;
              }},
