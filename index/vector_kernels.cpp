@@ -238,9 +238,9 @@ class RowsAhead {
 /// q.k of kRows rows and NQ queries.
 ///
 /// A load that is executed again for each line of a row looks like a stride to
-/// the hardware, which fetches ahead. For rows in order that is a fifth of the
-/// time won; of scattered rows it fetches what nobody reads, and takes half as
-/// long again. So there each line of a row has a load of its own.
+/// the hardware, which fetches ahead. For rows in order that wins a tenth of the
+/// time; of scattered rows it fetches what nobody reads, and takes a third
+/// longer. So there each line of a row has a load of its own.
 /// @param kScattered  rows do not follow each other in the memory
 /// @param rows      kRows pointers, `stride` apart
 /// @param q         size NQ * width, in the order of `load_half`
