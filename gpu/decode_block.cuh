@@ -11,6 +11,19 @@ namespace faiss_saap::gpu {
 
 namespace {
 
+/// Quotients of numbers below 2^17 by one number, without a division.
+struct Divisor {
+    int by;
+    float inverse;
+
+    __device__ __forceinline__ explicit Divisor(int by)
+            : by(by), inverse(1.0f / static_cast<float>(by)) {}
+    /// Exact: i + 1/2 is at least 1 / (2 by) from the next quotient.
+    __device__ __forceinline__ int quotient(int i) const {
+        return static_cast<int>((static_cast<float>(i) + 0.5f) * inverse);
+    }
+};
+
 /// What a step of a row is about.
 struct DecodeStep {
     int64_t length = 0; ///< of the sequence, with the token of this step
@@ -92,6 +105,20 @@ struct DecodeBlock {
     __device__ __forceinline__ float* factors(int part) const {
         static_assert(sizeof(s.selection.listed) >= kMostBlocks * kWarps * sizeof(float));
         return reinterpret_cast<float*>(s.selection.listed) + part * layout.head_stride;
+    }
+    /// Sends `n` times 16 bytes to all other blocks of the row, by turns that begin with
+    /// the next one.
+    /// @param at  of each of them, by number
+    template <class At>
+    __device__ __forceinline__ void send_to_others(int n, const At& at) const {
+#pragma unroll 1
+        for (int turn = warp + 1; turn < blocks; turn += kWarps) {
+            const int to = rank + turn;
+#pragma unroll 1
+            for (int i = lane; i < n; i += 32) {
+                exchange.send_copy(at(i), to < blocks ? to : to - blocks);
+            }
+        }
     }
     /// What is wrong with the step; after the new keys have been checked.
     __device__ __forceinline__ Fault refused() const {

@@ -19,18 +19,10 @@ __device__ __forceinline__ void exchange_units(
     const int each = (product.end - product.first + 3) / 4;
     const auto* from = reinterpret_cast<const float4*>(units + product.first);
     __syncthreads();
-    // By turns, beginning with the next block.
-#pragma unroll 1
-    for (int turn = b.warp + 1; turn < b.blocks; turn += kWarps) {
-        const int to = b.rank + turn;
-#pragma unroll 1
-        for (int i = b.lane; i < layout.group * each; i += 32) {
-            const int head = i / each;
-            b.exchange.send_copy(
-                    from + head * (b.unit_stride() / 4) + i - head * each,
-                    to < b.blocks ? to : to - b.blocks);
-        }
-    }
+    b.send_to_others(layout.group * each, [&](int i) {
+        const int head = i / each;
+        return from + head * (b.unit_stride() / 4) + i - head * each;
+    });
     const bool all = (b.blocks - 1) * DecodeLayout::share_in_fours(query.width, b.blocks) <
             query.width;
     if (!all && static_cast<int>(threadIdx.x) < b.blocks) {
@@ -71,8 +63,7 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
             stride = s.products[layer].cols;
         }
         const ProductRoom room = {
-                of_key ? nullptr : b.floats(layout.products),
-                layout.head_stride == 4 ? 2 : 3};
+                b.floats(layout.products), layout.head_stride == 4 ? 2 : 3};
         multiply_rows(s.products[layer], x, stride, room, [&](int v, int r, float value) {
             if (hides) {
                 uint32_t& unit = y[v * of_units + r];
@@ -148,18 +139,10 @@ __device__ __forceinline__ void tell_sums(const DecodeBlock& b) {
 
 /// The exponentials of the block's cells, to all other blocks.
 __device__ __forceinline__ void tell_exponentials(const DecodeBlock& b) {
-    const int each = b.layout.head_stride / 4, pieces = b.s.own * each;
+    const int each = b.layout.head_stride / 4;
     const auto* from = reinterpret_cast<const float4*>(b.floats(b.layout.scores)) +
             b.s.first * each;
-    // By turns, beginning with the next block.
-#pragma unroll 1
-    for (int turn = b.warp + 1; turn < b.blocks; turn += kWarps) {
-        const int to = b.rank + turn;
-#pragma unroll 2
-        for (int i = b.lane; i < pieces; i += 32) {
-            b.exchange.send_copy(from + i, to < b.blocks ? to : to - b.blocks);
-        }
-    }
+    b.send_to_others(b.s.own * each, [&](int i) { return from + i; });
 }
 
 /// The block's best cell for each key that is sought, to all blocks.
@@ -214,21 +197,15 @@ __device__ __forceinline__ void find_cells(const DecodeBlock& b) {
     __syncthreads();
 }
 
-/// The block that has a cell, and the part of all cells.
-struct CellPlace {
-    int part;
-
-    /// @param each, inverse  cells of a block, at most
-    __device__ __forceinline__ CellPlace(
-            const DecodeLayout& layout,
-            int cell,
-            int each,
-            float inverse) {
-        // As exact as a division: a quotient is 1 / (2 each) from the next one at least.
-        const int block = static_cast<int>((static_cast<float>(cell) + 0.5f) * inverse);
-        part = block * layout.parts + (cell - block * each) / 32 % layout.parts;
-    }
-};
+/// The part, of all blocks' ones, that has a cell.
+/// @param each  cells of a block, at most
+__device__ __forceinline__ int part_of_cell(
+        const DecodeLayout& layout,
+        const Divisor& each,
+        int cell) {
+    const int block = each.quotient(cell);
+    return block * layout.parts + (cell - block * each.by) / 32 % layout.parts;
+}
 
 /// What the exponentials of each part weigh: exp(their largest) over the sum over all
 /// keys, for each head.
@@ -243,11 +220,11 @@ __device__ __forceinline__ void find_factors(const DecodeBlock& b) {
                 : make_float2(0, -INFINITY);
         float keys = of_part.x;
         if (s.step.finds) { // the key that leaves now counts in its cell
-            const int each = DecodeLayout::share(s.list.query.ncell, b.blocks);
-            const CellPlace place(layout, s.leaving_cell, each, 1.0f / each);
+            const Divisor each(DecodeLayout::share(s.list.query.ncell, b.blocks));
+            const int part = part_of_cell(layout, each, s.leaving_cell);
             const float more =
                     b.floats(layout.scores)[s.leaving_cell * layout.head_stride + g];
-            keys += b.lane == place.part ? more : 0.0f;
+            keys += b.lane == part ? more : 0.0f;
         }
         // Parts without a key weigh nothing.
         const float most = most_of_warp(keys > 0 ? of_part.y : -INFINITY);
@@ -284,8 +261,7 @@ __device__ __forceinline__ int weigh_cells(DecodeBlock& b) {
     find_factors(b);
     const int ncell = s.list.query.ncell, leaving = s.leaving_cell;
     const int stride = layout.head_stride;
-    const int each = DecodeLayout::share(ncell, b.blocks);
-    const float inverse = 1.0f / static_cast<float>(each);
+    const Divisor each(DecodeLayout::share(ncell, b.blocks));
     int32_t* counts = b.ints(layout.counts);
     const float* exponentials = b.floats(layout.scores);
     int least = INT32_MAX;
@@ -293,7 +269,7 @@ __device__ __forceinline__ int weigh_cells(DecodeBlock& b) {
     for (int c = threadIdx.x; c < layout.padded_cells; c += kThreads) {
         unsigned long long key = 0;
         if (c < ncell) {
-            const float* factors = b.factors(CellPlace(layout, c, each, inverse).part);
+            const float* factors = b.factors(part_of_cell(layout, each, c));
             float mass = 0;
 #pragma unroll 1
             for (int g = 0; g < stride; g += 4) {

@@ -76,6 +76,7 @@ struct DecodeLayout {
         l.head_stride = (l.group + 3) / 4 * 4;
         l.parts = kWarps / l.head_stride;
         static_assert(D % kPieceColumns == 0);
+        static_assert(kMostAhead <= kTileVectors && kStreamQueries <= kTileVectors);
         const int of_key = 4 * D + (4 * l.cells + 15) / 16 * 16;
         l.ahead = std::min(kMostAhead, warps * kOfWarp / of_key);
         l.queries = l.take(kStreamQueries * Stream::kStride * int(sizeof(T)));

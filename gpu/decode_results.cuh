@@ -105,7 +105,7 @@ __device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
     const int pieces = layout.pieces, each = layout.block_pieces;
     const int warps = layout.tile_warps, half = threadIdx.x % 2;
-    const float inverse = 1.0f / static_cast<float>(each);
+    const Divisor of_block(each);
     weigh_warps<T, D>(b);
     // Two lanes for four components: each has every other warp, then half of them.
 #pragma unroll 1
@@ -128,9 +128,7 @@ __device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
         const float x = (half ? o.z : o.x) + __shfl_xor_sync(0xffffffffu, a, 1);
         const float y = (half ? o.w : o.y) + __shfl_xor_sync(0xffffffffu, c, 1);
         if (i < pieces) {
-            // As exact as a division: CellPlace.
-            const int owner =
-                    static_cast<int>((static_cast<float>(i) + 0.5f) * inverse);
+            const int owner = of_block.quotient(i);
             b.exchange.send(
                     b.words(layout.results) + 2 * (b.rank * each + i - owner * each) +
                             half,

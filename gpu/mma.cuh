@@ -68,6 +68,15 @@ __device__ __forceinline__ void load_transposed(uint32_t (&m)[4], const void* ro
     load_transposed(m, shared_address(row));
 }
 
+/// A float as the sum of two bfloat16 numbers, within 2^-17 of it.
+struct SplitFloat {
+    __nv_bfloat16 high, low;
+
+    __device__ __forceinline__ explicit SplitFloat(float x)
+            : high(__float2bfloat16_rn(x)),
+              low(__float2bfloat16_rn(x - __bfloat162float(high))) {}
+};
+
 /// The transpose of an 8 * 8 matrix of 16-bit elements, in a warp's registers.
 __device__ __forceinline__ uint32_t transpose(uint32_t m) {
     uint32_t t;

@@ -38,7 +38,7 @@ struct RowProducts {
 
     // How the warps share out the tiles: whole ones, or, where there are few, ranges of
     // their pieces.
-    uint8_t log_warps = 0;           ///< that have one tile, as a power of two
+    uint8_t log_warps = 0;          ///< that have one tile, as a power of two
     uint16_t tiles = 0, pieces = 0; ///< tiles of a matrix, pieces of a tile
 
     /// After all but these are known.
@@ -107,12 +107,11 @@ __device__ __forceinline__ void copy_products(const RowProducts& p, char* to) {
     }
 }
 
-/// A float as the sum of two bfloat16 numbers in one word, within 2^-17 of it.
+/// Both parts of a SplitFloat in one word.
 __device__ __forceinline__ uint32_t split_float(float x) {
-    const __nv_bfloat16 high = __float2bfloat16_rn(x);
-    const __nv_bfloat16 low = __float2bfloat16_rn(x - __bfloat162float(high));
-    return static_cast<uint32_t>(__bfloat16_as_ushort(low)) << 16 |
-            __bfloat16_as_ushort(high);
+    const SplitFloat split(x);
+    return static_cast<uint32_t>(__bfloat16_as_ushort(split.low)) << 16 |
+            __bfloat16_as_ushort(split.high);
 }
 __device__ __forceinline__ float joined_float(uint32_t x) {
     return __uint_as_float(x << 16) + __uint_as_float(x & 0xffff0000u);
@@ -190,7 +189,7 @@ struct TilePiece {
 /// Where warps that share a tile leave their products, in shared memory: of each warp.
 struct ProductRoom {
     float* products = nullptr;
-    int log_columns = 0;       ///< room for as many vectors, as a power of two
+    int log_columns = 0; ///< room for as many vectors, as a power of two
 
     __device__ __forceinline__ float& at(int warp, int row, int v) const {
         return products[((warp * kTileRows + row) << log_columns) + v];

@@ -16,10 +16,10 @@ __device__ __forceinline__ void store_split(
         int cols,
         int j,
         float x) {
-    const __nv_bfloat16 high = __float2bfloat16(x);
-    row[j] = high;
+    const SplitFloat split(x);
+    row[j] = split.high;
     if constexpr (kLow) {
-        row[cols + j] = __float2bfloat16(x - __bfloat162float(high));
+        row[cols + j] = split.low;
     }
 }
 

@@ -229,8 +229,7 @@ __device__ int2 take_sorted_cells(
 struct Bins {
     float top, scale;
 
-    /// Of a cell_key; falls with the score, whatever is rounded. Others than these are
-    /// likewise.
+    /// Of a cell_key; falls with the score, whatever is rounded. So must any BinOf.
     __device__ int operator()(unsigned long long key) const {
         const float x = top - of_ordered(static_cast<uint32_t>(key >> 32));
         return max(0, min(Selection::kBins - 1, static_cast<int>(x * scale)));

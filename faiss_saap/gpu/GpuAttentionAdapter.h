@@ -164,9 +164,9 @@ class GpuAttentionAdapter {
             const ProbePolicy* policy = nullptr,
             cudaStream_t stream = nullptr) const;
     /// A decode step: append(batch), then attend(batch, ...). Keys of the window may be
-    /// assigned ahead: what the cache holds of a token stays until it is truncated. It is
-    /// one launch, and
-    /// so is attend(batch, ...) alone, where
+    /// assigned ahead: what the cache holds of a token stays until it is truncated.
+    ///
+    /// It is one launch, and so is attend(batch, ...) alone, where
     /// - each sequence has one token and each KV head one partition,
     /// - the policy chooses for groups, of at most 8 query heads,
     /// - no assigner reads cell means,
