@@ -1,6 +1,7 @@
 #include <faiss_saap/gpu/assign_bfloat16.h>
 
 #include <climits>
+#include <type_traits>
 
 #include "check.h"
 #include "split_products.cuh"
@@ -29,8 +30,9 @@ __global__ void split_rows(AssignBfloat16Params p, __nv_bfloat16* to) {
 /// A warp has 16 * M vectors.
 /// @tparam N           cells of a tile
 /// @tparam kOtherLow   centroids have low parts
-template <int M, int N, bool kOtherLow>
-__global__ void __launch_bounds__(kThreads)
+/// @tparam K           sixteenths of a vector, which is held in registers; 0: it is not
+template <int M, int N, bool kOtherLow, int K>
+__global__ void __launch_bounds__(kThreads, 2)
         assign_kernel(AssignBfloat16Params p, const __nv_bfloat16* centroids) {
     extern __shared__ __align__(16) __nv_bfloat16 shared[];
     const int64_t head = blockIdx.y;
@@ -51,6 +53,13 @@ __global__ void __launch_bounds__(kThreads)
     commit_copies();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float* bias = p.bias ? p.bias + head * p.bias_head_stride : nullptr;
+    const __nv_bfloat16* own = shared + warp * 16 * M * stride;
+    HeldRows<M, K ? K : 1> held;
+    if constexpr (K > 0) {
+        wait_for_copies<0>();
+        __syncthreads();
+        held.load(own);
+    }
     LargestOfRows<M> best;
     for_each_tile<N, kOtherLow>(
             shared + tile * stride,
@@ -59,8 +68,11 @@ __global__ void __launch_bounds__(kThreads)
             cols,
             [&](const __nv_bfloat16* rows, int cell) {
                 float score[M][N / 8][4] = {};
-                multiply_split<M, N, false, kOtherLow>(
-                        shared + warp * 16 * M * stride, rows, cols, score);
+                if constexpr (K > 0) {
+                    held.template multiply<N, kOtherLow>(rows, score);
+                } else {
+                    multiply_split<M, N, false, kOtherLow>(own, rows, cols, score);
+                }
                 best.template look<N>(score, bias, cell, p.ncell);
             });
     best.reduce();
@@ -77,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// Launches the kernel if its tiles fit into the device's shared memory.
-template <int M, int N, bool kOtherLow>
+template <int M, int N, bool kOtherLow, int K>
 bool assign_if_it_fits(
         const AssignBfloat16Params& p,
         const __nv_bfloat16* centroids,
@@ -93,11 +105,11 @@ bool assign_if_it_fits(
         return false;
     }
     FAISS_SAAP_CUDA_CHECK(cudaFuncSetAttribute(
-            assign_kernel<M, N, kOtherLow>,
+            assign_kernel<M, N, kOtherLow, K>,
             cudaFuncAttributeMaxDynamicSharedMemorySize,
             static_cast<int>(bytes)));
     const dim3 grid(static_cast<unsigned>((p.n + tile - 1) / tile), p.nhead);
-    assign_kernel<M, N, kOtherLow>
+    assign_kernel<M, N, kOtherLow, K>
             <<<grid, 32 * warps, bytes, stream>>>(p, centroids);
     return true;
 }
@@ -111,10 +123,17 @@ void assign(
     FAISS_SAAP_CUDA_CHECK(cudaGetDevice(&device));
     FAISS_SAAP_CUDA_CHECK(cudaDeviceGetAttribute(
             &most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    bool done = assign_if_it_fits<2, 32, kOtherLow>(
-            p, centroids, kThreads / 32, most, stream);
+    const auto with_two = [&](auto k) {
+        return assign_if_it_fits<2, 32, kOtherLow, decltype(k)::value>(
+                p, centroids, kThreads / 32, most, stream);
+    };
+    const int cols = split_cols(p.d);
+    bool done = cols == 64 ? with_two(std::integral_constant<int, 4>())
+            : cols == 96   ? with_two(std::integral_constant<int, 6>())
+            : cols == 128  ? with_two(std::integral_constant<int, 8>())
+                           : with_two(std::integral_constant<int, 0>());
     for (int warps = kThreads / 32; !done && warps > 0; warps /= 2) {
-        done = assign_if_it_fits<1, 32, kOtherLow>(
+        done = assign_if_it_fits<1, 32, kOtherLow, 0>(
                 p, centroids, warps, most, stream);
     }
 }

@@ -44,7 +44,8 @@ __device__ int cell_of(const Steps& s, int64_t head, int64_t i) {
     return cell >= 0 && cell < s.p.ncell ? cell : -1;
 }
 
-/// Counts vectors per cell. Floats without sign order as their bits do.
+/// Counts vectors per cell, and finds the largest component. Floats without sign order as
+/// their bits do.
 __global__ void count_kernel(Steps s) {
     const int64_t head = blockIdx.y;
     const int64_t first = int64_t(blockIdx.x) * kChunk;
@@ -54,6 +55,9 @@ __global__ void count_kernel(Steps s) {
         if (cell >= 0) {
             atomicAdd(s.p.counts + head * s.p.ncell + cell, 1);
         }
+    }
+    if (s.p.same_vectors) {
+        return;
     }
     unsigned largest = 0;
     for (int64_t i = first + threadIdx.x / 32; i < last; i += kThreads / 32) {
@@ -227,7 +231,9 @@ void cell_means(const CellMeansParams& p, void* workspace, cudaStream_t stream) 
     if (p.n == 0) {
         return;
     }
-    FAISS_SAAP_CUDA_CHECK(cudaMemsetAsync(s.largest, 0, p.nhead * 4, stream));
+    if (!p.same_vectors) {
+        FAISS_SAAP_CUDA_CHECK(cudaMemsetAsync(s.largest, 0, p.nhead * 4, stream));
+    }
     FAISS_SAAP_CUDA_CHECK(
             cudaMemsetAsync(s.sums, 0, cells * p.d * sizeof(*s.sums), stream));
     const dim3 chunks(blocks(p.n, kChunk), p.nhead);

@@ -212,7 +212,9 @@ void kmeans(
     FAISS_SAAP_CUDA_CHECK(cudaGetLastError());
     for (int i = 0; i < p.niter; i++) {
         assign(false);
-        cell_means(update(p, m.counts), m.means, stream);
+        CellMeansParams u = update(p, m.counts);
+        u.same_vectors = i > 0;
+        cell_means(u, m.means, stream);
         if (p.spherical) {
             normalise_kernel<<<warps, kThreads, 0, stream>>>(p);
             FAISS_SAAP_CUDA_CHECK(cudaGetLastError());

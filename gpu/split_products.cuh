@@ -78,6 +78,55 @@ __device__ __forceinline__ void multiply_split(
     }
 }
 
+/// A warp's 16 * M rows of 16 * K numbers without low parts, in registers: rows that are
+/// multiplied again and again are then read from shared memory once.
+template <int M, int K>
+struct HeldRows {
+    uint32_t rows[K][M][4];
+
+    /// @param a  in shared memory
+    __device__ __forceinline__ void load(const __nv_bfloat16* a) {
+        const int lane = threadIdx.x % 32;
+        const int stride = split_stride(16 * K, false);
+        a += lane % 16 * stride + lane / 16 * 8;
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                load_matrices(rows[k][m], a + m * 16 * stride + 16 * k);
+            }
+        }
+    }
+
+    /// multiply_split with these rows.
+    template <int N, bool kOtherLow>
+    __device__ __forceinline__ void multiply(
+            const __nv_bfloat16* b,
+            float (&c)[M][N / 8][4]) const {
+        const int lane = threadIdx.x % 32;
+        const int stride = split_stride(16 * K, kOtherLow);
+        b += (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+#pragma unroll
+            for (int part = 0; part < (kOtherLow ? 2 : 1); part++) {
+#pragma unroll
+                for (int n = 0; n < N / 16; n++) {
+                    uint32_t other[4];
+                    load_matrices(other, b + n * 16 * stride + 16 * (part * K + k));
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        multiply_add<__nv_bfloat16>(
+                                c[m][2 * n], rows[k][m], other[0], other[1]);
+                        multiply_add<__nv_bfloat16>(
+                                c[m][2 * n + 1], rows[k][m], other[2], other[3]);
+                    }
+                }
+            }
+        }
+    }
+};
+
 /// Calls use(tile, first) for tiles of N rows of a split matrix in global memory,
 /// in order, each in shared memory while the next one is on its way; zeros
 /// behind the last row. By a whole block.

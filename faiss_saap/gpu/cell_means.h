@@ -27,6 +27,8 @@ struct CellMeansParams {
     float* means = nullptr;   ///< output, size nhead * ncell * d; an empty cell
                               ///< keeps what is there
     int32_t* counts = nullptr; ///< output, size nhead * ncell: vectors per cell
+    bool same_vectors = false; ///< the workspace has served a call with these x before:
+                               ///< their largest component is known
 };
 
 /// Bytes of workspace that `cell_means` needs.
