@@ -249,7 +249,7 @@ void run(const DecodeOptions& o) {
     const double route_bytes =
             4.0 * o.heads_kv * o.ncell * (o.d + 1); // float32 means, counts
 
-    const std::vector<Stage> stages = {
+    std::vector<Stage> stages = {
             {"bandwidth", cache,
              [&](Sequence& s) {
                  const size_t piece = 1 << 20, n = s.cache.k.size() / piece;
@@ -308,6 +308,8 @@ void run(const DecodeOptions& o) {
                          s.batch(), s.queries.data(), s.probed, {out.data(), lse.data()});
              }}};
 
+    o.choose(stages, /*beside=*/"append");
+
     // Stages in turns, so that what disturbs one disturbs all.
     std::vector<std::vector<double>> seconds(stages.size());
     Progress measuring("measuring", o.repeat);
@@ -359,6 +361,19 @@ int main(int argc, char** argv) {
             "partitions."};
     o.add_to(app, {"cpu", "cuda"});
     add_number(app, "--sequences", o.sequences, "sequences in the batch");
+    app.add_option(
+               "--ragged",
+               o.ragged,
+               "how far the sequences' lengths differ from --tokens at most, as a "
+               "fraction of it; on a device")
+            ->check(CLI::Range(0.0, 0.95))
+            ->capture_default_str();
+    app.add_option(
+               "--stages",
+               o.stages,
+               "stages to time beside bandwidth and dense, by their names in the "
+               "table; all if none is named")
+            ->delimiter(',');
     add_number(app, "--heads-q", o.heads_q, "query heads");
     add_number(app, "--repeat", o.repeat, "runs of each stage");
     add_number(
@@ -370,6 +385,8 @@ int main(int argc, char** argv) {
     CLI11_PARSE(app, argc, argv);
     return run_program([&] {
         if (o.device == "cpu") {
+            FAISS_THROW_IF_NOT_FMT(
+                    o.ragged == 0, "ragged = %g: on the CPU sequences are alike", o.ragged);
             run(o);
             return;
         }

@@ -1,5 +1,7 @@
 #include "decode.h"
 
+#include <cmath>
+
 #include <faiss/IndexFlat.h>
 #include <fmt/core.h>
 
@@ -74,6 +76,20 @@ HeadPartitions classifier_partitions(
     return heads;
 }
 
+std::vector<int64_t> DecodeOptions::lengths() const {
+    std::vector<int64_t> all;
+    for (int s = 0; s < sequences; s++) {
+        const double at = sequences > 1 ? 2.0 * s / (sequences - 1) - 1 : 0.0;
+        all.push_back(std::max(
+                int64_t(2),
+                static_cast<int64_t>(
+                        std::llround(static_cast<double>(tokens) * (1 + ragged * at)))));
+    }
+    std::mt19937 random(1);
+    std::shuffle(all.begin(), all.end(), random);
+    return all;
+}
+
 void report_decode(
         const DecodeOptions& o,
         const std::vector<DecodeStage>& stages,
@@ -101,11 +117,12 @@ void report_decode(
                          fmt::format("{:.1f}x", dense / s.median)});
     }
     fmt::print(
-            "{}: {} x {} tokens, {} / {} heads, d {}, {}; {:.2f} % of the far "
+            "{}: {} x {} tokens{}, {} / {} heads, d {}, {}; {:.2f} % of the far "
             "keys read per KV head; {:.1f} GB/s read bandwidth\n",
             device,
             o.sequences,
             o.tokens,
+            o.ragged > 0 ? fmt::format(" +- {:.0f} %", 100 * o.ragged) : "",
             o.heads_q,
             o.heads_kv,
             o.d,
@@ -118,6 +135,7 @@ void report_decode(
     if (!o.json.empty()) {
         nlohmann::json config = o.config();
         config["sequences"] = o.sequences;
+        config["ragged"] = o.ragged;
         config["heads_q"] = o.heads_q;
         config["selectivity"] = selectivity;
         config["bandwidth_bytes_per_s"] = peak;

@@ -69,17 +69,21 @@ void decode_on_device(const DecodeOptions& o) {
     const auto element = static_cast<int64_t>(element_size(dtype));
     const double row = 2.0 * o.d * element;
     // Room for the tokens that the replays append.
-    const int64_t room = o.tokens + 16 * (o.repeat + 8);
+    const std::vector<int64_t> length = o.lengths();
+    const int64_t longest = *std::max_element(length.begin(), length.end());
+    const int64_t all_tokens =
+            std::accumulate(length.begin(), length.end(), int64_t(0));
+    const int64_t room = longest + 16 * (o.repeat + 8);
     const int64_t slot_bytes = int64_t(o.heads_kv) * o.d * element;
-    const double cache = row * o.heads_kv * o.tokens;
     // What a layer reads is not in the L2 when its turn comes again: its sink,
     // its window and its share of the far keys are all that counts.
-    const double step = row * o.heads_kv * o.sequences *
-            (o.sink + o.window + o.selectivity * static_cast<double>(o.tokens));
+    const double step = row * o.heads_kv *
+            (static_cast<double>(o.sequences) * (o.sink + o.window) +
+             o.selectivity * static_cast<double>(all_tokens));
     constexpr double kManyCaches = 256 << 20; // several times the L2
     const int layers = std::max(2, static_cast<int>(std::ceil(kManyCaches / step)));
 
-    const SyntheticCache host(o.shape(o.tokens), random);
+    const SyntheticCache host(o.shape(longest), random);
     const std::vector<float> queries = decode_queries(o, random);
     std::vector<char> typed(queries.size() * element);
     from_float(
@@ -131,7 +135,7 @@ void decode_on_device(const DecodeOptions& o) {
                 check(cudaMemcpy(
                         side->back().as(),
                         from.data(),
-                        o.tokens * slot_bytes,
+                        length[s] * slot_bytes,
                         cudaMemcpyHostToDevice));
             }
             SequenceInput in;
@@ -148,7 +152,7 @@ void decode_on_device(const DecodeOptions& o) {
                   std::pair{&classifying, &classified},
                   std::pair{&dense, &dense_batch}}) {
                 in.sequence = to->create({}, room);
-                in.q_len = o.tokens - 1; // the step appends the last one
+                in.q_len = length[s] - 1; // the step appends the last one
                 to->append(*to->plan({in}, stream), stream);
                 in.q_len = 1;
                 inputs->push_back(in);
@@ -189,7 +193,9 @@ void decode_on_device(const DecodeOptions& o) {
                 for (int64_t j = 0; j < o.sink; j++) {
                     add(j);
                 }
-                for (int64_t j = o.tokens - o.window; j < o.tokens; j++) {
+                for (int64_t j = std::max<int64_t>(o.sink, length[s] - o.window);
+                     j < length[s];
+                     j++) {
                     add(j);
                 }
                 for (int i = 0; i < count[r]; i++) {
@@ -224,7 +230,7 @@ void decode_on_device(const DecodeOptions& o) {
     for (const auto& head : classifiers) {
         classifier_bytes += static_cast<double>(head[0].query->bytes_read());
     }
-    const double dense_bytes = cache * o.sequences;
+    const double dense_bytes = row * o.heads_kv * static_cast<double>(all_tokens);
     struct Stage {
         std::string name;
         double bytes;
@@ -232,13 +238,16 @@ void decode_on_device(const DecodeOptions& o) {
     };
     const auto read = [&](Layer& layer) {
         for (auto* side : {&layer.k, &layer.v}) {
-            for (const DeviceMemory& m : *side) {
+            for (int s = 0; s < o.sequences; s++) {
                 check(read_all(
-                        m.as(), o.tokens * slot_bytes, sink.as<uint32_t>(), stream));
+                        (*side)[s].as(),
+                        length[s] * slot_bytes,
+                        sink.as<uint32_t>(),
+                        stream));
             }
         }
     };
-    const std::vector<Stage> stages = {
+    std::vector<Stage> stages = {
             {"bandwidth", dense_bytes, [&](Layer& layer) { read(layer); }},
             {"gather",
              attend_bytes,
@@ -296,6 +305,8 @@ void decode_on_device(const DecodeOptions& o) {
             {"append", slot_bytes * double(o.sequences), [&](Layer& layer) {
                  layer.adapter->append(*layer.batch, stream);
              }}};
+
+    o.choose(stages);
 
     cudaEvent_t begin, end;
     check(cudaEventCreate(&begin));
