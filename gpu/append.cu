@@ -112,7 +112,9 @@ __device__ void prefetch_rows(const DeviceAssigner& key) {
     const int row = 4 * key.padded_cols, first = int(blockIdx.x) * kCells;
     prefetch_bytes(
             static_cast<const char*>(key.rows) + int64_t(first) * row,
-            min(kCells, key.ncell - first) * row);
+            min(kCells, key.ncell - first) * row,
+            threadIdx.x,
+            blockDim.x);
 }
 
 /// Check, assign, list and means for items with few tokens, in one launch. Blocks share

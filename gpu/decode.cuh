@@ -43,14 +43,26 @@ int room_of_block() {
     return room - static_cast<int>(attributes.sharedSizeBytes);
 }
 
+/// 0: an error.
+inline int processors_of_device() {
+    int device = 0, processors = 0;
+    return cudaGetDevice(&device) != cudaSuccess ||
+                    cudaDeviceGetAttribute(
+                            &processors, cudaDevAttrMultiProcessorCount, device) !=
+                            cudaSuccess
+            ? 0
+            : processors;
+}
+
 } // namespace
 
 /// Shared memory that a block asks for. Where little is read, two share a processor, as
 /// then the next step's blocks begin before this one's have ended; where much is, they
-/// would take each other's bandwidth, and those alone would wait for those in pairs.
-inline int bytes_of_block(const DecodeParams& p, int bytes, int room) {
-    constexpr int64_t kMuch = 48 << 20;
-    return p.bytes < kMuch ? bytes : std::max(bytes, room / 4 * 3);
+/// would take each other's bandwidth, and those alone would wait for those in pairs. Rows
+/// that do not all run at once with their blocks alone, do in pairs.
+inline int bytes_of_block(const DecodeParams& p, int bytes, int room, int processors) {
+    constexpr int64_t kMuch = 24 << 20;
+    return p.bytes < kMuch || p.nrow > processors ? bytes : std::max(bytes, room / 4 * 3);
 }
 
 /// Whether rows are so few, and read so much, that they are better shared out over all
@@ -69,26 +81,26 @@ int decode_row_blocks(const DecodeParams& p) {
     auto* kernel = decode_kernel<T, D>;
     const int room = room_of_block<T, D>();
     bool clusters = false;
-    int device = 0, processors = 0;
+    const int processors = processors_of_device();
     if (p.heads_q / p.heads_kv > kStreamQueries ||
         compiled_for_90(reinterpret_cast<const void*>(kernel), clusters) != cudaSuccess ||
-        !clusters || allow(kernel, room, kMostBlocks) != cudaSuccess ||
-        cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) !=
-                cudaSuccess) {
+        !clusters || allow(kernel, room, kMostBlocks) != cudaSuccess || processors == 0) {
         return 0;
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
-    // is made of, the largest one that lets all rows run at once.
+    // is made of, the largest one that lets all rows run at once. But the more blocks
+    // read gigabytes, the slower memory answers: 9 of each of 8 rows take 800 us for
+    // two of them, 8 take 755 (docs/gpu-performance.md).
+    constexpr int64_t kGigabytes = int64_t(1) << 30;
     int fewest = 0;
-    for (int blocks : {kMostBlocks, 12, 8, 6, 4, 3, 2, 1}) {
+    for (int blocks : {kMostBlocks, 12, 9, 8, 6, 4, 3, 2, 1}) {
         const int bytes = layout_of<T, D>(p, room, blocks).bytes;
-        if (bytes == 0) {
+        if (bytes == 0 || (blocks == 9 && p.bytes >= kGigabytes)) {
             continue;
         }
         fewest = blocks;
-        if (clusters_at_once(kernel, blocks, kThreads, bytes_of_block(p, bytes, room)) >=
-            p.nrow) {
+        const int asked = bytes_of_block(p, bytes, room, processors);
+        if (clusters_at_once(kernel, blocks, kThreads, asked) >= p.nrow) {
             return leaves_too_much_idle(p, blocks, processors) ? 0 : blocks;
         }
     }
@@ -99,7 +111,8 @@ template <class T, int D>
 cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     const int room = room_of_block<T, D>();
     const DecodeArguments arguments = {p, layout_of<T, D>(p, room, p.row_blocks)};
-    const int bytes = bytes_of_block(p, arguments.layout.bytes, room);
+    const int bytes =
+            bytes_of_block(p, arguments.layout.bytes, room, processors_of_device());
     const cudaError_t error = allow(decode_kernel<T, D>, room, kMostBlocks);
     if (error != cudaSuccess) {
         return error;

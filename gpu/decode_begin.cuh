@@ -27,8 +27,7 @@ __device__ __forceinline__ RowProducts products_of(
     p.heads = per_head && !of_key ? group : 1;
     p.n = p.heads > 1 || of_key ? 1 : group;
     const int blocks = static_cast<int>(gridDim.x);
-    const int each = scores ? DecodeLayout::share(p.matrix, blocks)
-                            : DecodeLayout::share_in_fours(p.matrix, blocks);
+    const int each = DecodeLayout::share_in_fours(p.matrix, blocks);
     p.first = min(p.matrix, static_cast<int>(blockIdx.x) * each);
     p.end = min(p.matrix, p.first + each);
     const auto* rows = static_cast<const char*>(scores ? a.rows : a.layer[layer]);
@@ -39,10 +38,15 @@ __device__ __forceinline__ RowProducts products_of(
     return p;
 }
 
+/// What of a sequence is read while the kernels before still run, and may be behind.
+struct EarlyState {
+    int64_t length, assigned;
+};
+
 /// Which row the block has, its cache, its lists and what it multiplies. Makes ready
 /// what must be so before the blocks have begun.
 template <class T, int D>
-__device__ __forceinline__ void read_row(DecodeBlock& b) {
+__device__ __forceinline__ EarlyState read_row(DecodeBlock& b) {
     const DecodeParams& p = b.p;
     DecodeShared& s = b.s;
     copy_words(&s.row, p.rows + blockIdx.y);
@@ -53,31 +57,38 @@ __device__ __forceinline__ void read_row(DecodeBlock& b) {
          i += kThreads) {
         queries[i] = 0; // of heads that are not there
     }
-    clear_selection(s.selection);
+    clear_choice(s.choice);
     if (threadIdx.x == 0) {
+        BulkCopies(&s.weights_there).begin();
         s.refused_by = 0;
         s.leaving_at = -1;
     }
     __syncthreads();
+    const EarlyState early = {
+            __ldcg(&s.row.sequence->length), __ldcg(&s.row.sequence->assigned)};
     copy_words(&s.kv, &p.items[s.row.item].kv);
     copy_words(&s.list, s.row.lists);
     __syncthreads();
     const DeviceAssigner& query = s.list.query;
     const int layers = query.input == RowInput::hidden ? 1 + 2 * query.depth : 0;
     const int nproduct = layers + (p.appends ? 2 : 1);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == kThreads - 1) {
         s.view = StreamView(s.kv, s.row.kv_head);
         s.layers = layers;
         s.nproduct = nproduct;
-        const int most = DecodeLayout::share(query.ncell, b.blocks);
+        const int most = DecodeLayout::share_in_fours(query.ncell, b.blocks);
         s.first = min(query.ncell, b.rank * most);
         s.own = min(most, query.ncell - s.first);
     }
     if (threadIdx.x < nproduct) {
-        s.products[threadIdx.x] =
+        const RowProducts product =
                 products_of(s.list, threadIdx.x, layers, b.layout.group);
+        s.sources[threadIdx.x] = product;
+        s.bytes_kept[threadIdx.x] =
+                product.bytes() + (product.bytes_of_bias() + 15) / 16 * 16;
     }
     __syncthreads();
+    return early;
 }
 
 /// Weights that are kept in shared memory until they are used: hidden layers and cells, as
@@ -88,8 +99,7 @@ struct KeptWeights {
 
     /// Where those of the next layer lie, if they are kept, in order of the layers.
     __device__ __forceinline__ char* next(int layer) {
-        const RowProducts& product = b.s.products[layer];
-        const int of_layer = product.bytes() + (product.bytes_of_bias() + 15) / 16 * 16;
+        const int of_layer = b.s.bytes_kept[layer];
         if (layer > b.s.layers || bytes + of_layer > b.layout.kept_bytes) {
             return nullptr;
         }
@@ -99,47 +109,57 @@ struct KeptWeights {
     }
 };
 
-/// Sends for the block's weights, to be kept or only to be nearer; and brings nearer what
-/// else is known of the row.
-/// @param length, assigned  of the sequence, as far as they can be known while the
-///                          kernels before still run
+/// Sends for the block's weights, to be kept or only to be nearer, and notes where they
+/// come to lie; and brings nearer what else is known of the row.
 __device__ __forceinline__ void send_for_weights(
         const DecodeBlock& b,
-        int64_t length,
-        int64_t assigned) {
+        const EarlyState& early) {
     const DecodeParams& p = b.p;
-    const DecodeShared& s = b.s;
-    prefetch_bytes(
-            reinterpret_cast<const char*>(s.list.count), 4 * s.list.query.ncell);
-    const int64_t leaving = leaving_slot(length, p.sink, p.window);
-    const bool seeks = leaving >= 0 && leaving >= assigned;
+    DecodeShared& s = b.s;
+    const int64_t leaving = leaving_slot(early.length, p.sink, p.window);
+    const bool seeks = leaving >= 0 && leaving >= early.assigned;
+    const BulkCopies copies(&s.weights_there);
     KeptWeights kept = {b};
+    int sent = 0;
 #pragma unroll 1
     for (int layer = 0; layer < s.nproduct; layer++) {
-        const RowProducts& product = s.products[layer];
-        if (char* to = kept.next(layer)) {
-            copy_products(product, to);
+        char* to = kept.next(layer);
+        sent += to ? s.sources[layer].bytes() : 0;
+        if (layer % kWarps != b.warp) {
+            continue;
+        }
+        RowProducts product = s.sources[layer];
+        if (to) {
+            char* biases = to + product.bytes();
+            copy_biases(product, biases);
+            if (b.lane == 0) {
+                copy_rows(product, to, copies);
+            }
+            product.rows = to;
+            product.matrix = product.bias_matrix = product.end - product.first;
+            product.bias = product.bias ? reinterpret_cast<const float*>(biases) : nullptr;
         } else if (layer <= s.layers || seeks) {
             prefetch_products(product);
         }
+        if (b.lane == 0) {
+            s.products[layer] = product;
+        }
+    }
+    if (threadIdx.x == 0) {
+        copies.expect(sent);
     }
     commit_copies();
-}
-
-/// Goes on with the weights where they have come to lie. By a block; a barrier follows.
-__device__ __forceinline__ void use_kept_weights(const DecodeBlock& b) {
-    __syncthreads(); // all have sent for them from where they were
-    KeptWeights kept = {b};
-#pragma unroll 1
-    for (int layer = 0; threadIdx.x == 0 && layer < b.s.nproduct; layer++) {
-        if (const char* at = kept.next(layer)) {
-            RowProducts& product = b.s.products[layer];
-            product.rows = at;
-            product.matrix = product.bias_matrix = product.end - product.first;
-            if (product.bias) {
-                product.bias = reinterpret_cast<const float*>(at + product.bytes());
-            }
-        }
+    prefetch_bytes(
+            reinterpret_cast<const char*>(s.list.count),
+            int(sizeof(int32_t)) * s.list.query.ncell,
+            threadIdx.x,
+            kThreads);
+    if (b.asks_for_all_extents()) {
+        prefetch_bytes(
+                reinterpret_cast<const char*>(s.list.extents + int64_t(s.first) * kExtents),
+                int(sizeof(uint32_t)) * kExtents * s.own,
+                threadIdx.x,
+                kThreads);
     }
 }
 
@@ -163,16 +183,14 @@ __device__ __forceinline__ void clear_padding(DecodeBlock& b) {
 
 /// Brings nearer what the append reads: the new keys, and those whose cells are sought or
 /// the one cell that is known.
-/// @param length, assigned  as in send_for_weights
 template <class T, int D>
 __device__ __forceinline__ void prefetch_keys(
         const DecodeBlock& b,
-        int64_t length,
-        int64_t assigned) {
+        const EarlyState& early) {
     constexpr int kLines = (D * int(sizeof(T)) + 127) / 128;
     const DecodeParams& p = b.p;
-    const int64_t leaving = leaving_slot(length, p.sink, p.window);
-    const bool seeks = leaving >= 0 && leaving >= assigned;
+    const int64_t leaving = leaving_slot(early.length, p.sink, p.window);
+    const bool seeks = leaving >= 0 && leaving >= early.assigned;
     if (threadIdx.x == 0 && leaving >= 0 && !seeks) {
         prefetch(b.s.list.cells + leaving - p.sink);
     }
@@ -181,7 +199,7 @@ __device__ __forceinline__ void prefetch_keys(
     for (int i = threadIdx.x; p.appends && i < keys * kLines; i += kThreads) {
         const int key = i / kLines;
         const bool is_new = key < p.heads_kv;
-        const int64_t slot = is_new ? length : leaving + key - p.heads_kv;
+        const int64_t slot = is_new ? early.length : leaving + key - p.heads_kv;
         if (slot >= b.s.row.view_length) {
             continue;
         }
@@ -206,13 +224,16 @@ __device__ __forceinline__ void send_for_queries(const DecodeBlock& b) {
     commit_copies();
 }
 
-/// Reads the numbers of keys of all cells.
-__device__ __forceinline__ void read_counts(const DecodeBlock& b) {
+/// Sends for the numbers of keys of all cells; in fours, of which cells that are not
+/// there have 0.
+__device__ __forceinline__ void send_for_counts(const DecodeBlock& b) {
+    const int ncell = b.s.list.query.ncell;
     int32_t* counts = b.ints(b.layout.counts);
-#pragma unroll 4
-    for (int c = threadIdx.x; c < b.s.list.query.ncell; c += kThreads) {
-        counts[c] = __ldcg(b.s.list.count + c);
+#pragma unroll 1
+    for (int c = 4 * threadIdx.x; c < ncell; c += 4 * kThreads) {
+        copy_up_to_16_bytes(counts + c, b.s.list.count + c, 4 * min(4, ncell - c));
     }
+    commit_copies();
 }
 
 /// What the step is about, but for what is wrong with the new keys.
@@ -313,7 +334,7 @@ __device__ __forceinline__ void load_vectors(
     }
 }
 
-/// Reads what the step is about, its queries and the counts of the cells.
+/// Finds what the step is about, its queries and the counts of the cells.
 template <class T, int D>
 __device__ __forceinline__ void begin_step(DecodeBlock& b) {
     const DecodeParams& p = b.p;
@@ -322,17 +343,17 @@ __device__ __forceinline__ void begin_step(DecodeBlock& b) {
     const int64_t assigned = __ldcg(&s.row.sequence->assigned);
     const int64_t capacity = __ldcg(&s.row.sequence->capacity);
     send_for_queries<T, D>(b);
-    read_counts(b);
+    send_for_counts(b);
     DecodeStep step = step_of(p, s.row, before, assigned, capacity, b.layout.ahead);
     step.finds = keys_that_are_there(b, step);
     if (threadIdx.x == 0) {
         step.attends = step.readable && step.refused == Fault::none;
         step.dense = p.attend_dense && step.attends ? step.dense : 0;
         s.step = step;
-        s.products[s.layers + 1].n = step.finds;
     }
     load_vectors<D>(b, step);
     wait_for_copies<0>();
+    BulkCopies(&s.weights_there).wait();
     __syncthreads();
 }
 

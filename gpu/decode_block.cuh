@@ -1,15 +1,17 @@
 /// A block of decode()'s kernel as its stages see it. Device code.
 #pragma once
 
+#include "choose_cells.cuh"
 #include "cluster_exchange.cuh"
 #include "decode_layout.cuh"
 #include "multiply_rows.cuh"
-#include "take_cells.cuh"
 #include "tile_stream.cuh"
 
 namespace faiss_saap::gpu {
 
 namespace {
+
+static_assert(CellChoice::kThreads == kThreads);
 
 /// Quotients of numbers below 2^17 by one number, without a division.
 struct Divisor {
@@ -41,7 +43,7 @@ struct DecodeStep {
 /// What has a fixed place in a block's shared memory, as it is wanted rarely and
 /// registers are few.
 struct DecodeShared {
-    // What no step changes.
+    // Of the row, and what is multiplied in a step of it.
     BatchRow row;
     DeviceView kv;
     StreamView view; ///< the same of the row's KV head
@@ -50,16 +52,21 @@ struct DecodeShared {
     int layers;     ///< hidden ones of the query assigner
     int nproduct;   ///< layers, cells and, where tokens are appended, cells of a key
     RowProducts products[kMaxLayers + 2];
+    /// Where what they multiply comes from, and bytes that it takes where it is kept.
+    RowProducts sources[kMaxLayers + 2];
+    int bytes_kept[kMaxLayers + 2];
 
     DecodeStep step;
     int refused_by;             ///< the worst Fault of a new key
     int leaving_cell;           ///< that the leaving key joins; -1: none
     int found[kMostAhead];      ///< cells of the keys that were sought
     int leaving_at;             ///< its number among the far keys taken; -1: not taken
-    Selection selection;
+    CellChoice choice;
+    float factors[kMostBlocks * kWarps]; ///< of the exponentials, by part and head
     /// Sum and largest of sink and window by each warp that attends.
     float2 dense_sums[kWarps][kStreamQueries];
     unsigned long long barriers[2]; ///< of the exchange
+    unsigned long long weights_there; ///< barrier of the weights that are kept
 };
 
 /// One of the blocks that have a row.
@@ -100,11 +107,15 @@ struct DecodeBlock {
     __device__ __forceinline__ int2* taken() const {
         return reinterpret_cast<int2*>(shared + layout.taken);
     }
-    /// What the exponentials of a part of the cells weigh, for each head: in the room of
-    /// cells that are listed later.
+    /// What the exponentials of a part of the cells weigh, for each head.
     __device__ __forceinline__ float* factors(int part) const {
-        static_assert(sizeof(s.selection.listed) >= kMostBlocks * kWarps * sizeof(float));
-        return reinterpret_cast<float*>(s.selection.listed) + part * layout.head_stride;
+        return s.factors + part * layout.head_stride;
+    }
+    /// The row's cells to choose from, once they have been weighed.
+    __device__ __forceinline__ WeighedCells weighed_cells() const {
+        return {floats(layout.masses),
+                ints(layout.counts),
+                (s.list.query.ncell + 3) / 4 * 4};
     }
     /// Sends `n` times 16 bytes to all other blocks of the row, by turns that begin with
     /// the next one.
@@ -119,6 +130,11 @@ struct DecodeBlock {
                 exchange.send_copy(at(i), to < blocks ? to : to - blocks);
             }
         }
+    }
+    /// The extents of the block's cells are brought nearer before it is known which are
+    /// taken. Few rows read little of all of them.
+    __device__ __forceinline__ bool asks_for_all_extents() const {
+        return blocks >= 8;
     }
     /// What is wrong with the step; after the new keys have been checked.
     __device__ __forceinline__ Fault refused() const {

@@ -36,8 +36,26 @@ __device__ __forceinline__ void exchange_units(
     b.exchange.wait();
 }
 
+/// The block's best cell for each key that is sought, to all blocks.
+__device__ __forceinline__ void tell_best_of_sought(const DecodeBlock& b) {
+    const DecodeLayout& layout = b.layout;
+#pragma unroll 1
+    for (int k = b.warp; k < b.s.step.finds; k += kWarps) {
+        const float* scores = b.floats(layout.sought_scores) + k * layout.cells;
+        unsigned long long best = 0;
+#pragma unroll 1
+        for (int c = b.lane; c < b.s.own; c += 32) {
+            best = max(best, scored_cell(scores[c], b.s.first + c));
+        }
+        best = largest_of_warp(best);
+        if (b.lane < b.blocks) {
+            b.exchange.send(b.words(layout.found) + k * b.blocks + b.rank, b.lane, best);
+        }
+    }
+}
+
 /// Scores of the block's cells for each query head, and for the keys whose cells are
-/// sought; of hidden layers each block has some units.
+/// sought, whose best cells it tells; of hidden layers each block has some units.
 __device__ __forceinline__ void score_cells(DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
     DecodeShared& s = b.s;
@@ -64,7 +82,9 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
         }
         const ProductRoom room = {
                 b.floats(layout.products), layout.head_stride == 4 ? 2 : 3};
-        multiply_rows(s.products[layer], x, stride, room, [&](int v, int r, float value) {
+        RowProducts product = s.products[layer];
+        product.n = of_key ? static_cast<uint8_t>(s.step.finds) : product.n;
+        multiply_rows(product, x, stride, room, [&](int v, int r, float value) {
             if (hides) {
                 uint32_t& unit = y[v * of_units + r];
                 value = up ? fmaxf(value, 0.0f)
@@ -74,7 +94,7 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
             } else if (of_key) {
                 b.floats(layout.sought_scores)[v * layout.cells + r - s.first] = value;
             } else {
-                b.floats(layout.scores)[r * layout.head_stride + v] = value;
+                b.floats(layout.scores)[v * layout.cell_stride + r] = value;
             }
         });
         if (hides) {
@@ -87,6 +107,10 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
         s.leaving_cell = listed ? leaving_cell : -1;
     }
     __syncthreads();
+    if (s.step.finds) {
+        tell_best_of_sought(b);
+        __syncthreads(); // tiles come where scores have been
+    }
 }
 
 /// Turns the block's scores into exponentials beside the largest one of a part, and tells
@@ -97,17 +121,17 @@ __device__ __forceinline__ void tell_sums(const DecodeBlock& b) {
     const int g = b.warp % layout.head_stride, part = b.warp / layout.head_stride;
     const bool is = g < layout.group;
     const int first = s.first + 32 * part + b.lane, end = s.first + s.own;
-    const int step = 32 * layout.parts;
-    float* of_head = b.floats(layout.scores) + g;
+    const int end_of_fours = s.first + (s.own + 3) / 4 * 4, step = 32 * layout.parts;
+    float* of_head = b.floats(layout.scores) + (is ? g : 0) * layout.cell_stride;
     const int32_t* counts = b.ints(layout.counts);
     // Of cells with keys, where there are any: an empty one may be far above them, and it
     // may get the leaving key.
     constexpr float kMost = 80; // exponents that floats hold
     float most = -INFINITY, most_of_all = -INFINITY;
     bool bad = false;
-#pragma unroll 2
+#pragma unroll 1
     for (int c = first; is && c < end; c += step) {
-        const float score = of_head[c * layout.head_stride];
+        const float score = of_head[c];
         bad = bad || !(score < INFINITY);
         most_of_all = fmaxf(most_of_all, score);
         most = counts[c] || c == s.leaving_cell ? fmaxf(most, score) : most;
@@ -116,14 +140,14 @@ __device__ __forceinline__ void tell_sums(const DecodeBlock& b) {
     most_of_all = most_of_warp(most_of_all);
     most = most > -INFINITY ? most : most_of_all;
     float sum = 0;
-#pragma unroll 2
-    for (int c = first; c < end; c += step) {
-        float& score = of_head[c * layout.head_stride];
-        score = is && most > -INFINITY
-                ? __expf(fminf(b.p.scale * (score - most), kMost))
+#pragma unroll 1
+    for (int c = first; is && c < end_of_fours; c += step) {
+        const float x = c < end && most > -INFINITY
+                ? __expf(fminf(b.p.scale * (of_head[c] - most), kMost))
                 : 0.0f;
+        of_head[c] = x;
         const int keys = counts[c] + (c == s.leaving_cell);
-        sum += keys ? static_cast<float>(keys) * score : 0.0f;
+        sum += keys ? static_cast<float>(keys) * x : 0.0f;
     }
     sum = sum_of_warp(sum);
     if (is && b.lane < b.blocks) {
@@ -139,45 +163,26 @@ __device__ __forceinline__ void tell_sums(const DecodeBlock& b) {
 
 /// The exponentials of the block's cells, to all other blocks.
 __device__ __forceinline__ void tell_exponentials(const DecodeBlock& b) {
-    const int each = b.layout.head_stride / 4;
-    const auto* from = reinterpret_cast<const float4*>(b.floats(b.layout.scores)) +
-            b.s.first * each;
-    b.send_to_others(b.s.own * each, [&](int i) { return from + i; });
+    const int each = (b.s.own + 3) / 4, stride = b.layout.cell_stride / 4;
+    const auto* from = reinterpret_cast<const float4*>(
+            b.floats(b.layout.scores) + b.s.first);
+    const Divisor of_head(max(1, each));
+    b.send_to_others(b.layout.group * each, [&](int i) {
+        const int head = of_head.quotient(i);
+        return from + head * stride + i - head * each;
+    });
 }
 
-/// The block's best cell for each key that is sought, to all blocks.
-__device__ __forceinline__ void tell_best_of_sought(const DecodeBlock& b) {
-    const DecodeLayout& layout = b.layout;
-#pragma unroll 1
-    for (int k = b.warp; k < b.s.step.finds; k += kWarps) {
-        const float* scores = b.floats(layout.sought_scores) + k * layout.cells;
-        unsigned long long best = 0;
-#pragma unroll 1
-        for (int c = b.lane; c < b.s.own; c += 32) {
-            best = max(best, scored_cell(scores[c], b.s.first + c));
-        }
-        best = largest_of_warp(best);
-        if (b.lane < b.blocks) {
-            b.exchange.send(b.words(layout.found) + k * b.blocks + b.rank, b.lane, best);
-        }
-    }
-}
-
-/// Tells what the choice of cells depends on.
+/// Tells what the choice of cells depends on, but for keys that are sought.
 __device__ __forceinline__ void tell_cells(const DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
-    const int finds = b.s.step.finds;
     tell_sums(b);
     tell_exponentials(b);
-    if (finds) {
-        tell_best_of_sought(b);
-        __syncthreads(); // tiles come where scores have been
-    }
     if (threadIdx.x == 0) {
-        const int others = b.s.list.query.ncell - b.s.own;
+        const int others = (b.s.list.query.ncell + 3) / 4 - (b.s.own + 3) / 4;
         b.exchange.expect(
-                4 * layout.head_stride * others +
-                8 * b.blocks * (layout.group * layout.parts + finds));
+                16 * layout.group * others +
+                8 * b.blocks * (layout.group * layout.parts + b.s.step.finds));
     }
 }
 
@@ -197,7 +202,8 @@ __device__ __forceinline__ void find_cells(const DecodeBlock& b) {
     __syncthreads();
 }
 
-/// The part, of all blocks' ones, that has a cell.
+/// The part, of all blocks' ones, that has a cell; the same for four that follow a multiple
+/// of four.
 /// @param each  cells of a block, at most
 __device__ __forceinline__ int part_of_cell(
         const DecodeLayout& layout,
@@ -220,10 +226,10 @@ __device__ __forceinline__ void find_factors(const DecodeBlock& b) {
                 : make_float2(0, -INFINITY);
         float keys = of_part.x;
         if (s.step.finds) { // the key that leaves now counts in its cell
-            const Divisor each(DecodeLayout::share(s.list.query.ncell, b.blocks));
+            const Divisor each(DecodeLayout::share_in_fours(s.list.query.ncell, b.blocks));
             const int part = part_of_cell(layout, each, s.leaving_cell);
-            const float more =
-                    b.floats(layout.scores)[s.leaving_cell * layout.head_stride + g];
+            const float more = b.floats(layout.scores)
+                                       [(is ? g : 0) * layout.cell_stride + s.leaving_cell];
             keys += b.lane == part ? more : 0.0f;
         }
         // Parts without a key weigh nothing.
@@ -238,20 +244,9 @@ __device__ __forceinline__ void find_factors(const DecodeBlock& b) {
     __syncthreads();
 }
 
-/// Bins of masses per key, of which each head's is at most 1: eight for each factor of
-/// two, down to 2^-29.
-struct MassBins {
-    __device__ __forceinline__ int operator()(unsigned long long key) const {
-        constexpr int kTop = 0x41000000; // 8.0f
-        const int bits = static_cast<int>(key >> 32 & 0x7fffffff);
-        return max(0, min(Selection::kBins - 1, (kTop - bits) >> 20));
-    }
-};
-
 /// Waits for what all blocks tell, finds the mass per key of all cells, of which the
-/// group's heads are summed, and puts them into bins. Masses below 1e-38 are equal.
-/// @return keys of the smallest cell that this thread has seen
-__device__ __forceinline__ int weigh_cells(DecodeBlock& b) {
+/// group's heads are summed, and counts them in bins. Masses below 1e-38 are equal.
+__device__ __forceinline__ void weigh_cells(DecodeBlock& b, const CellBins& bins) {
     const DecodeLayout& layout = b.layout;
     DecodeShared& s = b.s;
     b.exchange.wait();
@@ -259,70 +254,77 @@ __device__ __forceinline__ int weigh_cells(DecodeBlock& b) {
         find_cells(b);
     }
     find_factors(b);
-    const int ncell = s.list.query.ncell, leaving = s.leaving_cell;
-    const int stride = layout.head_stride;
-    const Divisor each(DecodeLayout::share(ncell, b.blocks));
-    int32_t* counts = b.ints(layout.counts);
+    const int leaving = s.leaving_cell;
+    const Divisor each(DecodeLayout::share_in_fours(s.list.query.ncell, b.blocks));
+    const WeighedCells cells = b.weighed_cells();
     const float* exponentials = b.floats(layout.scores);
-    int least = INT32_MAX;
-#pragma unroll 4
-    for (int c = threadIdx.x; c < layout.padded_cells; c += kThreads) {
-        unsigned long long key = 0;
-        if (c < ncell) {
-            const float* factors = b.factors(part_of_cell(layout, each, c));
-            float mass = 0;
 #pragma unroll 1
-            for (int g = 0; g < stride; g += 4) {
-                const auto x = *reinterpret_cast<const float4*>(
-                        exponentials + c * stride + g);
-                const auto w = *reinterpret_cast<const float4*>(factors + g);
-                mass += x.x * w.x + x.y * w.y + x.z * w.z + x.w * w.w;
-            }
-            const int count = counts[c] + (c == leaving);
-            counts[c] = count;
-            if (count) {
-                key = cell_key(s.step.takes_all ? 0 : mass, c);
-            }
-            bin_cell(s.selection, MassBins(), key, count, b.p.nprobe < ncell, least);
+    for (int c = 4 * threadIdx.x; c < cells.n; c += 4 * kThreads) {
+        const float* factors = b.factors(part_of_cell(layout, each, c));
+        float4 mass = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+        for (int g = 0; g < layout.group; g++) {
+            const auto x = *reinterpret_cast<const float4*>(
+                    exponentials + g * layout.cell_stride + c);
+            const float w = factors[g];
+            mass.x += x.x * w;
+            mass.y += x.y * w;
+            mass.z += x.z * w;
+            mass.w += x.w * w;
         }
-        b.words(layout.keys)[c] = key;
+        int4 keys = cells.keys_at(c);
+        if (leaving / 4 == c / 4 && leaving >= 0) {
+            b.ints(layout.counts)[leaving]++;
+            keys = cells.keys_at(c);
+        }
+        // Also of what is not a number.
+        const float most = s.step.takes_all ? 0.0f : 16.0f;
+        mass.x = fminf(fmaxf(mass.x, 0.0f), most);
+        mass.y = fminf(fmaxf(mass.y, 0.0f), most);
+        mass.z = fminf(fmaxf(mass.z, 0.0f), most);
+        mass.w = fminf(fmaxf(mass.w, 0.0f), most);
+        *reinterpret_cast<float4*>(b.floats(layout.masses) + c) = mass;
+        bin_cells(s.choice, bins, mass, keys, c);
     }
-    return least;
+    __syncthreads();
+}
+
+/// Far keys that the policy allows to read.
+__device__ __forceinline__ int key_limit(const DecodeBlock& b) {
+    const DecodeParams& p = b.p;
+    const int far = b.s.step.attends ? b.s.step.far : 0;
+    const int64_t most = min(p.max_keys, static_cast<int64_t>(p.max_selectivity * far));
+    return b.s.step.takes_all || most >= far
+            ? far
+            : static_cast<int>(p.share * most + 1e-9);
 }
 
 /// Takes cells within the policy's limits; every block takes the same ones.
 __device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
-    const DecodeParams& p = b.p;
     DecodeShared& s = b.s;
-    const int least = weigh_cells(b);
-    const int far = s.step.attends ? s.step.far : 0;
+    const int limit = key_limit(b);
+    const CellBins bins = CellBins::of_masses(b.layout.group, limit);
+    weigh_cells(b, bins);
     const bool all = s.step.takes_all;
-    if (far > 0 && (all || p.share != 0)) {
-        const int64_t most =
-                min(p.max_keys, static_cast<int64_t>(p.max_selectivity * far));
-        const int64_t limit =
-                all || most >= far ? far : static_cast<int64_t>(p.share * most + 1e-9);
-        take_cells(
-                s.selection,
-                MassBins(),
-                b.words(b.layout.keys),
-                b.layout.padded_cells,
-                b.ints(b.layout.counts),
-                all ? s.list.query.ncell : p.nprobe,
-                static_cast<int>(limit),
-                /*at_least_one=*/true,
-                least,
-                [&](int i, int cell, int count, int begin) {
+    if (s.step.attends && s.step.far > 0 && (all || b.p.share != 0)) {
+        choose_cells(
+                s.choice,
+                b.weighed_cells(),
+                bins,
+                all ? s.list.query.ncell : b.p.nprobe,
+                limit,
+                [&](int i, int cell, int keys, int begin) {
                     b.taken()[i] = make_int2(cell, begin);
-                    if (i % b.blocks == b.rank) { // some block asks for it first
+                    const int own = cell - s.first;
+                    if (own >= 0 && own < s.own && !b.asks_for_all_extents()) {
                         prefetch(s.list.extents + int64_t(cell) * kExtents);
                     }
                     if (cell == s.leaving_cell) { // its newest key
-                        s.leaving_at = begin + count - 1;
+                        s.leaving_at = begin + keys - 1;
                     }
                 });
     } else if (threadIdx.x == 0) {
-        s.selection.taken = s.selection.keys = 0;
+        s.choice.cells = s.choice.keys = 0;
     }
     __syncthreads();
 }

@@ -35,8 +35,9 @@ __device__ __forceinline__ TileStream<T, D> begin_stream(const DecodeBlock& b) {
     return stream;
 }
 
-/// Attends to the block's share of sink and window while the blocks tell each other what
-/// they have found, and then to its share of the cells that are taken.
+/// Attends to the block's share of sink and window, which are on their way while the
+/// blocks tell each other what they have found, and then to its share of the cells that
+/// are taken.
 template <class T, int D>
 __device__ __forceinline__ void attend_to_row(
         DecodeBlock& b,
@@ -52,17 +53,18 @@ __device__ __forceinline__ void attend_to_row(
         KeySlots slots(b, far);
         const TileRange mine = tiles_of_block(b, slots.count());
         const int tile = b.warp < tile_warps ? mine.begin + b.warp : mine.end;
-        const int key = tile * kStreamKeys + b.lane % kStreamKeys;
         if (far && mine.begin < mine.end) {
-            slots.go_to(mine.begin * kStreamKeys, key);
+            slots.go_to(mine.begin * kStreamKeys);
         }
         if (tile < mine.end) {
+            const int key = tile * kStreamKeys + b.lane % kStreamKeys;
             const int slot = slots(key);
             const bool more = tile + tile_warps < mine.end;
             bad_page |= stream.start(
                     slot, more ? slots(key + tile_warps * kStreamKeys) : -1);
         }
         if (!far) {
+            tell_cells(b);
             if (b.p.appends && b.s.step.refused == Fault::none) {
                 check_new_keys(b, b.s.step.length - 1);
             }
@@ -75,10 +77,8 @@ __device__ __forceinline__ void attend_to_row(
         }
     }
     stream.end();
-    if (bad_page) {
-        raise(b.p.flag,
-              b.p.appends ? Fault::append_page : Fault::attend_page,
-              b.s.row.item);
+    if (bad_page && b.refused() == Fault::none) { // else raise_faults() says why
+        raise(b.p.flag, Fault::attend_page, b.s.row.item);
     }
 }
 
@@ -89,21 +89,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     __shared__ DecodeShared fixed;
     extern __shared__ __align__(16) char shared[];
     DecodeBlock block(arguments.params, arguments.layout, fixed, shared);
-    // What no step changes, while the kernels before still run.
-    read_row<T, D>(block);
-    const int64_t length = __ldcg(&fixed.row.sequence->length);
-    const int64_t assigned = __ldcg(&fixed.row.sequence->assigned);
-    send_for_weights(block, length, assigned);
+    // While the kernels before still run: what no step changes, and hints.
+    const EarlyState early = read_row<T, D>(block);
+    send_for_weights(block, early);
     clear_padding<D>(block);
-    prefetch_keys<T, D>(block, length, assigned);
-    use_kept_weights(block);
+    prefetch_keys<T, D>(block, early);
     block.exchange.await_begin();
     wait_for_previous();
 
     begin_step<T, D>(block);
     // Before the first keys are sent for: sending takes longer than they do.
     score_cells(block);
-    tell_cells(block);
     auto stream = begin_stream<T, D>(block);
     attend_to_row(block, stream);
     keep_results(block, stream);

@@ -32,21 +32,30 @@ struct KeySlots {
 
     /// Numbers of keys that there are.
     __device__ __forceinline__ int count() const {
-        return far ? b.s.selection.keys : b.s.step.dense;
+        return far ? b.s.choice.keys : b.s.step.dense;
     }
 
-    /// Goes to the cells of the block's keys, the first of which is `begin`, and of the
-    /// lane's, the first of which is `key`. By a block.
-    __device__ __forceinline__ void go_to(int begin, int key) {
-        first_at_hand = cell_of(begin);
-        const int n = min(kCellsAtHand, b.s.selection.taken - first_at_hand);
+    /// Goes to the cells of the block's keys, the first of which is `begin`, before it is
+    /// asked for any. By a block.
+    __device__ __forceinline__ void go_to(int begin) {
+        int before = 0; // cells that begin at or before it
+#pragma unroll 1
+        for (int i0 = 0; i0 < b.s.choice.cells; i0 += 32) {
+            const int i = i0 + b.lane;
+            before += __popc(__ballot_sync(
+                    0xffffffffu, i < b.s.choice.cells && b.taken()[i].y <= begin));
+            if (before < i0 + 32) {
+                break;
+            }
+        }
+        at = first_at_hand = before - 1;
+        const int n = min(kCellsAtHand, b.s.choice.cells - first_at_hand);
 #pragma unroll 1
         for (int i = threadIdx.x; i < n * kExtentsAtHand; i += kThreads) {
             const int cell = b.taken()[first_at_hand + i / kExtentsAtHand].x;
             extents()[i] = __ldcg(
                     b.s.list.extents + int64_t(cell) * kExtents + i % kExtentsAtHand);
         }
-        at = cell_of(min(count() - 1, key));
         __syncthreads();
     }
 
@@ -58,13 +67,13 @@ struct KeySlots {
                     : i < step.sinks ? i
                                      : step.window_begin + i - step.sinks;
         }
-        if (i >= b.s.selection.keys) {
+        if (i >= b.s.choice.keys) {
             return -1;
         }
         if (i == b.s.leaving_at) { // it may not be listed yet
             return step.leaving;
         }
-        while (at + 1 < b.s.selection.taken && b.taken()[at + 1].y <= i) {
+        while (at + 1 < b.s.choice.cells && b.taken()[at + 1].y <= i) {
             at++;
         }
         const int2 cell = b.taken()[at];
@@ -79,17 +88,6 @@ struct KeySlots {
    private:
     __device__ __forceinline__ uint32_t* extents() const {
         return reinterpret_cast<uint32_t*>(b.shared + b.layout.extents);
-    }
-    /// The last one that begins at or before a key.
-    __device__ __forceinline__ int cell_of(int key) const {
-        int low = 0, high = b.s.selection.taken - 1;
-        while (low < high) {
-            const int middle = (low + high + 1) / 2;
-            const bool begins = b.taken()[middle].y <= key;
-            low = begins ? middle : low;
-            high = begins ? high : middle - 1;
-        }
-        return low;
     }
 };
 

@@ -31,8 +31,10 @@ constexpr int kMostAhead = 8;
 /// Where arrays begin, in bytes; alike in all blocks of a row, as they write into each
 /// other's.
 struct DecodeLayout {
-    int group = 0, cells = 0, padded_cells = 0; ///< cells: of a block at most
-    int head_stride = 0; ///< of a cell's scores by the heads: group, in fours
+    int group = 0;
+    int cells = 0;       ///< of a block at most
+    int head_stride = 0; ///< query heads, in fours
+    int cell_stride = 0; ///< cells of a head's scores, which spreads the banks
     int tile_warps = 0;  ///< that attend
     int ahead = 0;       ///< keys whose cells are found at once
     int queries = 0;     ///< as the cache's type, for the tensor cores
@@ -42,11 +44,12 @@ struct DecodeLayout {
     int counts = 0;    ///< far keys of all cells
     int found = 0;     ///< best cell of each key that is sought, by each block
     int signs = 0;     ///< a word by each block
-    /// Of all cells by the heads: scores, then exp(score - the largest of their part).
-    int scores = 0;
+    /// Of the heads by all cells: scores, then exp(score - the largest of their part);
+    /// and of the group, the cells' masses per key.
+    int scores = 0, masses = 0;
     int parts = 0;   ///< of a block's cells: of a head, one for each warp that it has
     int partial = 0; ///< of each part and head: sum over the keys and largest
-    int taken = 0;     ///< after them: cells that are read, where the keys of each begin
+    int taken = 0; ///< after scores: cells that are read, where the keys of each begin
     int pieces = 0, block_pieces = 0; ///< of 16 bytes: of the output, of a block's share
     int results = 0;  ///< of this block's share, from each block
     int products = 0; ///< before them: of warps that share a tile
@@ -55,8 +58,7 @@ struct DecodeLayout {
     int weights = 0; ///< of the blocks' results, and of the caller's
     /// Queries and hidden layers of the query assigner, by split_float.
     int x = 0, hidden = 0, activated = 0;
-    int keys = 0;    ///< after them: cell_keys of all cells, padded_cells
-    int extents = 0; ///< and after those, of cells that are read: where they begin
+    int extents = 0; ///< after them: of cells that are read, where they begin
     int bytes = 0;
 
     /// @param warps  that attend
@@ -64,11 +66,8 @@ struct DecodeLayout {
     static DecodeLayout of(const DecodeParams& p, int blocks, int warps) {
         DecodeLayout l;
         l.group = p.heads_q / p.heads_kv;
-        l.cells = share(p.most_cells, blocks);
-        l.padded_cells = 32;
-        while (l.padded_cells < p.most_cells) {
-            l.padded_cells *= 2;
-        }
+        l.cells = share_in_fours(p.most_cells, blocks);
+        l.cell_stride = (p.most_cells + 31) / 32 * 32 + 4;
         using Stream = TileStream<T, D>;
         constexpr int kOfWarp = 2 * Stream::kTile * int(sizeof(T));
         static_assert(kOfWarp >= results_of_warp<D>() + kStreamQueries * 8);
@@ -88,21 +87,18 @@ struct DecodeLayout {
         l.found = l.take(8 * blocks * l.ahead);
         l.signs = l.take(4 * blocks);
         l.partial = l.take(8 * blocks * l.parts * l.head_stride);
-        l.scores = l.taken = l.take(4 * l.head_stride * p.most_cells);
+        l.scores = l.masses = l.take(4 * std::max(l.group, 3) * l.cell_stride);
+        l.taken = l.masses + 4 * l.cell_stride;
         l.pieces = l.group * D / 4;
         l.block_pieces = share(l.pieces, blocks);
         l.results = l.products = l.take(std::max(
                 16 * blocks * l.block_pieces, 4 * kWarps * kTileRows * l.head_stride));
         l.sums = l.take(2 * 8 * blocks * l.group);
         l.weights = l.take(4 * (blocks + 1) * l.group);
-        l.x = l.keys = l.extents =
-                l.take(4 * l.group * padded_columns(p.most_cols));
+        l.x = l.extents = l.take(4 * l.group * padded_columns(p.most_cols));
         l.hidden = l.take(4 * l.group * padded_columns(p.most_width));
         l.activated = l.take(4 * l.group * padded_columns(p.most_width));
-        l.bytes = std::max(
-                {l.bytes,
-                 l.keys + 8 * l.padded_cells,
-                 l.extents + 4 * kCellsAtHand * kExtentsAtHand});
+        l.bytes = std::max(l.bytes, l.extents + 4 * kCellsAtHand * kExtentsAtHand);
         return l;
     }
 

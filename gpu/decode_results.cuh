@@ -207,8 +207,8 @@ __device__ __forceinline__ void weigh_results(const DecodeBlock& b, float lse) {
             const float mass = sum_of_warp(exp2f(dense.y - shift) * dense.x);
             if (lane == 0) {
                 AttendStats& stats = out.stats[b.first_head() + q];
-                stats.cells = s.selection.taken;
-                stats.keys_read = s.selection.keys;
+                stats.cells = s.choice.cells;
+                stats.keys_read = s.choice.keys;
                 stats.far_keys = s.step.far;
                 stats.dense_mass = each * mass;
                 stats.keys_ranked = 0;

@@ -251,10 +251,14 @@ __device__ inline unsigned long long largest_of_warp(unsigned long long x) {
     return static_cast<unsigned long long>(most) << 32 | low;
 }
 
-/// Brings memory nearer, by a block.
-__device__ __forceinline__ void prefetch_bytes(const char* from, int bytes) {
+/// Brings memory nearer, by `threads` threads.
+__device__ __forceinline__ void prefetch_bytes(
+        const char* from,
+        int bytes,
+        int thread,
+        int threads) {
 #pragma unroll 1
-    for (int i = 128 * threadIdx.x; i < bytes; i += 128 * blockDim.x) {
+    for (int i = 128 * thread; i < bytes; i += 128 * threads) {
         prefetch(from + i);
     }
 }

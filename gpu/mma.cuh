@@ -12,14 +12,28 @@
 
 namespace faiss_saap::gpu {
 
-/// From global to shared memory, without waiting; zeros where nothing is there.
+/// From global to shared memory, without waiting: up to 16 bytes, then zeros.
+__device__ __forceinline__ void copy_up_to_16_bytes(
+        uint32_t at,
+        const void* from,
+        int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(at),
+                 "l"(from),
+                 "r"(bytes));
+}
+__device__ __forceinline__ void copy_up_to_16_bytes(
+        void* to,
+        const void* from,
+        int bytes) {
+    copy_up_to_16_bytes(shared_address(to), from, bytes);
+}
+
+/// The same of 16 bytes; zeros where nothing is there.
 __device__ __forceinline__ void copy_16_bytes(
         uint32_t at,
         const void* from,
         bool there) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(at),
-                 "l"(from),
-                 "r"(there ? 16 : 0));
+    copy_up_to_16_bytes(at, from, there ? 16 : 0);
 }
 __device__ __forceinline__ void copy_16_bytes(
         void* to,

@@ -3,6 +3,7 @@
 
 #include <faiss_saap/host_device.h>
 
+#include "bulk_copies.cuh"
 #include "device_vectors.cuh"
 #include "mma.cuh"
 
@@ -68,7 +69,7 @@ struct RowProducts {
 };
 
 /// Brings the rows nearer. Weights never change: this may be done before the kernels
-/// before have ended. By a block.
+/// before have ended. By a warp.
 __device__ __forceinline__ void prefetch_products(const RowProducts& p) {
     const int rows = p.end - p.first;
 #pragma unroll 1
@@ -76,34 +77,44 @@ __device__ __forceinline__ void prefetch_products(const RowProducts& p) {
         prefetch_bytes(
                 static_cast<const char*>(p.rows) +
                         int64_t(h) * p.matrix * p.bytes_of_row(),
-                rows * p.bytes_of_row());
+                rows * p.bytes_of_row(),
+                threadIdx.x % 32,
+                32);
         if (p.bias) {
             prefetch_bytes(
                     reinterpret_cast<const char*>(p.bias + int64_t(h) * p.bias_matrix),
-                    rows * int(sizeof(float)));
+                    rows * int(sizeof(float)),
+                    threadIdx.x % 32,
+                    32);
         }
     }
 }
 
-/// Sends for the rows, to lie one matrix after the other, and then the biases. By a block.
-__device__ __forceinline__ void copy_products(const RowProducts& p, char* to) {
+/// Sends for the rows, to lie one matrix after the other. By one thread.
+__device__ __forceinline__ void copy_rows(
+        const RowProducts& p,
+        char* to,
+        const BulkCopies& copies) {
     const int of_matrix = (p.end - p.first) * p.bytes_of_row();
     const auto* from = static_cast<const char*>(p.rows);
 #pragma unroll 1
-    for (int h = 0; h < p.heads; h++) {
-#pragma unroll 4
-        for (int i = 16 * threadIdx.x; i < of_matrix; i += 16 * blockDim.x) {
-            copy_16_bytes(to + h * of_matrix + i, from + i, true);
-        }
+    for (int h = 0; of_matrix && h < p.heads; h++) {
+        copies.send_for(to + h * of_matrix, from, of_matrix);
         from += int64_t(p.matrix) * p.bytes_of_row();
     }
+}
+
+/// Sends for the biases, likewise. By a warp.
+__device__ __forceinline__ void copy_biases(const RowProducts& p, char* to) {
     const int rows = p.end - p.first;
 #pragma unroll 1
-    for (int i = threadIdx.x; p.bias && i < p.heads * rows; i += blockDim.x) {
-        const int h = p.heads > 1 ? i / rows : 0;
-        copy_4_bytes(
-                to + p.bytes() + i * int(sizeof(float)),
-                p.bias + int64_t(h) * p.bias_matrix + i - h * rows);
+    for (int h = 0; p.bias && h < p.heads; h++) {
+#pragma unroll 1
+        for (int i = threadIdx.x % 32; i < rows; i += 32) {
+            copy_4_bytes(
+                    to + (h * rows + i) * int(sizeof(float)),
+                    p.bias + int64_t(h) * p.bias_matrix + i);
+        }
     }
 }
 

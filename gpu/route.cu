@@ -391,7 +391,7 @@ __device__ void select_row(
             int least = INT32_MAX;
 #pragma unroll 2
             for (int c = threadIdx.x; c < n; c += kThreads) {
-                bin_cell(s, bins, keys[c], counts[c], /*counts_cells=*/true, least);
+                bin_cell(s, bins, keys[c], counts[c], least);
             }
             take_cells(
                     s,

@@ -29,7 +29,7 @@ struct Selection {
     alignas(16) int keys_of[kBins];
     alignas(16) int cells_of[kBins];
     int least; ///< keys of the smallest cell
-    alignas(16) unsigned long long listed[kListed]; ///< cells that are ranked
+    unsigned long long listed[kListed]; ///< cells that are ranked
     int counts[kListed];                ///< and their keys
     int nlisted;                        ///< may be more than there is room for
     int taken, keys;           ///< cells and keys
@@ -229,7 +229,7 @@ __device__ int2 take_sorted_cells(
 struct Bins {
     float top, scale;
 
-    /// Of a cell_key; falls with the score, whatever is rounded. So must any BinOf.
+    /// Of a cell_key; falls with the score, whatever is rounded.
     __device__ int operator()(unsigned long long key) const {
         const float x = top - of_ordered(static_cast<uint32_t>(key >> 32));
         return max(0, min(Selection::kBins - 1, static_cast<int>(x * scale)));
@@ -320,10 +320,9 @@ __device__ inline int last_bin(const Selection& s, int nprobe, int limit) {
 }
 
 /// Lists the cells of the bins up to `last`, to be ranked. By a block.
-template <class BinOf>
 __device__ __forceinline__ void list_cells(
         Selection& s,
-        const BinOf& bin_of,
+        const Bins& bins,
         const unsigned long long* keys,
         int n,
         const int32_t* counts,
@@ -339,7 +338,7 @@ __device__ __forceinline__ void list_cells(
         for (int i = 0; i < kEach; i++) {
             const int c = first + i * kSelectThreads + threadIdx.x;
             key[i] = c < n ? keys[c] : 0;
-            listed[i] = __ballot_sync(0xffffffffu, key[i] && bin_of(key[i]) <= last);
+            listed[i] = __ballot_sync(0xffffffffu, key[i] && bins(key[i]) <= last);
             all += __popc(listed[i]);
         }
         int at = 0;
@@ -462,22 +461,17 @@ __device__ __forceinline__ void take_ranked_cells(
 }
 
 /// Counts a cell in its bin.
-/// @param counts_cells  not where the cells of all bins are within the limit anyway
 /// @param least  keys of the smallest cell that this thread has counted
-template <class BinOf>
 __device__ __forceinline__ void bin_cell(
         Selection& s,
-        const BinOf& bin_of,
+        const Bins& bins,
         unsigned long long key,
         int count,
-        bool counts_cells,
         int& least) {
     if (key) {
-        const int bin = bin_of(key);
+        const int bin = bins(key);
         atomicAdd(&s.keys_of[bin], count);
-        if (counts_cells) {
-            atomicAdd(&s.cells_of[bin], 1);
-        }
+        atomicAdd(&s.cells_of[bin], 1);
         least = min(least, count);
     }
 }
@@ -489,10 +483,10 @@ __device__ __forceinline__ void bin_cell(
 /// s.taken and s.keys after the next barrier. clear_selection and a barrier come before
 /// bin_cell.
 /// @param least  as bin_cell has left it
-template <class BinOf, class Take>
+template <class Take>
 __device__ __forceinline__ void take_cells(
         Selection& s,
-        const BinOf& bin_of,
+        const Bins& bins,
         unsigned long long* keys,
         int n,
         const int32_t* counts,
@@ -507,7 +501,7 @@ __device__ __forceinline__ void take_cells(
         atomicMin(&s.least, least);
     }
     __syncthreads();
-    list_cells(s, bin_of, keys, n, counts, last_bin(s, nprobe, limit));
+    list_cells(s, bins, keys, n, counts, last_bin(s, nprobe, limit));
     __syncthreads();
     if (s.nlisted <= Selection::kListed) {
         take_ranked_cells(s, keys, n, counts, nprobe, limit, at_least_one, take);

@@ -36,6 +36,7 @@ struct AdapterCase {
     int64_t sink = 5, window = 40;
     bool pre_rope = true;
     QueryKind query = QueryKind::quantizer;
+    float query_deviation = 2; ///< of components; 0: all cells are alike
     bool union_of_two = false; ///< a second, post-RoPE partition
     bool share_group = true;
     bool attend_dense = true;
@@ -58,7 +59,8 @@ inline std::ostream& operator<<(std::ostream& out, const AdapterCase& c) {
                << ", window " << c.window << ", " << c.ncell << " cells"
                << (c.pre_rope ? " pre-RoPE" : " post-RoPE")
                << (c.union_of_two ? " and others" : "") << ", queries by "
-               << kQueries[static_cast<int>(c.query)] << ", selectivity "
+               << kQueries[static_cast<int>(c.query)]
+               << (c.query_deviation > 0 ? "" : " of 0") << ", selectivity "
                << c.selectivity << ", nprobe " << c.nprobe << ", dense_below "
                << c.dense_below << (c.share_group ? "" : ", a choice per head")
                << (c.attend_dense ? "" : ", far keys alone");
@@ -153,6 +155,17 @@ inline std::vector<AdapterCase> adapter_cases() {
         c.lengths = {2500};
         c.selectivity = 0.05;
     });
+    add("more cells that are alike than are ranked at once", [](C c) {
+        c.ncell = 300;
+        c.lengths = {4000};
+        c.query_deviation = 0;
+    });
+    add("nprobe 20 of cells that are alike", [](C c) {
+        c.ncell = 300;
+        c.lengths = {4000};
+        c.query_deviation = 0;
+        c.nprobe = 20;
+    });
     add("more rows than a device has processors", [](C c) {
         c.lengths.clear();
         for (int64_t i = 0; i < 80; i++) {
@@ -232,7 +245,7 @@ struct CaseWorld {
             k.push_back(rounded(random.normal(n * c.heads_kv * c.d)));
             v.push_back(rounded(random.normal(n * c.heads_kv * c.d)));
             const int64_t asks = std::min<int64_t>(c.q_len, n);
-            q.push_back(rounded(random.normal(asks * c.heads_q * c.d, 2)));
+            q.push_back(rounded(random.normal(asks * c.heads_q * c.d, c.query_deviation)));
         }
         for (int h = 0; h < c.heads_kv; h++) {
             const std::vector<float> train =

@@ -175,7 +175,8 @@ class GpuAttentionAdapter {
     /// - rows do not read so much that a cluster for each leaves too many processors
     ///   idle, as in dense attention of one or two KV heads.
     /// Otherwise it is the launches of append, route and attend_preassigned. The
-    /// outputs of a sequence whose append is refused by the kernels are unspecified.
+    /// outputs of a sequence whose append is refused by the kernels are unspecified. Where
+    /// only what is read meets a hole of the page table, the token is appended.
     void step(
             const GpuBatch& batch,
             const void* queries,

@@ -417,6 +417,31 @@ TEST_F(GpuAdapter, AStepThatIsRefusedChangesNothing) {
     cudaStreamDestroy(stream);
 }
 
+TEST_F(GpuAdapter, AStepThatReadsAHoleAppendsAllTheSame) {
+    AdapterCase c;
+    c.name = "";
+    c.layout = CacheLayout::paged;
+    Pair p(c, 700);
+    p.append(600);
+    const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
+    OnDevice<float> output(c.heads_q * c.d);
+    AttendOutput out;
+    out.output = output.data();
+    const int page = 600 / CaseWorld::kPage - 1; // in the window, not the new token's
+    const int32_t hole = -1;
+    int32_t* entry = p.cache.pages.data() + page;
+    ASSERT_EQ(cudaMemcpy(entry, &hole, 4, cudaMemcpyHostToDevice), cudaSuccess);
+    p.device.step(*p.device.plan({p.input(1, p.n)}), queries.data(), out);
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    EXPECT_SENTENCE(
+            p.device.check(), "attend: the page table names a page that is not there");
+    ASSERT_EQ(
+            cudaMemcpy(entry, &p.host.page_table[page], 4, cudaMemcpyHostToDevice),
+            cudaSuccess);
+    p.append(601); // on the CPU alone
+    p.expect_same(p.on_cpu, p.on_device);
+}
+
 TEST_F(GpuAdapter, FaultsThatKernelsSeeChangeNothing) {
     AdapterCase c;
     c.name = "";
