@@ -91,11 +91,11 @@ int decode_row_blocks(const DecodeParams& p) {
     // is made of, the largest one that lets all rows run at once. But the more blocks
     // read gigabytes, the slower memory answers: 9 of each of 8 rows take 800 us for
     // two of them, 8 take 755 (docs/gpu-performance.md).
-    constexpr int64_t kGigabytes = int64_t(1) << 30;
+    constexpr int64_t kGigabyte = 768 << 20;
     int fewest = 0;
     for (int blocks : {kMostBlocks, 12, 9, 8, 6, 4, 3, 2, 1}) {
         const int bytes = layout_of<T, D>(p, room, blocks).bytes;
-        if (bytes == 0 || (blocks == 9 && p.bytes >= kGigabytes)) {
+        if (bytes == 0 || (blocks == 9 && p.bytes >= kGigabyte)) {
             continue;
         }
         fewest = blocks;
