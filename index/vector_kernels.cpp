@@ -35,11 +35,11 @@ template <class T>
 using Aligned = hwy::AlignedFreeUniquePtr<T[]>;
 
 /// Rows per tile: one maximum and one rescaling per tile, and sums short
-/// enough for float32. Keys and values of a head's tile stay in the first
-/// cache.
-constexpr int kTile = 64;
-/// Keys and values of two tiles of all heads, the one at work and the next,
-/// stay in the second cache.
+/// enough for float32. The values of a head's tile and the keys of the next one
+/// stay in the first cache.
+constexpr int kTile = 96;
+/// Keys and values of two tiles, the one at work and the next, stay in the
+/// second cache.
 constexpr int64_t kTileBytes = 128 << 10;
 /// Rows that share the loads of a query.
 constexpr int kRows = 4;
@@ -171,68 +171,51 @@ HWY_INLINE void store_sums(V a, V b, V c, V e, float* to) {
 }
 
 /// Rows to ask the memory for while others are at work, a few after each step
-/// of the arithmetic. What is read in order goes into the first cache,
-/// scattered rows into the second.
-///
-/// A prefetch whose address must be translated holds up all that follows it,
-/// so the first lines of several scattered rows go together and their
-/// translations overlap. The lines of a row go together too: one by one between
-/// the arithmetic, a gather takes twice as long (measured).
-template <class T>
+/// of the arithmetic. The lines of a row go together: one by one between the
+/// arithmetic, a gather takes twice as long (measured).
+/// @tparam kLocality  that of `__builtin_prefetch`: 3 for the first cache, 2
+///                    for the second
+template <int kLocality, class T>
 class RowsAhead {
    public:
     RowsAhead() = default;
-    /// @param in_order  rows follow each other in the memory
-    RowsAhead(const std::vector<const T*>& rows, int width, bool in_order)
+    RowsAhead(const std::vector<const T*>& rows, int width)
             : rows_(rows.data()),
               n_(static_cast<int>(rows.size())),
-              bytes_(width * static_cast<int>(sizeof(T))),
-              in_order_(in_order) {}
+              bytes_(width * static_cast<int>(sizeof(T))) {}
 
     /// Asks for the next `count` rows, as far as there are any.
     HWY_INLINE void fetch(int count) {
         for (const int end = std::min(n_, next_ + count); next_ < end; next_++) {
             const auto* row = reinterpret_cast<const char*>(rows_[next_]);
-            if (in_order_) {
-                for (int b = 0; b < bytes_; b += 64) {
-                    __builtin_prefetch(row + b, 0, 3);
-                }
-            } else {
-                translate();
-                fetch_scattered(row);
+            int b = 0;
+            // Unrolled for the reason that `inner_products_of_rows` is.
+            for (; b + 256 <= bytes_; b += 256) {
+                __builtin_prefetch(row + b, 0, kLocality);
+                __builtin_prefetch(row + b + 64, 0, kLocality);
+                __builtin_prefetch(row + b + 128, 0, kLocality);
+                __builtin_prefetch(row + b + 192, 0, kLocality);
+            }
+            for (; b < bytes_; b += 64) {
+                __builtin_prefetch(row + b, 0, kLocality);
             }
         }
     }
     void fetch_rest() {
         fetch(n_ - next_);
     }
+    /// Asks for the first line of every row: a prefetch whose address must be
+    /// translated holds up all that follows it, so translations had better
+    /// overlap.
+    void translate() const {
+        for (int i = 0; i < n_; i++) {
+            __builtin_prefetch(rows_[i], 0, kLocality);
+        }
+    }
 
    private:
-    HWY_INLINE void translate() const {
-        constexpr int kBurst = 16;
-        if (next_ % kBurst == 0) {
-            for (int i = next_; i < std::min(n_, next_ + kBurst); i++) {
-                __builtin_prefetch(rows_[i], 0, 2);
-            }
-        }
-    }
-    /// Unrolled for the reason that `inner_products_of_rows` is.
-    HWY_INLINE void fetch_scattered(const char* row) const {
-        int b = 0;
-        for (; b + 256 <= bytes_; b += 256) {
-            __builtin_prefetch(row + b, 0, 2);
-            __builtin_prefetch(row + b + 64, 0, 2);
-            __builtin_prefetch(row + b + 128, 0, 2);
-            __builtin_prefetch(row + b + 192, 0, 2);
-        }
-        for (; b < bytes_; b += 64) {
-            __builtin_prefetch(row + b, 0, 2);
-        }
-    }
-
     const T* const* rows_ = nullptr;
     int n_ = 0, next_ = 0, bytes_ = 0;
-    bool in_order_ = false;
 };
 
 /// q.k of kRows rows and NQ queries.
@@ -359,14 +342,14 @@ HWY_INLINE float exponentiate(float maximum, int n, float* weights) {
 /// output <- output * shrink + sum of weight * row over NV vectors of n rows,
 /// for NQ queries; two vectors make a block, one is what is left of a row.
 /// @param rows     n pointers, `stride` apart
-/// @param ahead    asked for `fetch` rows after kRows of these
+/// @param ask      ask(fetch) is called for each kRows of these
 /// @param output   in the order of `load_half`
-template <int NQ, int NV, class T>
+template <int NQ, int NV, class T, class Ask>
 HWY_INLINE void add_value_columns(
         const T* const* rows,
         int stride,
         int n,
-        RowsAhead<T>& ahead,
+        const Ask& ask,
         int fetch,
         int column,
         int width,
@@ -385,7 +368,7 @@ HWY_INLINE void add_value_columns(
     }
     for (int i = 0; i < n; i++) {
         if (i % kRows == 0) {
-            ahead.fetch(fetch);
+            ask(fetch);
         }
         const T* row = rows[i * stride] + column;
         V v[NV];
@@ -416,14 +399,14 @@ HWY_INLINE void add_value_columns(
 
 /// The same over whole rows.
 /// @param weights  NQ times n entries, kTile apart
-/// @param ahead    asked for `fetch` rows after kRows of these
+/// @param ask      asks for rows ahead, `fetch` for kRows of these
 /// @param output   size NQ * width
-template <int NQ, class T>
+template <int NQ, class T, class Ask>
 HWY_INLINE void add_values(
         const T* const* rows,
         int stride,
         int n,
-        RowsAhead<T>& ahead,
+        const Ask& ask,
         int fetch,
         int width,
         const float* weights,
@@ -439,7 +422,7 @@ HWY_INLINE void add_values(
                 rows,
                 stride,
                 n,
-                ahead,
+                ask,
                 fetch_in_pass,
                 c,
                 width,
@@ -501,12 +484,18 @@ struct HeadRows {
 /// rows of all heads of a token are neighbours: in this order memory gives
 /// nearly what it gives to a sequential reader, and half of it head by head;
 /// of scattered rows more share a page, and its translation.
-template <class T>
+///
+/// Rows in order are asked for a tile ahead, into the first cache. Scattered
+/// ones go into the second a tile ahead, as more of them may be under way to
+/// it, and from there into the first half a tile ahead: loads that miss the
+/// first cache make the hardware fetch what nobody reads.
+/// @tparam kScattered  lists of slots are read, not a range of them
+template <class T, bool kScattered>
 struct OnlineSoftmax {
     const AttendKernelParams& p;
     const int d, d_v;
     const int queries; ///< of all heads
-    const int tokens_per_tile; ///< of a tile of all heads
+    const int tokens_per_tile;
     Aligned<float> q;      ///< in the order of `load_half`
     Aligned<float> output; ///< likewise
     std::vector<float> maximum, sum, poison;
@@ -514,11 +503,12 @@ struct OnlineSoftmax {
     /// last token stands in for missing ones.
     struct Tile {
         int n = 0; ///< 0: there is none
-        int first_head = 0, heads = 0;
+        int first_head = 0;
         std::vector<const T*> keys, values;
     };
     Tile now, next;
-    RowsAhead<T> keys_ahead, values_ahead; ///< of the next tile
+    RowsAhead<kScattered ? 2 : 3, T> keys_ahead, values_ahead; ///< of `next`
+    RowsAhead<3, T> keys_near, values_near; ///< of `next`, of `now`
     std::vector<int64_t> taken; ///< of each head's rows
 
     explicit OnlineSoftmax(const AttendKernelParams& params)
@@ -528,7 +518,7 @@ struct OnlineSoftmax {
               queries(p.heads * p.nq),
               tokens_per_tile(static_cast<int>(std::clamp<int64_t>(
                       kTileBytes /
-                              (int64_t(p.heads) * (d + d_v) * sizeof(T)) / 16 *
+                              (int64_t(heads()) * (d + d_v) * sizeof(T)) / 16 *
                               16,
                       16,
                       kTile))),
@@ -537,7 +527,7 @@ struct OnlineSoftmax {
               maximum(queries, -INFINITY),
               sum(queries, 0.0f),
               poison(queries, 0.0f),
-              taken(p.lists ? p.heads : 1, 0) {
+              taken(kScattered ? p.heads : 1, 0) {
         std::fill_n(output.get(), size_t(queries) * d_v, 0.0f);
         for (int i = 0; i < queries; i++) {
             const int64_t at = int64_t(i) * d;
@@ -545,23 +535,28 @@ struct OnlineSoftmax {
         }
     }
 
+    /// Of a tile.
+    HWY_INLINE int heads() const {
+        return kScattered ? 1 : p.heads;
+    }
+
     /// @param slot  a function of i = 0 .. n - 1
     template <class Slot>
     HWY_INLINE void fill(Tile& tile, int n, const Slot& slot) const {
         tile.n = n;
         const int padded = (n + kRows - 1) / kRows * kRows;
-        tile.keys.resize(padded * tile.heads);
-        tile.values.resize(padded * tile.heads);
-        for (int h = 0; h < tile.heads && n > 0; h++) {
-            const int head = p.lists ? p.lists[tile.first_head].kv_head
-                                     : p.kv_head + h;
+        tile.keys.resize(padded * heads());
+        tile.values.resize(padded * heads());
+        for (int h = 0; h < heads() && n > 0; h++) {
+            const int head = kScattered ? p.lists[tile.first_head].kv_head
+                                        : p.kv_head + h;
             const auto k = HeadRows<T>::keys(*p.kv, head);
             const auto v = HeadRows<T>::values(*p.kv, head);
             const T** to_k = tile.keys.data() + h;
             const T** to_v = tile.values.data() + h;
             const auto put = [&](int i, int64_t s) {
-                to_k[i * tile.heads] = k.at(s);
-                to_v[i * tile.heads] = v.at(s);
+                to_k[i * heads()] = k.at(s);
+                to_v[i * heads()] = v.at(s);
             };
             for (int i = 0; i < n; i++) {
                 put(i, slot(i));
@@ -576,8 +571,7 @@ struct OnlineSoftmax {
     /// whose next slot is the lowest.
     void take(Tile& tile) {
         int64_t left = p.end - p.begin - taken[0];
-        if (!p.lists) {
-            tile.heads = p.heads;
+        if constexpr (!kScattered) {
             const int n = static_cast<int>(
                     std::min<int64_t>(left, tokens_per_tile));
             const int64_t first = p.begin + taken[0];
@@ -599,9 +593,9 @@ struct OnlineSoftmax {
         }
         left = p.lists[h].n - taken[h];
         tile.first_head = h;
-        tile.heads = 1;
         const int32_t* slots = p.lists[h].slots + taken[h];
-        const int n = static_cast<int>(std::min<int64_t>(left, kTile));
+        const int n =
+                static_cast<int>(std::min<int64_t>(left, tokens_per_tile));
         fill(tile, n, [&](int i) { return slots[i]; });
         taken[h] += n;
     }
@@ -614,15 +608,15 @@ struct OnlineSoftmax {
         float shrink[NQ];
         for (int i = 0; i < now.n; i += kRows) {
             keys_ahead.fetch(fetch);
-            const T* const* rows = now.keys.data() + i * now.heads + h;
-            const float* x = q.get() + int64_t(first) * d;
-            if (p.lists) {
-                inner_products_of_rows<NQ, true>(
-                        rows, now.heads, d, x, weights + i);
-            } else {
-                inner_products_of_rows<NQ, false>(
-                        rows, now.heads, d, x, weights + i);
+            if constexpr (kScattered) {
+                values_near.fetch(fetch);
             }
+            inner_products_of_rows<NQ, kScattered>(
+                    now.keys.data() + i * heads() + h,
+                    heads(),
+                    d,
+                    q.get() + int64_t(first) * d,
+                    weights + i);
         }
         for (int j = 0; j < NQ; j++) {
             float* w = weights + j * kTile;
@@ -637,9 +631,14 @@ struct OnlineSoftmax {
         }
         add_values<NQ>(
                 now.values.data() + h,
-                now.heads,
+                heads(),
                 now.n,
-                values_ahead,
+                [this](int count) HWY_ATTR {
+                    values_ahead.fetch(count);
+                    if constexpr (kScattered) {
+                        keys_near.fetch(count);
+                    }
+                },
                 fetch,
                 d_v,
                 weights,
@@ -661,8 +660,14 @@ struct OnlineSoftmax {
 
     void look_ahead() {
         take(next);
-        keys_ahead = {next.keys, d, !p.lists};
-        values_ahead = {next.values, d_v, !p.lists};
+        keys_ahead = {next.keys, d};
+        values_ahead = {next.values, d_v};
+        if constexpr (kScattered) {
+            keys_ahead.translate();
+            values_ahead.translate();
+            keys_near = {next.keys, d};
+            values_near = {now.values, d_v};
+        }
     }
 
     void run() {
@@ -671,9 +676,10 @@ struct OnlineSoftmax {
             // The first tile, or what a short one before it left.
             keys_ahead.fetch_rest();
             values_ahead.fetch_rest();
+            keys_near.fetch_rest();
             std::swap(now, next);
             look_ahead();
-            for (int h = 0; h < now.heads; h++) {
+            for (int h = 0; h < heads(); h++) {
                 // Queries in groups that share the loads of a row; the first
                 // group asks for what is ahead.
                 const int begin = (now.first_head + h) * p.nq;
@@ -699,16 +705,25 @@ struct OnlineSoftmax {
     }
 };
 
+template <class T>
+void attend_rows(const AttendKernelParams& p) {
+    if (p.lists) {
+        OnlineSoftmax<T, true>(p).run();
+    } else {
+        OnlineSoftmax<T, false>(p).run();
+    }
+}
+
 void Attend(const AttendKernelParams& p) {
     switch (p.kv->dtype) {
         case DType::float32:
-            OnlineSoftmax<float>(p).run();
+            attend_rows<float>(p);
             break;
         case DType::float16:
-            OnlineSoftmax<hwy::float16_t>(p).run();
+            attend_rows<hwy::float16_t>(p);
             break;
         case DType::bfloat16:
-            OnlineSoftmax<hwy::bfloat16_t>(p).run();
+            attend_rows<hwy::bfloat16_t>(p);
             break;
     }
 }

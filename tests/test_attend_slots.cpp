@@ -148,7 +148,7 @@ TEST_P(AttendSlots, EqualsDoublePrecision) {
             random, in.dtype, in.layout, heads, in.d, in.d_v, length);
     const float scale = in.logit_scale / std::sqrt(float(in.d));
     const auto q = random.normal(in.nq * in.d);
-    for (int64_t n : {0, 1, 63, 64, 65, 200}) {
+    for (int64_t n : {0, 1, 63, 64, 65, 95, 96, 97, 200}) {
         std::vector<int32_t> slots;
         for (int64_t i = 0; i < n; i++) {
             slots.push_back(int32_t(random.below(length)));
