@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <string>
 
 #include "check.h"
@@ -139,43 +141,49 @@ std::vector<int32_t> take_cells(
         int nprobe,
         int64_t key_limit,
         bool at_least_one) {
-    // Worse than: ties go to the lower cell.
-    const auto worse = [scores](int32_t a, int32_t b) {
-        return scores[a] != scores[b] ? scores[a] < scores[b] : a > b;
+    // The score's bits, made to ascend with it, above the cell's, so that ties
+    // go to the lower cell: integers are compared without a branch or a look at
+    // the scores.
+    const auto cell_of = [](uint64_t rank) {
+        return static_cast<int32_t>(~static_cast<uint32_t>(rank));
     };
-    // A heap, as most cells are never looked at.
-    std::vector<int32_t> heap;
+    std::vector<uint64_t> rest;
+    rest.reserve(ncell);
     for (int32_t c = 0; c < ncell; c++) {
         if (counts[c] > 0 && scores[c] > -INFINITY) {
-            heap.push_back(c);
+            const float score = scores[c] + 0.0f; // -0 and 0 are a tie
+            uint32_t bits;
+            std::memcpy(&bits, &score, sizeof(bits));
+            bits ^= bits >> 31 ? UINT32_MAX : uint32_t(1) << 31;
+            rest.push_back(uint64_t(bits) << 32 | ~static_cast<uint32_t>(c));
         }
     }
-    std::make_heap(heap.begin(), heap.end(), worse);
     std::vector<int32_t> taken;
     int64_t keys = 0;
-    while (!heap.empty() && static_cast<int>(taken.size()) < nprobe) {
-        std::pop_heap(heap.begin(), heap.end(), worse);
-        const int32_t c = heap.back();
-        heap.pop_back();
-        const bool must = at_least_one && taken.empty();
-        if (must || keys + counts[c] <= key_limit) {
-            taken.push_back(c);
-            keys += counts[c];
-        } else {
-            // Nor will others of its size: what is left only shrinks.
-            heap.erase(
-                    std::remove_if(
-                            heap.begin(),
-                            heap.end(),
-                            [&](int32_t other) {
-                                return keys + counts[other] > key_limit;
-                            }),
-                    heap.end());
-            std::make_heap(heap.begin(), heap.end(), worse);
+    // The best ones are sorted, then twice as many: most are never looked at.
+    for (size_t sorted = 64; !rest.empty(); sorted *= 2) {
+        const auto end = rest.begin() + std::min(sorted, rest.size());
+        std::nth_element(rest.begin(), end - 1, rest.end(), std::greater<>());
+        std::sort(rest.begin(), end, std::greater<>());
+        for (auto rank = rest.begin(); rank != end; ++rank) {
+            if (static_cast<int>(taken.size()) >= nprobe ||
+                (!taken.empty() && keys >= key_limit)) {
+                return taken;
+            }
+            const int32_t c = cell_of(*rank);
+            const bool must = at_least_one && taken.empty();
+            if (must || keys + counts[c] <= key_limit) {
+                taken.push_back(c);
+                keys += counts[c];
+            }
         }
-        if (keys >= key_limit) {
-            break;
-        }
+        // What does not fit now will not fit later.
+        const auto fit =
+                std::remove_if(end, rest.end(), [&](uint64_t rank) {
+                    return keys + counts[cell_of(rank)] > key_limit;
+                });
+        rest.erase(fit, rest.end());
+        rest.erase(rest.begin(), end);
     }
     return taken;
 }

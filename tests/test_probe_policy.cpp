@@ -40,6 +40,40 @@ TEST(TakeCells, EmptyAndForbiddenCellsAreNeverTaken) {
             (Cells{3}));
 }
 
+TEST(TakeCells, AsOneCellAfterTheOther) {
+    tests::Random random;
+    for (int round = 0; round < 100; round++) {
+        const int ncell = 1 + int(random.below(500));
+        std::vector<float> scores(ncell);
+        std::vector<int64_t> counts(ncell);
+        Cells order(ncell);
+        for (int c = 0; c < ncell; c++) {
+            // Ties, on both sides of zero; -0 and 0 are one.
+            scores[c] = (float(random.below(21)) - 10) * (c % 2 ? -0.1f : 0.1f);
+            counts[c] = 1 + random.below(30);
+            order[c] = c;
+        }
+        std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+            return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+        });
+        const int nprobe = 1 + int(random.below(ncell));
+        const int64_t limit = random.below(15 * ncell);
+        Cells expected;
+        int64_t keys = 0;
+        for (int32_t c : order) {
+            if (static_cast<int>(expected.size()) < nprobe &&
+                (expected.empty() || keys + counts[c] <= limit)) {
+                expected.push_back(c);
+                keys += counts[c];
+            }
+        }
+        EXPECT_EQ(
+                take_cells(
+                        ncell, scores.data(), counts.data(), nprobe, limit, true),
+                expected);
+    }
+}
+
 TEST(TakeCells, NeverExceedsTheBudget) {
     tests::Random random;
     for (int round = 0; round < 200; round++) {
