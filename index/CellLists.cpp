@@ -296,30 +296,38 @@ int64_t CellLists::mark_slots(
         const std::vector<int32_t>& cells,
         int64_t end,
         uint64_t* bits) const {
-    struct Chain {
+    struct Part {
         const SlotPool::Block* block;
-        int64_t left; ///< slots, up to and with this block
+        int32_t before; ///< slots of its cell in the blocks before it
+        int32_t n;      ///< slots in this one
     };
     const SlotPool& pool = *pool_;
-    const auto fetch = [&pool](uint32_t block) {
+    std::vector<Part> parts, previous;
+    const auto fetch = [&pool](uint32_t block, int32_t left) {
         __builtin_prefetch(&pool[block]);
         __builtin_prefetch(&pool[block].slots[kPerBlock - 1]);
-        return &pool[block];
+        const int32_t before = (left - 1) / kPerBlock * kPerBlock;
+        return Part{&pool[block], before, left - before};
     };
-    // Side by side, as following one chain is waiting for the memory.
-    std::vector<Chain> chains;
     for (int32_t cell : cells) {
         if (count_[cell] > 0) {
-            chains.push_back({fetch(tail_[cell]), count_[cell]});
+            parts.push_back(fetch(tail_[cell], count_[cell]));
         }
     }
+    // Chains side by side, as following one is waiting for the memory; all are
+    // followed a step before any slot is looked at, as a prefetch whose
+    // address must be translated holds up what follows it.
     int64_t marked = 0;
-    while (!chains.empty()) {
-        for (size_t i = 0; i < chains.size();) {
-            Chain& chain = chains[i];
-            const int64_t before = (chain.left - 1) / kPerBlock * kPerBlock;
-            for (int j = 0; j < chain.left - before; j++) {
-                const int32_t slot = chain.block->slots[j];
+    while (!parts.empty()) {
+        previous.clear();
+        for (const Part& part : parts) {
+            if (part.before > 0) {
+                previous.push_back(fetch(part.block->previous, part.before));
+            }
+        }
+        for (const Part& part : parts) {
+            for (int j = 0; j < part.n; j++) {
+                const int32_t slot = part.block->slots[j];
                 if (slot >= end) {
                     break;
                 }
@@ -327,14 +335,8 @@ int64_t CellLists::mark_slots(
                 bits[at / 64] |= uint64_t(1) << (at % 64);
                 marked++;
             }
-            if (before > 0) {
-                chain = {fetch(chain.block->previous), before};
-                i++;
-            } else {
-                chain = chains.back();
-                chains.pop_back();
-            }
         }
+        parts.swap(previous);
     }
     return marked;
 }

@@ -375,8 +375,10 @@ void AttentionAdapter::attend_preassigned(
     for (int64_t t = 0; t < ntoken; t++) {
         cut_far(far.data() + t * rows_per_token, rows_per_token, length, pieces);
         if (params_.attend_dense) {
+            // Shorter than pieces of far keys: they come last, and while the
+            // last one is at work other threads wait.
             const int64_t stretch =
-                    std::max<int64_t>(64, length / params_.heads_kv);
+                    std::max<int64_t>(64, length / (4 * params_.heads_kv));
             const Token& token = tokens[t];
             cut_dense(0, token.sink_end, stretch, pieces);
             cut_dense(token.window_begin, token.window_end, stretch, pieces);
@@ -501,13 +503,21 @@ std::vector<int32_t> AttentionAdapter::far_slots(
         n += head[p].lists.mark_slots(
                 of_partition[p], token.window_begin, bits.data());
     }
-    std::vector<int32_t> slots(n);
+    // Eight at a time without a branch for each, as most words hold a few: what
+    // is not there is overwritten.
+    constexpr int kAtOnce = 8;
+    std::vector<int32_t> slots(n + 1);
     int32_t* to = slots.data();
     for (size_t w = 0; w < bits.size(); w++) {
         const auto first = static_cast<int32_t>(token.sink_end + 64 * w);
-        for (uint64_t left = bits[w]; left; left &= left - 1) {
-            *to++ = first + __builtin_ctzll(left);
-        }
+        uint64_t left = bits[w];
+        do {
+            for (int i = 0; i < kAtOnce; i++) {
+                *to = first + __builtin_ctzll(left | uint64_t(1) << 63);
+                to += left != 0;
+                left &= left - 1;
+            }
+        } while (left);
     }
     slots.resize(to - slots.data());
     return slots;
