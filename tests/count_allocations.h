@@ -8,4 +8,7 @@ namespace faiss_saap::tests {
 /// Allocations of this thread so far.
 int64_t allocations();
 
+/// Not with clang's thread sanitizer.
+bool counts_allocations();
+
 } // namespace faiss_saap::tests
