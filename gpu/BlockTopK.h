@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include <faiss_saap/gpu/ordered_float.h>
+#include <faiss_saap/ordered_float.h>
 
 namespace faiss_saap::gpu {
 

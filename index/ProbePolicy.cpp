@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <cstring>
-#include <functional>
 #include <string>
+
+#include <faiss_saap/ordered_float.h>
 
 #include "check.h"
 #include "vector_kernels.h"
@@ -141,21 +141,17 @@ std::vector<int32_t> take_cells(
         int nprobe,
         int64_t key_limit,
         bool at_least_one) {
-    // The score's bits, made to ascend with it, above the cell's, so that ties
-    // go to the lower cell: integers are compared without a branch or a look at
-    // the scores.
-    const auto cell_of = [](uint64_t rank) {
-        return static_cast<int32_t>(~static_cast<uint32_t>(rank));
+    // Integers are compared without a branch or a look at the scores; smaller ones
+    // are better, and ties go to the lower cell.
+    const auto cell_of = [](uint64_t key) {
+        return static_cast<int32_t>(SelectionKey::id(key));
     };
     std::vector<uint64_t> rest;
     rest.reserve(ncell);
     for (int32_t c = 0; c < ncell; c++) {
         if (counts[c] > 0 && scores[c] > -INFINITY) {
-            const float score = scores[c] + 0.0f; // -0 and 0 are a tie
-            uint32_t bits;
-            std::memcpy(&bits, &score, sizeof(bits));
-            bits ^= bits >> 31 ? UINT32_MAX : uint32_t(1) << 31;
-            rest.push_back(uint64_t(bits) << 32 | ~static_cast<uint32_t>(c));
+            rest.push_back(SelectionKey::make(
+                    scores[c], static_cast<uint32_t>(c), /*largest=*/true));
         }
     }
     std::vector<int32_t> taken;
@@ -163,14 +159,14 @@ std::vector<int32_t> take_cells(
     // The best ones are sorted, then twice as many: most are never looked at.
     for (size_t sorted = 64; !rest.empty(); sorted *= 2) {
         const auto end = rest.begin() + std::min(sorted, rest.size());
-        std::nth_element(rest.begin(), end - 1, rest.end(), std::greater<>());
-        std::sort(rest.begin(), end, std::greater<>());
-        for (auto rank = rest.begin(); rank != end; ++rank) {
+        std::nth_element(rest.begin(), end - 1, rest.end());
+        std::sort(rest.begin(), end);
+        for (auto key = rest.begin(); key != end; ++key) {
             if (static_cast<int>(taken.size()) >= nprobe ||
                 (!taken.empty() && keys >= key_limit)) {
                 return taken;
             }
-            const int32_t c = cell_of(*rank);
+            const int32_t c = cell_of(*key);
             const bool must = at_least_one && taken.empty();
             if (must || keys + counts[c] <= key_limit) {
                 taken.push_back(c);
@@ -179,8 +175,8 @@ std::vector<int32_t> take_cells(
         }
         // What does not fit now will not fit later.
         const auto fit =
-                std::remove_if(end, rest.end(), [&](uint64_t rank) {
-                    return keys + counts[cell_of(rank)] > key_limit;
+                std::remove_if(end, rest.end(), [&](uint64_t key) {
+                    return keys + counts[cell_of(key)] > key_limit;
                 });
         rest.erase(fit, rest.end());
         rest.erase(rest.begin(), end);

@@ -567,14 +567,16 @@ struct OnlineSoftmax {
         }
     }
 
+    HWY_INLINE int at_most_a_tile(int64_t tokens) const {
+        return static_cast<int>(std::min<int64_t>(tokens, tokens_per_tile));
+    }
+
     /// The tile after those taken: the next tokens of all heads, or of the head
     /// whose next slot is the lowest.
     void take(Tile& tile) {
-        int64_t left = p.end - p.begin - taken[0];
         if constexpr (!kScattered) {
-            const int n = static_cast<int>(
-                    std::min<int64_t>(left, tokens_per_tile));
             const int64_t first = p.begin + taken[0];
+            const int n = at_most_a_tile(p.end - first);
             fill(tile, n, [&](int i) { return first + i; });
             taken[0] += n;
             return;
@@ -591,11 +593,9 @@ struct OnlineSoftmax {
             fill(tile, 0, [](int) { return 0; });
             return;
         }
-        left = p.lists[h].n - taken[h];
         tile.first_head = h;
         const int32_t* slots = p.lists[h].slots + taken[h];
-        const int n =
-                static_cast<int>(std::min<int64_t>(left, tokens_per_tile));
+        const int n = at_most_a_tile(p.lists[h].n - taken[h]);
         fill(tile, n, [&](int i) { return slots[i]; });
         taken[h] += n;
     }

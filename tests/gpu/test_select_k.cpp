@@ -1,4 +1,4 @@
-#include <faiss_saap/gpu/ordered_float.h>
+#include <faiss_saap/ordered_float.h>
 
 #include "select_k_cases.h"
 
@@ -9,15 +9,15 @@ TEST(OrderedFloat, OrdersAsFloatsDo) {
     const std::vector<float> ascending = {
             -INFINITY, -3e38f, -1, -1e-45f, 0, 1e-45f, 1, 1.0000001f, 3e38f, INFINITY};
     for (size_t i = 0; i < ascending.size(); i++) {
-        EXPECT_EQ(gpu::from_ordered_bits(gpu::ordered_bits(ascending[i])), ascending[i]);
+        EXPECT_EQ(from_ordered_bits(ordered_bits(ascending[i])), ascending[i]);
         for (size_t j = 0; j < ascending.size(); j++) {
             EXPECT_EQ(
-                    gpu::ordered_bits(ascending[i]) < gpu::ordered_bits(ascending[j]),
+                    ordered_bits(ascending[i]) < ordered_bits(ascending[j]),
                     ascending[i] < ascending[j]);
         }
     }
-    EXPECT_EQ(gpu::ordered_bits(-0.0f), gpu::ordered_bits(0.0f));
-    using Key = gpu::SelectionKey;
+    EXPECT_EQ(ordered_bits(-0.0f), ordered_bits(0.0f));
+    using Key = SelectionKey;
     for (bool largest : {false, true}) {
         EXPECT_LT(Key::make(2.0f, 5, largest), Key::make(2.0f, 6, largest));
         EXPECT_EQ(Key::make(2.0f, 9, largest) < Key::make(3.0f, 1, largest), !largest);

@@ -6,7 +6,7 @@
 
 #include <faiss_saap/host_device.h>
 
-namespace faiss_saap::gpu {
+namespace faiss_saap {
 
 /// a < b exactly if ordered_bits(a) < ordered_bits(b); both zeros are equal.
 /// @param f  not NaN
@@ -46,4 +46,4 @@ struct SelectionKey {
     }
 };
 
-} // namespace faiss_saap::gpu
+} // namespace faiss_saap
