@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "byte_barrier.cuh"
 #include "shared_address.cuh"
 
 namespace faiss_saap::gpu {
@@ -38,24 +39,11 @@ struct BulkCopies {
     }
     /// How many bytes were sent for in all; by one thread, before or after they are.
     __device__ __forceinline__ void expect(int bytes) const {
-#if __CUDA_ARCH__ >= 900
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
-                     "r"(bytes)
-                     : "memory");
-#endif
+        expect_bytes(barrier, bytes);
     }
     /// Waits until all are there; by every thread.
     __device__ __forceinline__ void wait() const {
-#if __CUDA_ARCH__ >= 900
-        asm volatile(
-                "{\n"
-                ".reg .pred done;\n"
-                "WAIT_%=:\n"
-                "mbarrier.try_wait.parity.shared.b64 done, [%0], 0;\n"
-                "@!done bra WAIT_%=;\n"
-                "}" ::"r"(barrier)
-                : "memory");
-#endif
+        wait_for_bytes(barrier, 0);
     }
 };
 

@@ -7,6 +7,7 @@
 /// among all that are left.
 #pragma once
 
+#include "bin_counts.cuh"
 #include "device_vectors.cuh"
 
 namespace faiss_saap::gpu {
@@ -14,11 +15,9 @@ namespace faiss_saap::gpu {
 /// What a block keeps of its choice, beside the cells' masses and keys.
 struct CellChoice {
     static constexpr int kThreads = 256, kWarps = kThreads / 32;
-    static constexpr int kBins = 256;
     static constexpr int kCandidates = 32; ///< one for each lane
 
-    alignas(16) int keys_of[kBins];  ///< of bins
-    alignas(16) int cells_of[kBins];
+    BinCounts bins;
     /// Of each warp's cells: how many are taken as they come, and their keys; keys of the
     /// smallest other one.
     int4 of_warp[kWarps];
@@ -28,20 +27,6 @@ struct CellChoice {
     int ncandidate;
     unsigned long long best[2][kWarps];
     int cells, keys; ///< that are taken
-};
-
-/// The cells to choose from, in shared memory. A cell without keys is none.
-struct WeighedCells {
-    const float* mass; ///< per key, 0 to 16
-    const int32_t* keys;
-    int n; ///< a multiple of 4; each thread has four at a time
-
-    __device__ __forceinline__ float4 masses_at(int c) const {
-        return *reinterpret_cast<const float4*>(mass + c);
-    }
-    __device__ __forceinline__ int4 keys_at(int c) const {
-        return *reinterpret_cast<const int4*>(keys + c);
-    }
 };
 
 /// Calls what is to be done with each of four cells: their number, order and keys.
@@ -57,6 +42,28 @@ __device__ __forceinline__ void for_four_cells(
     each(first + 3, scored_cell(mass.w, first + 3), keys.w);
 }
 
+/// The cells to choose from, in shared memory. A cell without keys is none.
+struct WeighedCells {
+    const float* mass; ///< per key, 0 to 16
+    const int32_t* keys;
+    int n; ///< a multiple of 4; each thread has four at a time
+
+    __device__ __forceinline__ float4 masses_at(int c) const {
+        return *reinterpret_cast<const float4*>(mass + c);
+    }
+    __device__ __forceinline__ int4 keys_at(int c) const {
+        return *reinterpret_cast<const int4*>(keys + c);
+    }
+    /// for_four_cells of all; by a block.
+    template <class Each>
+    __device__ __forceinline__ void for_each(const Each& each) const {
+#pragma unroll 1
+        for (int c = 4 * threadIdx.x; c < n; c += 4 * CellChoice::kThreads) {
+            for_four_cells(masses_at(c), keys_at(c), c, each);
+        }
+    }
+};
+
 /// Bins of scored cells: the first one has all above `top` too, the last one all the rest.
 struct CellBins {
     unsigned long long highest, top, end; ///< orders; of those above `end`
@@ -70,12 +77,12 @@ struct CellBins {
     }
     __device__ __forceinline__ int operator()(unsigned long long order) const {
         return static_cast<int>(
-                min((top - min(top, order)) >> log_width, CellChoice::kBins - 1ull));
+                min((top - min(top, order)) >> log_width, BinCounts::kBins - 1ull));
     }
     /// The first order of a bin; of the one after the last, the end.
     __device__ __forceinline__ unsigned long long top_of(int bin) const {
         return bin == 0 ? highest
-                : bin < CellChoice::kBins
+                : bin < BinCounts::kBins
                 ? top - (static_cast<unsigned long long>(bin) << log_width)
                 : end;
     }
@@ -91,71 +98,41 @@ struct CellBins {
 
 /// Makes room; a barrier follows.
 __device__ __forceinline__ void clear_choice(CellChoice& s) {
-    static_assert(CellChoice::kBins == CellChoice::kThreads);
-    s.keys_of[threadIdx.x] = s.cells_of[threadIdx.x] = 0;
+    s.bins.clear();
     if (threadIdx.x == 0) {
         s.ncandidate = 0;
     }
 }
 
-/// Counts four cells in their bins, if they have one.
-__device__ __forceinline__ void bin_cells(
+/// Counts a cell in its bin, if it has one.
+__device__ __forceinline__ void bin_cell(
         CellChoice& s,
         const CellBins& bins,
-        const float4& mass,
-        const int4& keys,
-        int first) {
-    for_four_cells(mass, keys, first, [&](int, unsigned long long order, int n) {
-        if (n && order <= bins.highest && order > bins.end) {
-            const int bin = bins(order);
-            atomicAdd(&s.keys_of[bin], n);
-            atomicAdd(&s.cells_of[bin], 1);
-        }
-    });
+        unsigned long long order,
+        int keys) {
+    if (keys && order <= bins.highest && order > bins.end) {
+        s.bins.add(bins(order), keys);
+    }
 }
 
 /// Bins that are within the limits together, and those that follow up to so many cells
 /// as may be candidates: ends of both. By each warp for itself.
 /// @param cells, keys  that may be taken
 __device__ __forceinline__ int2 bins_within(const CellChoice& s, int cells, int keys) {
-    constexpr int kEach = CellChoice::kBins / 32;
-    static_assert(kEach == 8);
-    const int lane = threadIdx.x % 32;
-    int k[kEach], c[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; i += 4) {
-        *reinterpret_cast<int4*>(k + i) =
-                *reinterpret_cast<const int4*>(s.keys_of + kEach * lane + i);
-        *reinterpret_cast<int4*>(c + i) =
-                *reinterpret_cast<const int4*>(s.cells_of + kEach * lane + i);
-    }
-#pragma unroll
-    for (int i = 1; i < kEach; i++) {
-        k[i] += k[i - 1];
-        c[i] += c[i - 1];
-    }
-    int keys_before = k[kEach - 1], cells_before = c[kEach - 1];
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int x = __shfl_up_sync(0xffffffffu, keys_before, step);
-        const int y = __shfl_up_sync(0xffffffffu, cells_before, step);
-        keys_before += lane >= step ? x : 0;
-        cells_before += lane >= step ? y : 0;
-    }
-    keys_before -= k[kEach - 1];
-    cells_before -= c[kEach - 1];
+    constexpr int kEach = BinSums::kEach;
+    const BinSums sums(s.bins);
     int within = 0, of_them = 0;
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-        const bool is = keys_before + k[i] <= keys && cells_before + c[i] <= cells;
+        const bool is = sums.keys[i] <= keys && sums.cells[i] <= cells;
         within += is;
-        of_them = is ? cells_before + c[i] : of_them;
+        of_them = is ? sums.cells[i] : of_them;
     }
     const int taken = __reduce_max_sync(0xffffffffu, of_them);
     int near = 0;
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-        near += cells_before + c[i] <= taken + CellChoice::kCandidates;
+        near += sums.cells[i] <= taken + CellChoice::kCandidates;
     }
     return make_int2(
             __reduce_add_sync(0xffffffffu, within),
@@ -178,15 +155,15 @@ __device__ __forceinline__ ChoiceEnds find_ends(
 #pragma unroll 1
     while (true) {
         const int2 ends = bins_within(s, cells, keys);
-        if (ends.x < ends.y || ends.x == CellChoice::kBins) {
+        if (ends.x < ends.y || ends.x == BinCounts::kBins) {
             return {bins.top_of(ends.x), bins.top_of(ends.y)};
         }
         // Of cells before the bin nothing more is asked than how many there are.
         int cells_before = 0, keys_before = 0;
 #pragma unroll 1
         for (int i = threadIdx.x % 32; i < ends.x; i += 32) {
-            cells_before += s.cells_of[i];
-            keys_before += s.keys_of[i];
+            cells_before += s.bins.cells[i];
+            keys_before += s.bins.keys[i];
         }
         cells -= __reduce_add_sync(0xffffffffu, cells_before);
         keys -= __reduce_add_sync(0xffffffffu, keys_before);
@@ -194,10 +171,9 @@ __device__ __forceinline__ ChoiceEnds find_ends(
         __syncthreads();
         clear_choice(s);
         __syncthreads();
-#pragma unroll 1
-        for (int c = 4 * threadIdx.x; c < all.n; c += 4 * CellChoice::kThreads) {
-            bin_cells(s, bins, all.masses_at(c), all.keys_at(c), c);
-        }
+        all.for_each([&](int, unsigned long long order, int n) {
+            bin_cell(s, bins, order, n);
+        });
         __syncthreads();
     }
 }
@@ -211,23 +187,10 @@ __device__ __forceinline__ unsigned long long best_that_fits(
         unsigned long long below,
         int round) {
     unsigned long long best = 0;
-#pragma unroll 1
-    for (int c = 4 * threadIdx.x; c < all.n; c += 4 * CellChoice::kThreads) {
-        for_four_cells(
-                all.masses_at(c),
-                all.keys_at(c),
-                c,
-                [&](int, unsigned long long order, int n) {
-                    best = n && n <= keys && order < below ? max(best, order) : best;
-                });
-    }
-    best = largest_of_warp(best);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (lane == 0) {
-        s.best[round & 1][warp] = best;
-    }
-    __syncthreads(); // the next call writes to the other half
-    return largest_of_warp(lane < CellChoice::kWarps ? s.best[round & 1][lane] : 0ull);
+    all.for_each([&](int, unsigned long long order, int n) {
+        best = n && n <= keys && order < below ? max(best, order) : best;
+    });
+    return largest_of_block(s.best, best, round);
 }
 
 struct CellCandidate {
@@ -272,29 +235,22 @@ __device__ __forceinline__ void choose_cells(
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const ChoiceEnds ends = find_ends(s, all, bins, cells, keys);
     int3 mine = make_int3(0, 0, INT32_MAX); // as of_warp has it
-#pragma unroll 1
-    for (int c = 4 * threadIdx.x; c < all.n; c += 4 * CellChoice::kThreads) {
-        for_four_cells(
-                all.masses_at(c),
-                all.keys_at(c),
-                c,
-                [&](int, unsigned long long order, int n) {
-                    if (!n) {
-                        return;
-                    }
-                    if (order > ends.taken) {
-                        mine.x++;
-                        mine.y += n;
-                        return;
-                    }
-                    mine.z = min(mine.z, n);
-                    if (order > ends.candidates) {
-                        const int i = atomicAdd(&s.ncandidate, 1);
-                        s.candidate[i] = order;
-                        s.candidate_keys[i] = n;
-                    }
-                });
-    }
+    all.for_each([&](int, unsigned long long order, int n) {
+        if (!n) {
+            return;
+        }
+        if (order > ends.taken) {
+            mine.x++;
+            mine.y += n;
+            return;
+        }
+        mine.z = min(mine.z, n);
+        if (order > ends.candidates) {
+            const int i = atomicAdd(&s.ncandidate, 1);
+            s.candidate[i] = order;
+            s.candidate_keys[i] = n;
+        }
+    });
     mine.x = __reduce_add_sync(0xffffffffu, mine.x);
     mine.y = __reduce_add_sync(0xffffffffu, mine.y);
     mine.z = __reduce_min_sync(0xffffffffu, mine.z);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "byte_barrier.cuh"
 #include "shared_address.cuh"
 
 namespace faiss_saap::gpu {
@@ -99,14 +100,9 @@ class ClusterExchange {
     /// How many bytes this block gets in this exchange, its own included. By one thread,
     /// at any time before it ends.
     __device__ __forceinline__ void expect(int bytes) const {
-#if __CUDA_ARCH__ >= 900
         if (gridDim.x > 1) {
-            asm volatile(
-                    "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier()),
-                    "r"(bytes)
-                    : "memory");
+            expect_bytes(barrier(), bytes);
         }
-#endif
     }
 
     /// Waits until all has come; by every thread.
@@ -115,17 +111,7 @@ class ClusterExchange {
             __syncthreads();
             return;
         }
-#if __CUDA_ARCH__ >= 900
-        asm volatile(
-                "{\n"
-                ".reg .pred done;\n"
-                "WAIT_%=:\n"
-                "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-                "@!done bra WAIT_%=;\n"
-                "}" ::"r"(barrier()),
-                "r"(number >> 1 & 1)
-                : "memory");
-#endif
+        wait_for_bytes(barrier(), number >> 1 & 1);
         number++;
     }
 

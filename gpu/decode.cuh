@@ -29,30 +29,29 @@ DecodeLayout layout_of(const DecodeParams& p, int room, int blocks) {
     return layout;
 }
 
-/// Bytes that a block may have beside what is static; 0: an error.
-template <class T, int D>
-int room_of_block() {
-    int device = 0, room = 0;
-    cudaFuncAttributes attributes = {};
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(
-                &room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
-        cudaFuncGetAttributes(&attributes, decode_kernel<T, D>) != cudaSuccess) {
-        return 0;
-    }
-    return room - static_cast<int>(attributes.sharedSizeBytes);
-}
+/// What the launches depend on of the device.
+struct DecodeDevice {
+    int processors = 0;
+    int room = 0; ///< bytes that a block may have beside what is static; 0: an error
 
-/// 0: an error.
-inline int processors_of_device() {
-    int device = 0, processors = 0;
-    return cudaGetDevice(&device) != cudaSuccess ||
-                    cudaDeviceGetAttribute(
-                            &processors, cudaDevAttrMultiProcessorCount, device) !=
-                            cudaSuccess
-            ? 0
-            : processors;
-}
+    template <class T, int D>
+    static DecodeDevice of() {
+        DecodeDevice it;
+        int device = 0, room = 0;
+        cudaFuncAttributes attributes = {};
+        if (cudaGetDevice(&device) == cudaSuccess &&
+            cudaDeviceGetAttribute(
+                    &it.processors, cudaDevAttrMultiProcessorCount, device) ==
+                    cudaSuccess &&
+            cudaDeviceGetAttribute(
+                    &room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+                    cudaSuccess &&
+            cudaFuncGetAttributes(&attributes, decode_kernel<T, D>) == cudaSuccess) {
+            it.room = room - static_cast<int>(attributes.sharedSizeBytes);
+        }
+        return it;
+    }
+};
 
 } // namespace
 
@@ -60,9 +59,11 @@ inline int processors_of_device() {
 /// then the next step's blocks begin before this one's have ended; where much is, they
 /// would take each other's bandwidth, and those alone would wait for those in pairs. Rows
 /// that do not all run at once with their blocks alone, do in pairs.
-inline int bytes_of_block(const DecodeParams& p, int bytes, int room, int processors) {
+inline int bytes_of_block(const DecodeParams& p, int bytes, const DecodeDevice& device) {
     constexpr int64_t kMuch = 24 << 20;
-    return p.bytes < kMuch || p.nrow > processors ? bytes : std::max(bytes, room / 4 * 3);
+    return p.bytes < kMuch || p.nrow > device.processors
+            ? bytes
+            : std::max(bytes, device.room / 4 * 3);
 }
 
 /// Whether rows are so few, and read so much, that they are better shared out over all
@@ -79,12 +80,12 @@ inline bool leaves_too_much_idle(const DecodeParams& p, int blocks, int processo
 template <class T, int D>
 int decode_row_blocks(const DecodeParams& p) {
     auto* kernel = decode_kernel<T, D>;
-    const int room = room_of_block<T, D>();
+    const DecodeDevice device = DecodeDevice::of<T, D>();
     bool clusters = false;
-    const int processors = processors_of_device();
     if (p.heads_q / p.heads_kv > kStreamQueries ||
         compiled_for_90(reinterpret_cast<const void*>(kernel), clusters) != cudaSuccess ||
-        !clusters || allow(kernel, room, kMostBlocks) != cudaSuccess || processors == 0) {
+        !clusters || device.room == 0 ||
+        allow(kernel, device.room, kMostBlocks) != cudaSuccess) {
         return 0;
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
@@ -94,14 +95,14 @@ int decode_row_blocks(const DecodeParams& p) {
     constexpr int64_t kGigabyte = 768 << 20;
     int fewest = 0;
     for (int blocks : {kMostBlocks, 12, 9, 8, 6, 4, 3, 2, 1}) {
-        const int bytes = layout_of<T, D>(p, room, blocks).bytes;
+        const int bytes = layout_of<T, D>(p, device.room, blocks).bytes;
         if (bytes == 0 || (blocks == 9 && p.bytes >= kGigabyte)) {
             continue;
         }
         fewest = blocks;
-        const int asked = bytes_of_block(p, bytes, room, processors);
+        const int asked = bytes_of_block(p, bytes, device);
         if (clusters_at_once(kernel, blocks, kThreads, asked) >= p.nrow) {
-            return leaves_too_much_idle(p, blocks, processors) ? 0 : blocks;
+            return leaves_too_much_idle(p, blocks, device.processors) ? 0 : blocks;
         }
     }
     return fewest;
@@ -109,11 +110,10 @@ int decode_row_blocks(const DecodeParams& p) {
 
 template <class T, int D>
 cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
-    const int room = room_of_block<T, D>();
-    const DecodeArguments arguments = {p, layout_of<T, D>(p, room, p.row_blocks)};
-    const int bytes =
-            bytes_of_block(p, arguments.layout.bytes, room, processors_of_device());
-    const cudaError_t error = allow(decode_kernel<T, D>, room, kMostBlocks);
+    const DecodeDevice device = DecodeDevice::of<T, D>();
+    const DecodeArguments arguments = {p, layout_of<T, D>(p, device.room, p.row_blocks)};
+    const int bytes = bytes_of_block(p, arguments.layout.bytes, device);
+    const cudaError_t error = allow(decode_kernel<T, D>, device.room, kMostBlocks);
     if (error != cudaSuccess) {
         return error;
     }

@@ -41,6 +41,15 @@ __device__ __forceinline__ RowProducts products_of(
 /// What of a sequence is read while the kernels before still run, and may be behind.
 struct EarlyState {
     int64_t length, assigned;
+
+    /// The slot that leaves the window, or -1.
+    __device__ __forceinline__ int64_t leaving(const DecodeParams& p) const {
+        return leaving_slot(length, p.sink, p.window);
+    }
+    /// Whether its cell is to be found.
+    __device__ __forceinline__ bool seeks(const DecodeParams& p) const {
+        return leaving(p) >= 0 && leaving(p) >= assigned;
+    }
 };
 
 /// Which row the block has, its cache, its lists and what it multiplies. Makes ready
@@ -116,8 +125,7 @@ __device__ __forceinline__ void send_for_weights(
         const EarlyState& early) {
     const DecodeParams& p = b.p;
     DecodeShared& s = b.s;
-    const int64_t leaving = leaving_slot(early.length, p.sink, p.window);
-    const bool seeks = leaving >= 0 && leaving >= early.assigned;
+    const bool seeks = early.seeks(p);
     const BulkCopies copies(&s.weights_there);
     KeptWeights kept = {b};
     int sent = 0;
@@ -189,8 +197,8 @@ __device__ __forceinline__ void prefetch_keys(
         const EarlyState& early) {
     constexpr int kLines = (D * int(sizeof(T)) + 127) / 128;
     const DecodeParams& p = b.p;
-    const int64_t leaving = leaving_slot(early.length, p.sink, p.window);
-    const bool seeks = leaving >= 0 && leaving >= early.assigned;
+    const int64_t leaving = early.leaving(p);
+    const bool seeks = early.seeks(p);
     if (threadIdx.x == 0 && leaving >= 0 && !seeks) {
         prefetch(b.s.list.cells + leaving - p.sink);
     }

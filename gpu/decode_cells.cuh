@@ -4,6 +4,7 @@
 #pragma once
 
 #include "decode_block.cuh"
+#include "far_keys.cuh"
 
 namespace faiss_saap::gpu {
 
@@ -284,34 +285,28 @@ __device__ __forceinline__ void weigh_cells(DecodeBlock& b, const CellBins& bins
         mass.z = fminf(fmaxf(mass.z, 0.0f), most);
         mass.w = fminf(fmaxf(mass.w, 0.0f), most);
         *reinterpret_cast<float4*>(b.floats(layout.masses) + c) = mass;
-        bin_cells(s.choice, bins, mass, keys, c);
+        for_four_cells(mass, keys, c, [&](int, unsigned long long order, int n) {
+            bin_cell(s.choice, bins, order, n);
+        });
     }
     __syncthreads();
-}
-
-/// Far keys that the policy allows to read.
-__device__ __forceinline__ int key_limit(const DecodeBlock& b) {
-    const DecodeParams& p = b.p;
-    const int far = b.s.step.attends ? b.s.step.far : 0;
-    const int64_t most = min(p.max_keys, static_cast<int64_t>(p.max_selectivity * far));
-    return b.s.step.takes_all || most >= far
-            ? far
-            : static_cast<int>(p.share * most + 1e-9);
 }
 
 /// Takes cells within the policy's limits; every block takes the same ones.
 __device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
     DecodeShared& s = b.s;
-    const int limit = key_limit(b);
+    const DecodeParams& p = b.p;
+    const bool all = s.step.takes_all;
+    const int far = s.step.attends ? s.step.far : 0;
+    const int limit = key_limit(p.max_keys, p.max_selectivity, p.share, far, all);
     const CellBins bins = CellBins::of_masses(b.layout.group, limit);
     weigh_cells(b, bins);
-    const bool all = s.step.takes_all;
-    if (s.step.attends && s.step.far > 0 && (all || b.p.share != 0)) {
+    if (far > 0 && (all || p.share != 0)) {
         choose_cells(
                 s.choice,
                 b.weighed_cells(),
                 bins,
-                all ? s.list.query.ncell : b.p.nprobe,
+                all ? s.list.query.ncell : p.nprobe,
                 limit,
                 [&](int i, int cell, int keys, int begin) {
                     b.taken()[i] = make_int2(cell, begin);

@@ -32,6 +32,18 @@ __device__ inline Reach reach_of(
     return r;
 }
 
+/// Far keys that may be read: ProbePolicy::key_limit's share of a partition.
+/// @param takes_all  there are so few that nothing is asked
+__device__ inline int key_limit(
+        int64_t max_keys,
+        double max_selectivity,
+        double share,
+        int far,
+        bool takes_all) {
+    const int64_t most = min(max_keys, static_cast<int64_t>(max_selectivity * far));
+    return takes_all || most >= far ? far : static_cast<int>(share * most + 1e-9);
+}
+
 /// The plan of a row before its cells: nothing, and a fault, where the caller's
 /// view lacks slots of the sequence.
 /// @param view_length  of the caller's cache

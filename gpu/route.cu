@@ -380,11 +380,7 @@ __device__ void select_row(
                 keys[c] = cell_key(score, c);
             }
             __syncthreads();
-            const int64_t limit_of_head = min(
-                    p.max_keys, static_cast<int64_t>(p.max_selectivity * far));
-            const int64_t limit = all || limit_of_head >= far
-                    ? far
-                    : static_cast<int64_t>(share * limit_of_head + 1e-9);
+            const int limit = key_limit(p.max_keys, p.max_selectivity, share, far, all);
             RowCell* cells = p.work.cells + r * p.work.stride;
             clear_selection(s);
             const Bins bins = find_bins(s, keys, padded);
@@ -400,7 +396,7 @@ __device__ void select_row(
                     padded,
                     counts,
                     all ? n : p.nprobe,
-                    static_cast<int>(limit),
+                    limit,
                     /*at_least_one=*/taken == 0,
                     least,
                     [&](int rank, int c, int count, int before) {

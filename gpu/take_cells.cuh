@@ -3,6 +3,7 @@
 /// for their code as for data.
 #pragma once
 
+#include "bin_counts.cuh"
 #include "device_vectors.cuh"
 #include "route.h"
 
@@ -18,7 +19,6 @@ __device__ inline unsigned long long cell_key(float score, int cell) {
 
 /// What a block keeps of a selection, beside scores, keys and counts.
 struct Selection {
-    static constexpr int kBins = 256;
     static constexpr int kListed = kSelectThreads; ///< cells that are ranked, at most
     // by find_norms
     float norm[kMaxGroup];
@@ -26,8 +26,7 @@ struct Selection {
     uint32_t most[4];
     uint32_t highest, lowest; ///< ordered scores, by find_bins
     // by take_cells
-    alignas(16) int keys_of[kBins];
-    alignas(16) int cells_of[kBins];
+    BinCounts bins;
     int least; ///< keys of the smallest cell
     unsigned long long listed[kListed]; ///< cells that are ranked
     int counts[kListed];                ///< and their keys
@@ -232,7 +231,7 @@ struct Bins {
     /// Of a cell_key; falls with the score, whatever is rounded.
     __device__ int operator()(unsigned long long key) const {
         const float x = top - of_ordered(static_cast<uint32_t>(key >> 32));
-        return max(0, min(Selection::kBins - 1, static_cast<int>(x * scale)));
+        return max(0, min(BinCounts::kBins - 1, static_cast<int>(x * scale)));
     }
 };
 
@@ -260,15 +259,12 @@ __device__ inline Bins find_bins(Selection& s, const unsigned long long* keys, i
     }
     __syncthreads();
     const float top = of_ordered(s.highest), range = top - of_ordered(s.lowest);
-    return {top, range > 0 && range < INFINITY ? Selection::kBins / range : 0.0f};
+    return {top, range > 0 && range < INFINITY ? BinCounts::kBins / range : 0.0f};
 }
 
 /// Makes room for take_cells; a barrier is between.
 __device__ inline void clear_selection(Selection& s) {
-#pragma unroll 1
-    for (int b = threadIdx.x; b < Selection::kBins; b += blockDim.x) {
-        s.keys_of[b] = s.cells_of[b] = 0;
-    }
+    s.bins.clear();
     if (threadIdx.x == 0) {
         s.least = INT32_MAX;
         s.nlisted = 0;
@@ -281,41 +277,17 @@ __device__ inline void clear_selection(Selection& s) {
 /// The first bin with which there are more keys or cells than allowed, else the last.
 /// By each warp for itself.
 __device__ inline int last_bin(const Selection& s, int nprobe, int limit) {
-    constexpr int kEach = Selection::kBins / 32;
-    static_assert(kEach == 8);
-    const int lane = threadIdx.x % 32;
-    int keys[kEach], cells[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; i += 4) {
-        *reinterpret_cast<int4*>(keys + i) =
-                *reinterpret_cast<const int4*>(s.keys_of + kEach * lane + i);
-        *reinterpret_cast<int4*>(cells + i) =
-                *reinterpret_cast<const int4*>(s.cells_of + kEach * lane + i);
-    }
-#pragma unroll
-    for (int i = 1; i < kEach; i++) {
-        keys[i] += keys[i - 1];
-        cells[i] += cells[i - 1];
-    }
-    int keys_end = keys[kEach - 1], cells_end = cells[kEach - 1];
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int x = __shfl_up_sync(0xffffffffu, keys_end, step);
-        const int y = __shfl_up_sync(0xffffffffu, cells_end, step);
-        keys_end += lane >= step ? x : 0;
-        cells_end += lane >= step ? y : 0;
-    }
-    const int keys_before = keys_end - keys[kEach - 1];
-    const int cells_before = cells_end - cells[kEach - 1];
+    constexpr int kEach = BinSums::kEach;
+    const BinSums sums(s.bins);
     int within = 0; // bins of this lane that are within the limits
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-        within += keys_before + keys[i] <= limit && cells_before + cells[i] < nprobe;
+        within += sums.keys[i] <= limit && sums.cells[i] < nprobe;
     }
     const unsigned beyond = __ballot_sync(0xffffffffu, within < kEach);
     const int who = beyond ? __ffs(static_cast<int>(beyond)) - 1 : 31;
     return min(
-            Selection::kBins - 1,
+            BinCounts::kBins - 1,
             kEach * who + __shfl_sync(0xffffffffu, within, who));
 }
 
@@ -368,7 +340,6 @@ __device__ inline unsigned long long best_that_fits(
         int limit,
         unsigned long long below,
         int round) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     unsigned long long mine = 0;
 #pragma unroll 4
     for (int c = threadIdx.x; c < n; c += blockDim.x) {
@@ -377,12 +348,7 @@ __device__ inline unsigned long long best_that_fits(
             mine = max(mine, key);
         }
     }
-    mine = largest_of_warp(mine);
-    if (lane == 0) {
-        s.best[round & 1][warp] = mine;
-    }
-    __syncthreads(); // the next call writes to the other half
-    return largest_of_warp(lane < kSelectWarps ? s.best[round & 1][lane] : 0ull);
+    return largest_of_block(s.best, mine, round);
 }
 
 /// take_cells from s.listed, which holds the best cells down to some score: they are put
@@ -469,9 +435,7 @@ __device__ __forceinline__ void bin_cell(
         int count,
         int& least) {
     if (key) {
-        const int bin = bins(key);
-        atomicAdd(&s.keys_of[bin], count);
-        atomicAdd(&s.cells_of[bin], 1);
+        s.bins.add(bins(key), count);
         least = min(least, count);
     }
 }

@@ -357,43 +357,63 @@ TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
     step_to(c.window + 40);
 }
 
-TEST_F(GpuAdapter, AStepThatIsRefusedChangesNothing) {
-    AdapterCase c;
-    c.name = "";
-    c.layout = CacheLayout::paged;
-    Pair p(c, 700);
-    p.append(600);
-    const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
-    OnDevice<float> output(c.heads_q * c.d), lse(c.heads_q);
+/// A paged sequence of 600 tokens, and what a step of the next one takes.
+struct PagedStep {
+    Pair p;
+    OnDevice<char> queries;
+    OnDevice<float> output, lse;
     AttendOutput out;
-    out.output = output.data();
-    out.lse = lse.data();
-    const auto plan = p.device.plan({p.input(1, p.n)});
-    const auto step = [&] {
+    std::unique_ptr<gpu::GpuBatch> plan;
+
+    static AdapterCase of() {
+        AdapterCase c;
+        c.name = "";
+        c.layout = CacheLayout::paged;
+        return c;
+    }
+    PagedStep()
+            : p(of(), 700),
+              queries(as_type(p.c.dtype, p.world.queries())),
+              output(p.c.heads_q * p.c.d),
+              lse(p.c.heads_q) {
+        p.append(600);
+        out.output = output.data();
+        out.lse = lse.data();
+        plan = p.device.plan({p.input(1, p.n)});
+    }
+    void step() {
         p.device.step(*plan, queries.data(), out);
         ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    };
+    }
+    static void write(void* to, const void* from, size_t n) {
+        ASSERT_EQ(cudaMemcpy(to, from, n, cudaMemcpyHostToDevice), cudaSuccess);
+    }
+    int32_t* page(int i) {
+        return p.cache.pages.data() + i;
+    }
+};
+
+TEST_F(GpuAdapter, AStepThatIsRefusedChangesNothing) {
+    PagedStep s;
+    Pair& p = s.p;
     const auto refused = [&](const char* sentence) {
-        step();
+        s.step();
         EXPECT_SENTENCE(p.device.check(), sentence);
         p.expect_same(p.on_cpu, p.on_device);
     };
     const KvView host = p.host.view(p.n);
     const auto offset = static_cast<size_t>(
             static_cast<const char*>(host.key(1, 600)) - p.host.k.data());
-    const std::vector<char> nan = as_type(c.dtype, {NAN, NAN});
-    const auto write = [&](void* to, const void* from, size_t n) {
-        ASSERT_EQ(cudaMemcpy(to, from, n, cudaMemcpyHostToDevice), cudaSuccess);
-    };
-    write(p.cache.k.data() + offset, nan.data(), 2);
+    const std::vector<char> nan = as_type(p.c.dtype, {NAN, NAN});
+    s.write(p.cache.k.data() + offset, nan.data(), 2);
     refused("append: a new key is not finite");
-    write(p.cache.k.data() + offset, p.host.k.data() + offset, 2);
+    s.write(p.cache.k.data() + offset, p.host.k.data() + offset, 2);
     const int32_t hole = -1;
-    int32_t* entry = p.cache.pages.data() + 600 / CaseWorld::kPage;
-    write(entry, &hole, 4);
+    const int page = 600 / CaseWorld::kPage;
+    s.write(s.page(page), &hole, 4);
     refused("append: the page table names a page that is not there");
-    write(entry, &p.host.page_table[600 / CaseWorld::kPage], 4);
-    step();
+    s.write(s.page(page), &p.host.page_table[page], 4);
+    s.step();
     p.device.check();
     p.append(601); // on the CPU alone
     p.expect_same(p.on_cpu, p.on_device);
@@ -405,7 +425,7 @@ TEST_F(GpuAdapter, AStepThatIsRefusedChangesNothing) {
     cudaGraphExec_t replay;
     ASSERT_EQ(
             cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
-    p.device.step(*plan, queries.data(), out, nullptr, stream);
+    p.device.step(*s.plan, s.queries.data(), s.out, nullptr, stream);
     ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
     ASSERT_EQ(cudaGraphInstantiate(&replay, graph, 0), cudaSuccess);
     ASSERT_EQ(cudaGraphLaunch(replay, stream), cudaSuccess);
@@ -418,26 +438,15 @@ TEST_F(GpuAdapter, AStepThatIsRefusedChangesNothing) {
 }
 
 TEST_F(GpuAdapter, AStepThatReadsAHoleAppendsAllTheSame) {
-    AdapterCase c;
-    c.name = "";
-    c.layout = CacheLayout::paged;
-    Pair p(c, 700);
-    p.append(600);
-    const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
-    OnDevice<float> output(c.heads_q * c.d);
-    AttendOutput out;
-    out.output = output.data();
+    PagedStep s;
+    Pair& p = s.p;
     const int page = 600 / CaseWorld::kPage - 1; // in the window, not the new token's
     const int32_t hole = -1;
-    int32_t* entry = p.cache.pages.data() + page;
-    ASSERT_EQ(cudaMemcpy(entry, &hole, 4, cudaMemcpyHostToDevice), cudaSuccess);
-    p.device.step(*p.device.plan({p.input(1, p.n)}), queries.data(), out);
-    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    s.write(s.page(page), &hole, 4);
+    s.step();
     EXPECT_SENTENCE(
             p.device.check(), "attend: the page table names a page that is not there");
-    ASSERT_EQ(
-            cudaMemcpy(entry, &p.host.page_table[page], 4, cudaMemcpyHostToDevice),
-            cudaSuccess);
+    s.write(s.page(page), &p.host.page_table[page], 4);
     p.append(601); // on the CPU alone
     p.expect_same(p.on_cpu, p.on_device);
 }
