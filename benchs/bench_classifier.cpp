@@ -16,7 +16,7 @@ namespace {
 
 struct Options {
     ClassifierShape shape;
-    bool separate_trunks = false, fp32 = false;
+    bool separate_inputs = false, separate_trunks = false, fp32 = false;
     int queries = 2000, batch = 256;
     double cold_gib = .5;
     std::string json;
@@ -24,6 +24,7 @@ struct Options {
 
 void run(Options o) {
     ClassifierShape& s = o.shape;
+    s.share_input = !o.separate_inputs && !o.separate_trunks;
     s.share_trunk = !o.separate_trunks;
     const DType dtype = o.fp32 ? DType::float32 : DType::bfloat16;
     std::mt19937 random(1);
@@ -92,6 +93,7 @@ void run(Options o) {
                  {"ncell", s.ncell},
                  {"width", s.width},
                  {"depth", s.depth},
+                 {"share_input", s.share_input},
                  {"share_trunk", s.share_trunk},
                  {"dtype", name(dtype)},
                  {"batch", o.batch}},
@@ -119,13 +121,20 @@ int main(int argc, char** argv) {
     add("--group", o.shape.group, "query heads of the KV head");
     add("--ncell", o.shape.ncell, "cells");
     add("--width", o.shape.width, "of the hidden layers");
-    app.add_option("--depth", o.shape.depth, "residual blocks")
+    app.add_option(
+               "--depth",
+               o.shape.depth,
+               "residual blocks; 0: one rectified hidden layer")
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
     app.add_flag(
+            "--separate-inputs",
+            o.separate_inputs,
+            "an input matrix per query head instead of one for the group");
+    app.add_flag(
             "--separate-trunks",
             o.separate_trunks,
-            "a network per query head instead of one trunk for the group");
+            "a whole network per query head instead of one for the group");
     app.add_flag("--fp32", o.fp32, "weights as float32 instead of bfloat16");
     add("--queries", o.queries, "timed queries, of which the median counts");
     add("--batch", o.batch, "queries of a batch");

@@ -26,7 +26,7 @@ struct Options {
     std::vector<std::string> traces;
     std::vector<int> layers, kv_heads;
     std::string out, json, device = "cpu";
-    bool resume = false, separate_trunks = false, fp32 = false;
+    bool resume = false, separate_inputs = false, separate_trunks = false, fp32 = false;
     bool bf16_centroids = false;
     double text_gib = 0;
     TrainingParams params;
@@ -122,6 +122,7 @@ nlohmann::json config_of(const Options& o, const PartitionSet& set) {
             {"keys_per_cell", p.keys_per_cell},
             {"width", p.width},
             {"depth", p.depth},
+            {"share_input", p.share_input},
             {"share_trunk", p.share_trunk},
             {"dtype", name(p.dtype)},
             {"steps", p.steps},
@@ -362,13 +363,18 @@ int main(int argc, char** argv) {
     app.add_option("--width", p.width, "of the hidden layers")
             ->check(CLI::Range(1, 1024))
             ->capture_default_str();
-    app.add_option("--depth", p.depth, "residual blocks")
+    app.add_option(
+               "--depth", p.depth, "residual blocks; 0: one rectified hidden layer")
             ->check(CLI::Range(0, 16))
             ->capture_default_str();
     app.add_flag(
+            "--separate-inputs",
+            o.separate_inputs,
+            "an input matrix per query head instead of one for the group");
+    app.add_flag(
             "--separate-trunks",
             o.separate_trunks,
-            "a network per query head instead of one trunk for the group");
+            "a whole network per query head instead of one for the group");
     app.add_flag("--fp32", o.fp32, "weights as float32 instead of bfloat16");
     app.add_option("--steps", p.steps, "mini-batches at most")
             ->check(CLI::PositiveNumber)
@@ -407,6 +413,7 @@ int main(int argc, char** argv) {
             ->capture_default_str();
     app.add_option("--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
+    p.share_input = !o.separate_inputs && !o.separate_trunks;
     p.share_trunk = !o.separate_trunks;
     p.centroid_dtype = o.bf16_centroids ? DType::bfloat16 : DType::float32;
     p.dtype = o.fp32 ? DType::float32 : DType::bfloat16;

@@ -12,15 +12,19 @@
 
 namespace faiss_saap {
 
-/// Sizes of a query classifier. One network serves the query heads of a KV
-/// head: each head has an input layer of its own, and what follows is shared
-/// by the group or not.
+/// Sizes of a query classifier, which serves the query heads of a KV head.
+/// Layers may be shared by them: all heads ask for the same keys, so what they
+/// would learn is one function of the query.
 struct ClassifierShape {
     int d = 0;               ///< head dimension
     int group = 1;           ///< query heads of the KV head
     int ncell = 0;           ///< cells scored
-    int width = 192;         ///< of the hidden layers, 1 to 1,024
-    int depth = 1;           ///< residual blocks, 0 to 16
+    int width = 128;         ///< of the hidden layers, 1 to 1,024
+    /// residual blocks, 0 to 16; without one the hidden layer is rectified: a
+    /// perceptron of two layers, as in the paper
+    int depth = 0;
+    /// one matrix of the input layer for the group; biases remain each head's
+    bool share_input = true;
     bool share_trunk = true; ///< one trunk and output layer for the group
 
     /// Networks behind the input layers: 1 or group.
@@ -33,10 +37,11 @@ struct ClassifierShape {
 };
 
 /// One layer of the network in a flat array of parameters: `networks` matrices
-/// of rows * cols, row-major, and as many biases of `rows`.
+/// of rows * cols, row-major, and as many biases of `rows`, or more where heads
+/// that share a matrix have biases of their own.
 struct ClassifierLayer {
     std::string name; ///< "in", "block0.up", "block0.down", ..., "out"
-    int networks = 0, rows = 0, cols = 0;
+    int networks = 0, bias_networks = 0, rows = 0, cols = 0;
     int64_t weight = 0; ///< where the weights begin
     int64_t bias = 0;   ///< where the biases begin
 
@@ -44,21 +49,22 @@ struct ClassifierLayer {
         return int64_t(networks) * rows * cols;
     }
     int64_t biases() const { ///< how many
-        return int64_t(networks) * rows;
+        return int64_t(bias_networks) * rows;
     }
 };
 
-/// The layers in the order of computation. For query head g with network
-/// t = share_trunk ? 0 : g,
-///     h = in[g] x + bias;  for each block: h += down[t] relu(up[t] h + bias)
-///     + bias;  scores = out[t] h + bias.
+/// The layers in the order of computation. For query head g with input layer
+/// i = share_input ? 0 : g and network t = share_trunk ? 0 : g,
+///     h = in[i] x + bias[g], or relu(in[i] x + bias[g]) where depth = 0;
+///     for each block: h += down[t] relu(up[t] h + bias) + bias;
+///     scores = out[t] h + bias.
 std::vector<ClassifierLayer> classifier_layers(const ClassifierShape& shape);
 
 /// Size of the flat array.
 int64_t parameter_count(const ClassifierShape& shape);
 
 /// Scores the cells of a partition of de-rotated keys from the pre-RoPE query
-/// alone, by a residual network that was trained on true attention weights.
+/// alone, by a network that was trained on true attention weights.
 /// Needs NEEDS_PRE_ROPE, and NEEDS_HEAD where group > 1.
 ///
 /// Weights are kept as bfloat16 or float32, biases as float32. A row of weights
@@ -114,7 +120,9 @@ struct QueryClassifier : CellAssigner {
             const std::vector<int64_t>& rows,
             int head,
             float* scores) const;
-    const uint8_t* matrix(const StoredLayer& layer, int network) const;
+    /// What a query head is served by.
+    const uint8_t* matrix(const StoredLayer& layer, int head) const;
+    const float* bias(const StoredLayer& layer, int head) const;
 
     std::vector<StoredLayer> layers_;
     faiss::AlignedTableTightAlloc<uint8_t, 64> weights_;

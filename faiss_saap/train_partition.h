@@ -28,9 +28,10 @@ struct TrainingParams {
     /// keys that k-means sees per cell at most, evenly spaced
     int keys_per_cell = 256;
 
-    int width = 192;         ///< of the classifier's hidden layers
-    int depth = 1;           ///< its residual blocks
-    bool share_trunk = true; ///< by the query heads of the group
+    int width = ClassifierShape().width; ///< of the classifier, and what follows
+    int depth = ClassifierShape().depth;
+    bool share_input = ClassifierShape().share_input;
+    bool share_trunk = ClassifierShape().share_trunk;
     DType dtype = DType::bfloat16; ///< its weights in the result
 
     int steps = 1000;            ///< mini-batches at most

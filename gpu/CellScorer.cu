@@ -123,11 +123,19 @@ void CellScorer::scores(int64_t n, const float* x, float* scores) const {
     }
     const int64_t size = n * layers_.front().rows;
     const StreamBuffer<float> h(memory_, size), u(memory_, size), v(memory_, size);
+    const auto rectify = [&](float* y) {
+        if (size > 0) {
+            relu_kernel<<<blocks(size), kThreads, 0, memory_.stream>>>(size, y);
+            FAISS_SAAP_CUDA_CHECK(cudaGetLastError());
+        }
+    };
     apply(layers_.front(), n, x, h.get());
+    if (layers_.size() == 2) {
+        rectify(h.get());
+    }
     for (size_t l = 1; l + 1 < layers_.size() && n > 0; l += 2) {
         apply(layers_[l], n, h.get(), u.get());
-        relu_kernel<<<blocks(size), kThreads, 0, memory_.stream>>>(size, u.get());
-        FAISS_SAAP_CUDA_CHECK(cudaGetLastError());
+        rectify(u.get());
         apply(layers_[l + 1], n, u.get(), v.get());
         add_kernel<<<blocks(size), kThreads, 0, memory_.stream>>>(
                 size, v.get(), h.get());

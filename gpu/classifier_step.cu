@@ -18,11 +18,17 @@ unsigned blocks_of(int64_t n) {
     return static_cast<unsigned>((n + kThreads - 1) / kThreads);
 }
 
-/// Rows of a layer's output: each of `networks` has `n` of a KV head's.
+/// Rows of a layer's output: each of `networks`, by their biases, has `n` of a KV head's.
 struct Rows {
     int networks, n, width;
     int64_t count; ///< parameters of a KV head
 };
+
+/// @param rows   of a KV head
+/// @param count  parameters of one
+Rows rows_of(const ClassifierLayer& layer, int rows, int64_t count) {
+    return {layer.bias_networks, rows / layer.bias_networks, layer.rows, count};
+}
 
 /// y <- bias [+ add]
 __global__ void start_with_bias(
@@ -273,7 +279,7 @@ void ClassifierStep::forward(
     const int n = all / layer.networks;
     const int64_t size = int64_t(nhead_) * all * layer.rows;
     start_with_bias<<<blocks_of(size), kThreads, 0, stream_>>>(
-            Rows{layer.networks, n, layer.rows, count_},
+            rows_of(layer, all, count_),
             size,
             parameters + layer.bias,
             add,
@@ -314,11 +320,11 @@ void ClassifierStep::backward(
     const int n = all / layer.networks;
     sum_rows<<<
             dim3((layer.rows + kSumColumns - 1) / kSumColumns,
-                 nhead_ * layer.networks),
+                 nhead_ * layer.bias_networks),
             dim3(kSumColumns, kSumRows),
             0,
             stream_>>>(
-            Rows{layer.networks, n, layer.rows, count_},
+            rows_of(layer, all, count_),
             dy,
             gradient + layer.bias);
     for (int t = 0; t < layer.networks; t++) {
@@ -365,6 +371,9 @@ void ClassifierStep::gradient(
     const int64_t rows = int64_t(nhead_) * shape_.group * batch_;
     const int64_t size = rows * shape_.width;
     forward(layers_[0], parameters, batch.x, nullptr, hidden_[0]);
+    if (depth == 0) {
+        relu<<<blocks_of(size), kThreads, 0, stream_>>>(size, hidden_[0]);
+    }
     for (int b = 0; b < depth; b++) {
         forward(layers_[1 + 2 * b], parameters, hidden_[b], nullptr, up_[b]);
         relu<<<blocks_of(size), kThreads, 0, stream_>>>(size, up_[b]);
@@ -390,6 +399,10 @@ void ClassifierStep::gradient(
                 size, up_[b], du);
         // The gradient through the block is added to the one that passes by.
         backward(layers_[1 + 2 * b], parameters, hidden_[b], du, gradient, dh, true);
+    }
+    if (depth == 0) {
+        through_relu<<<blocks_of(size), kThreads, 0, stream_>>>(
+                size, hidden_[0], dh);
     }
     backward(layers_[0], parameters, batch.x, dh, gradient, nullptr, false);
     FAISS_SAAP_CUDA_CHECK(cudaGetLastError());

@@ -11,25 +11,30 @@ namespace faiss_saap::gpu {
 namespace {
 
 /// A block's rows of what scores cells: the hidden layers of the query assigner, what
-/// then gives the scores, and the key assigner.
+/// then gives the scores, and the key assigner. A hidden layer that is small and one for
+/// the group each block has whole, as telling each other of it would take longer.
 __device__ __forceinline__ RowProducts products_of(
         const ListState& list,
         int layer,
         int layers,
         int group) {
+    constexpr int kSmall = 64 << 10; // bytes
     const bool of_key = layer > layers, scores = layer >= layers;
     const DeviceAssigner& a = of_key ? list.key : list.query;
     RowProducts p;
     p.bf16 = a.bf16;
     p.matrix = p.bias_matrix = scores ? a.ncell : a.width;
     p.cols = scores ? a.padded_cols : layer == 0 ? a.padded_d : a.padded_width;
-    const bool per_head = (layer == 0 && layers) || a.networks > 1;
+    const bool input = layer == 0 && layers; // of which each head has biases
+    const bool per_head = (input ? a.inputs : a.networks) > 1;
     p.heads = per_head && !of_key ? group : 1;
     p.n = p.heads > 1 || of_key ? 1 : group;
+    p.biases = input ? group : p.heads;
     const int blocks = static_cast<int>(gridDim.x);
     const int each = DecodeLayout::share_in_fours(p.matrix, blocks);
-    p.first = min(p.matrix, static_cast<int>(blockIdx.x) * each);
-    p.end = min(p.matrix, p.first + each);
+    p.everywhere = !scores && p.heads == 1 && p.matrix * p.bytes_of_row() <= kSmall;
+    p.first = p.everywhere ? 0 : min(p.matrix, static_cast<int>(blockIdx.x) * each);
+    p.end = p.everywhere ? p.matrix : min(p.matrix, p.first + each);
     const auto* rows = static_cast<const char*>(scores ? a.rows : a.layer[layer]);
     const float* bias = scores ? a.bias : a.layer_bias[layer];
     p.rows = rows + int64_t(p.first) * p.bytes_of_row();

@@ -76,6 +76,7 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
         // in; then up and down of each residual block, which adds to what was; scores.
         const bool hides = layer < s.layers, of_key = layer > s.layers;
         const bool up = layer % 2, adds = layer && !up;
+        const bool rectifies = up || s.layers == 1;
         uint32_t* y = up ? activated : hidden;
         if (of_key) {
             x = reinterpret_cast<const uint32_t*>(b.ints(layout.sought));
@@ -88,9 +89,9 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
         multiply_rows(product, x, stride, room, [&](int v, int r, float value) {
             if (hides) {
                 uint32_t& unit = y[v * of_units + r];
-                value = up ? fmaxf(value, 0.0f)
-                        : adds ? value + joined_float(unit)
-                               : value;
+                value = rectifies ? (value < 0 ? 0.0f : value) // NaN stays
+                        : adds    ? value + joined_float(unit)
+                                  : value;
                 unit = split_float(value);
             } else if (of_key) {
                 b.floats(layout.sought_scores)[v * layout.cells + r - s.first] = value;
@@ -99,7 +100,11 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
             }
         });
         if (hides) {
-            exchange_units(b, s.products[layer], y);
+            if (product.everywhere) {
+                __syncthreads();
+            } else {
+                exchange_units(b, product, y);
+            }
             x = y;
             stride = of_units;
         }

@@ -66,6 +66,7 @@ struct Lowering {
         a.width = c.shape.width;
         a.depth = c.shape.depth;
         a.networks = c.shape.networks();
+        a.inputs = c.layers().front().layer.networks;
         const auto& layers = c.layers();
         const auto& last = layers.back();
         const char* weights = reinterpret_cast<const char*>(upload(

@@ -36,6 +36,8 @@ struct RowProducts {
     int first = 0, end = 0;
     // Small, as a block keeps many of these.
     uint8_t bf16 = 0, heads = 1, n = 1;
+    uint8_t biases = 1;     ///< one for all vectors, or one for each
+    uint8_t everywhere = 0; ///< all blocks have these rows
 
     // How the warps share out the tiles: whole ones, or, where there are few, ranges of
     // their pieces.
@@ -64,7 +66,7 @@ struct RowProducts {
         return heads * (end - first) * bytes_of_row();
     }
     __device__ __forceinline__ int bytes_of_bias() const {
-        return bias ? heads * (end - first) * int(sizeof(float)) : 0;
+        return bias ? biases * (end - first) * int(sizeof(float)) : 0;
     }
 };
 
@@ -80,13 +82,14 @@ __device__ __forceinline__ void prefetch_products(const RowProducts& p) {
                 rows * p.bytes_of_row(),
                 threadIdx.x % 32,
                 32);
-        if (p.bias) {
-            prefetch_bytes(
-                    reinterpret_cast<const char*>(p.bias + int64_t(h) * p.bias_matrix),
-                    rows * int(sizeof(float)),
-                    threadIdx.x % 32,
-                    32);
-        }
+    }
+#pragma unroll 1
+    for (int h = 0; p.bias && h < p.biases; h++) {
+        prefetch_bytes(
+                reinterpret_cast<const char*>(p.bias + int64_t(h) * p.bias_matrix),
+                rows * int(sizeof(float)),
+                threadIdx.x % 32,
+                32);
     }
 }
 
@@ -108,7 +111,7 @@ __device__ __forceinline__ void copy_rows(
 __device__ __forceinline__ void copy_biases(const RowProducts& p, char* to) {
     const int rows = p.end - p.first;
 #pragma unroll 1
-    for (int h = 0; p.bias && h < p.heads; h++) {
+    for (int h = 0; p.bias && h < p.biases; h++) {
 #pragma unroll 1
         for (int i = threadIdx.x % 32; i < rows; i += 32) {
             copy_4_bytes(
@@ -320,7 +323,7 @@ __device__ __forceinline__ void multiply_rows(
         const ProductRoom& room,
         const Emit& emit) {
     const auto add_bias = [&](int v, int row, float value) {
-        const int head = p.heads > 1 ? v : 0;
+        const int head = p.biases > 1 ? v : 0;
         value += p.bias ? p.bias[head * p.bias_matrix + row] : 0.0f;
         emit(v, p.first + row, value);
     };

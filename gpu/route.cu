@@ -116,7 +116,7 @@ __device__ __noinline__ void run_layer(
         const float* add,
         bool relu,
         float* to) {
-    const bool per_head = layer == 0 || a.networks > 1;
+    const bool per_head = (layer ? a.networks : a.inputs) > 1;
     const int cols = layer == 0 ? a.padded_d : a.padded_width;
     const size_t bytes = size_t(cols) * (a.bf16 ? 2 : 4);
     const int heads = per_head ? team.group : team.padded_group / 4;
@@ -131,7 +131,10 @@ __device__ __noinline__ void run_layer(
         const int h = item / blocks % heads, t = item / blocks / heads;
         const int r = (per_head ? h : 0) * a.width + unit;
         const bool there = unit < a.width;
-        const float bias = there ? biases[r] : 0.0f;
+        // Heads that share the first matrix have biases of their own.
+        const int head = per_head ? h : min(4 * h + lane % 4, team.group - 1);
+        const float bias =
+                there ? biases[(per_head || layer == 0 ? head : 0) * a.width + unit] : 0.0f;
         const int first = t * team.padded_group + (per_head ? h : 4 * h);
         const float s = per_head
                 ? warp_products_of_weights<1>(
@@ -149,7 +152,7 @@ __device__ __noinline__ void run_layer(
         const int at = (first + (per_head ? 0 : lane % 4)) * a.padded_width + unit;
         if (there && (!per_head || lane % 4 == 0)) {
             const float sum = s + bias + (add ? add[at] : 0.0f);
-            store_in_team(to + at, relu ? fmaxf(sum, 0.0f) : sum);
+            store_in_team(to + at, relu && sum < 0 ? 0.0f : sum); // NaN stays
         }
     }
 }
@@ -290,14 +293,14 @@ __device__ __noinline__ void prefetch_by_team(const void* from, int64_t bytes) {
 
 /// Brings what an assigner multiplies with nearer. Weights never change: this may be
 /// done before the kernels before have ended.
-__device__ __noinline__ void prefetch_weights(const DeviceAssigner& a, int group) {
+__device__ __noinline__ void prefetch_weights(const DeviceAssigner& a) {
     const int64_t element = a.bf16 ? 2 : 4;
     if (a.rows) {
         prefetch_by_team(a.rows, element * a.networks * a.ncell * a.padded_cols);
     }
 #pragma unroll 1
     for (int l = 0; a.input == RowInput::hidden && l < 1 + 2 * a.depth; l++) {
-        const int networks = l == 0 ? group : a.networks;
+        const int networks = l ? a.networks : a.inputs;
         prefetch_by_team(
                 a.layer[l],
                 element * networks * a.width * (l ? a.padded_width : a.padded_d));
@@ -478,7 +481,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
     for (int i = 0; i < nlist; i++) {
         const ListState& list = rows[0].list(i);
-        prefetch_weights(list.query, team.group);
+        prefetch_weights(list.query);
 #pragma unroll 1
         for (int t = 0; t < team.n; t++) {
             prefetch_by_team(rows[t].list(i).count, 4 * list.ncell);
@@ -518,10 +521,10 @@ __global__ void __launch_bounds__(kThreads, 2)
              query.input == RowInput::hidden && layer < 1 + 2 * query.depth;
              layer++) {
             // in; then up and down of each block, which adds to what was.
-            const bool up = layer % 2;
+            const bool up = layer % 2, rectifies = up || query.depth == 0;
             float* to = up ? team.activated : team.hidden;
-            run_layer(
-                    team, query, layer, x, layer && !up ? team.hidden : nullptr, up, to);
+            const float* add = layer && !up ? team.hidden : nullptr;
+            run_layer(team, query, layer, x, add, rectifies, to);
             x = to;
             team_sync();
         }

@@ -36,8 +36,9 @@ struct DeviceAssigner {
     const float* bias = nullptr; ///< networks * ncell; may be null
     int padded_cols = 0;
     int networks = 1; ///< 1 or one for each query head of the group
+    int inputs = 1;   ///< likewise, matrices of the first hidden layer
 
-    // Hidden layers, where input is hidden: in, block0.up, block0.down, ...
+    // Hidden layers, where input is hidden: in, block0.up, block0.down, ... (QueryClassifier.h)
     int width = 0, depth = 0, padded_width = 0, padded_d = 0;
     const void* layer[kMaxLayers] = {};
     const float* layer_bias[kMaxLayers] = {};

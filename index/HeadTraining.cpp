@@ -104,6 +104,7 @@ HeadTraining::HeadTraining(
     shape.ncell = params.ncell;
     shape.width = params.width;
     shape.depth = params.depth;
+    shape.share_input = params.share_input;
     shape.share_trunk = params.share_trunk;
     shape.check();
     std::vector<std::unique_ptr<TrainingText>> read(traces.size());
@@ -165,12 +166,19 @@ void HeadTraining::standardise() {
     }
     mean.resize(group * d);
     factor.resize(group * d);
+    std::vector<double> variance(group * d);
     for (int j = 0; j < group * d; j++) {
         const double average = sum[j] / n;
-        const double variance =
-                std::max(square[j] / n - average * average, 1e-12);
+        variance[j] = square[j] / n - average * average;
         mean[j] = static_cast<float>(average);
-        factor[j] = static_cast<float>(1 / std::sqrt(variance));
+    }
+    for (int j = 0; j < group * d; j++) {
+        double of_heads = 0; // which one matrix has to serve
+        for (int g = 0; g < group; g++) {
+            of_heads += variance[g * d + j % d] / group;
+        }
+        factor[j] = static_cast<float>(
+                1 / std::sqrt(std::max(shape.share_input ? of_heads : variance[j], 1e-12)));
     }
 }
 
@@ -471,16 +479,21 @@ std::shared_ptr<const QueryClassifier> HeadTraining::folded(
         std::vector<float> parameters) const {
     const auto layers = classifier_layers(shape);
     const ClassifierLayer& in = layers.front();
-    for (int g = 0; g < shape.group; g++) {
+    for (int t = 0; t < in.networks; t++) {
         for (int r = 0; r < in.rows; r++) {
-            const int64_t row = int64_t(g) * in.rows + r;
-            float* w = parameters.data() + in.weight + row * in.cols;
-            double shift = 0;
+            float* w = parameters.data() + in.weight +
+                    (int64_t(t) * in.rows + r) * in.cols;
             for (int j = 0; j < in.cols; j++) {
-                w[j] *= factor[g * in.cols + j];
-                shift += double(w[j]) * mean[g * in.cols + j];
+                w[j] *= factor[t * in.cols + j]; // alike for heads that share it
             }
-            parameters[in.bias + row] -= static_cast<float>(shift);
+            for (int g = t; g < (in.networks > 1 ? t + 1 : shape.group); g++) {
+                double shift = 0;
+                for (int j = 0; j < in.cols; j++) {
+                    shift += double(w[j]) * mean[g * in.cols + j];
+                }
+                parameters[in.bias + int64_t(g) * in.rows + r] -=
+                        static_cast<float>(shift);
+            }
         }
     }
     const ClassifierLayer& out = layers.back();

@@ -23,7 +23,7 @@ using nlohmann::json;
 constexpr const char* kFormat = "faiss_saap.partitions";
 /// 4: with plans; 3: centroids may be bfloat16; 2: with weights of blends;
 /// 1: without
-constexpr int kVersion = 4;
+constexpr int kVersion = 5;
 
 std::string prefix_of(int layer, int kv_head) {
     return "layer." + std::to_string(layer) + ".kv." + std::to_string(kv_head);
@@ -101,6 +101,7 @@ json describe(const TrainedPartition& p) {
             {"ncell", s.ncell},
             {"width", s.width},
             {"depth", s.depth},
+            {"share_input", s.share_input},
             {"share_trunk", s.share_trunk},
             {"spherical",
              flat_of(p).metric_type == faiss::METRIC_INNER_PRODUCT},
@@ -221,9 +222,10 @@ QueryClassifier read_classifier(
                 reader.tensor(
                               name + ".bias",
                               "F32",
-                              {layer.networks, layer.rows})
+                              {layer.bias_networks, layer.rows})
                         .to_float();
-        for (size_t row = 0; row < b.size(); row++) {
+        const size_t rows = size_t(layer.networks) * layer.rows;
+        for (size_t row = 0; row < rows; row++) {
             const auto from = w.begin() + row * padded;
             parameters.insert(parameters.end(), from, from + layer.cols);
         }
@@ -260,6 +262,14 @@ TrainedPartition read_partition(
     s.ncell = value_of<int>(about, "ncell", where);
     s.width = value_of<int>(about, "width", where);
     s.depth = value_of<int>(about, "depth", where);
+    // Files before version 5 say nothing of it, and mean something else by no depth.
+    const bool old = !about.contains("share_input");
+    s.share_input = !old && value_of<bool>(about, "share_input", where);
+    FAISS_THROW_IF_NOT_FMT(
+            !old || s.depth != 0,
+            "%s: depth = 0 is a linear classifier of an earlier version, which "
+            "this one has not",
+            where.c_str());
     s.share_trunk = value_of<bool>(about, "share_trunk", where);
     try {
         s.check();
@@ -515,7 +525,7 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
                          element_size(classifier.dtype));
             tensors[name + ".bias"] =
                     view("F32",
-                         {layer.networks, layer.rows},
+                         {layer.bias_networks, layer.rows},
                          classifier.biases() + stored.bias,
                          4);
         }
@@ -541,7 +551,7 @@ PartitionSet read_partitions(const std::string& path) {
             reader.file().meta("format").c_str());
     const std::string version = reader.required("format_version");
     FAISS_THROW_IF_NOT_FMT(
-            version == "1" || version == "2" || version == "3" ||
+            version == "1" || version == "2" || version == "3" || version == "4" ||
                     version == std::to_string(kVersion),
             "%s: version '%s' of the format is not known to this library, "
             "which reads versions up to %d",

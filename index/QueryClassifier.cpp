@@ -24,6 +24,12 @@ int padded(int cols) {
     return (cols + 7) / 8 * 8;
 }
 
+void rectify(std::vector<float>& y) {
+    for (float& unit : y) {
+        unit = unit < 0 ? 0.0f : unit;
+    }
+}
+
 /// Checked before the base is made from it.
 const ClassifierShape& checked(const ClassifierShape& shape) {
     shape.check();
@@ -35,7 +41,7 @@ const ClassifierShape& checked(const ClassifierShape& shape) {
 bool ClassifierShape::operator==(const ClassifierShape& o) const {
     return d == o.d && group == o.group && ncell == o.ncell &&
             width == o.width && depth == o.depth &&
-            share_trunk == o.share_trunk;
+            share_input == o.share_input && share_trunk == o.share_trunk;
 }
 
 void ClassifierShape::check() const {
@@ -58,11 +64,17 @@ void ClassifierShape::check() const {
 std::vector<ClassifierLayer> classifier_layers(const ClassifierShape& s) {
     s.check();
     std::vector<ClassifierLayer> layers;
+    const int nets = s.networks();
     int64_t at = 0;
-    const auto add = [&](const std::string& name, int nets, int rows, int cols) {
+    const auto add = [&](const std::string& name,
+                         int nets,
+                         int bias_nets,
+                         int rows,
+                         int cols) {
         ClassifierLayer layer;
         layer.name = name;
         layer.networks = nets;
+        layer.bias_networks = bias_nets;
         layer.rows = rows;
         layer.cols = cols;
         layer.weight = at;
@@ -71,13 +83,13 @@ std::vector<ClassifierLayer> classifier_layers(const ClassifierShape& s) {
         at += layer.biases();
         layers.push_back(layer);
     };
-    add("in", s.group, s.width, s.d);
+    add("in", s.share_input ? 1 : s.group, s.group, s.width, s.d);
     for (int b = 0; b < s.depth; b++) {
         const std::string block = "block" + std::to_string(b);
-        add(block + ".up", s.networks(), s.width, s.width);
-        add(block + ".down", s.networks(), s.width, s.width);
+        add(block + ".up", nets, nets, s.width, s.width);
+        add(block + ".down", nets, nets, s.width, s.width);
     }
-    add("out", s.networks(), s.ncell, s.width);
+    add("out", nets, nets, s.ncell, s.width);
     return layers;
 }
 
@@ -139,11 +151,17 @@ QueryClassifier::QueryClassifier(
     }
 }
 
-const uint8_t* QueryClassifier::matrix(const StoredLayer& stored, int network)
+const uint8_t* QueryClassifier::matrix(const StoredLayer& stored, int head)
         const {
+    const int network = stored.layer.networks > 1 ? head : 0;
     return weights_.data() + stored.weight +
             size_t(network) * stored.layer.rows * stored.padded_cols *
             element_size(dtype);
+}
+
+const float* QueryClassifier::bias(const StoredLayer& stored, int head) const {
+    const int network = stored.layer.bias_networks > 1 ? head : 0;
+    return biases_.data() + stored.bias + size_t(network) * stored.layer.rows;
 }
 
 std::vector<float> QueryClassifier::parameters() const {
@@ -170,7 +188,6 @@ std::vector<float> QueryClassifier::parameters() const {
 void QueryClassifier::score_one(const float* x, int head, float* scores)
         const {
     alignas(64) float h[kMaxWidth], u[kMaxWidth], padded_x[kMaxD];
-    const int network = shape.share_trunk ? 0 : head;
     std::copy_n(x, d, padded_x);
     std::fill(padded_x + d, padded_x + padded(d), 0.0f);
     // Rows beyond the width are never written, and read as padding.
@@ -178,28 +195,27 @@ void QueryClassifier::score_one(const float* x, int head, float* scores)
     std::fill(u + shape.width, u + padded(shape.width), 0.0f);
     DenseLayerParams p;
     p.type = dtype;
-    const auto run = [&](const StoredLayer& stored,
-                         int net,
-                         const float* from,
-                         float* to) {
-        p.w = matrix(stored, net);
-        p.bias = biases_.data() + stored.bias + size_t(net) * stored.layer.rows;
+    const auto run = [&](const StoredLayer& stored, const float* from, float* to) {
+        p.w = matrix(stored, head);
+        p.bias = bias(stored, head);
         p.rows = stored.layer.rows;
         p.cols = stored.padded_cols;
         p.x = from;
         p.y = to;
         dense_layer(p);
     };
-    run(layers_.front(), head, padded_x, h);
+    p.relu = shape.depth == 0;
+    run(layers_.front(), padded_x, h);
+    p.relu = false;
     for (int b = 0; b < shape.depth; b++) {
         p.relu = true;
-        run(layers_[1 + 2 * b], network, h, u);
+        run(layers_[1 + 2 * b], h, u);
         p.relu = false;
         p.add = true;
-        run(layers_[2 + 2 * b], network, u, h);
+        run(layers_[2 + 2 * b], u, h);
         p.add = false;
     }
-    run(layers_.back(), network, h, scores);
+    run(layers_.back(), h, scores);
 }
 
 void QueryClassifier::score_many(
@@ -207,30 +223,28 @@ void QueryClassifier::score_many(
         const std::vector<int64_t>& rows,
         int head,
         float* scores) const {
-    const int network = shape.share_trunk ? 0 : head;
     const int w = shape.width;
     // The weights as float, once for all rows.
     std::vector<std::vector<float>> wide;
     for (const StoredLayer& stored : layers_) {
-        const int net = &stored == &layers_.front() ? head : network;
         const int64_t size =
                 int64_t(stored.layer.rows) * stored.padded_cols;
         wide.emplace_back(size);
-        to_float(dtype, matrix(stored, net), size, wide.back().data());
+        to_float(dtype, matrix(stored, head), size, wide.back().data());
     }
     const size_t block = std::min(kBlock, rows.size());
     std::vector<float> x(block * d), h(block * w), u(block * w);
     std::vector<float> out(block * ncell);
     for (size_t begin = 0; begin < rows.size(); begin += block) {
         const size_t n = std::min(block, rows.size() - begin);
-        const auto run = [&](size_t l, int net, const float* from, float* to) {
+        const auto run = [&](size_t l, const float* from, float* to) {
             const StoredLayer& stored = layers_[l];
             const int m = stored.layer.rows;
-            const float* bias = biases_.data() + stored.bias + size_t(net) * m;
+            const float* start = bias(stored, head);
             for (size_t i = 0; i < n; i++) {
                 for (int r = 0; r < m; r++) {
                     float& y = to[i * m + r];
-                    y = bias[r] + (to == h.data() && l > 0 ? y : 0.0f);
+                    y = start[r] + (to == h.data() && l > 0 ? y : 0.0f);
                 }
             }
             multiply_nt(
@@ -249,15 +263,16 @@ void QueryClassifier::score_many(
             std::copy_n(
                     input.pre_rope + rows[begin + i] * d, d, x.data() + i * d);
         }
-        run(0, head, x.data(), h.data());
-        for (int b = 0; b < shape.depth; b++) {
-            run(1 + 2 * b, network, h.data(), u.data());
-            for (float& y : u) {
-                y = y < 0 ? 0.0f : y;
-            }
-            run(2 + 2 * b, network, u.data(), h.data());
+        run(0, x.data(), h.data());
+        if (shape.depth == 0) {
+            rectify(h);
         }
-        run(layers_.size() - 1, network, h.data(), out.data());
+        for (int b = 0; b < shape.depth; b++) {
+            run(1 + 2 * b, h.data(), u.data());
+            rectify(u);
+            run(2 + 2 * b, u.data(), h.data());
+        }
+        run(layers_.size() - 1, h.data(), out.data());
         for (size_t i = 0; i < n; i++) {
             std::copy_n(
                     out.data() + i * ncell,

@@ -13,8 +13,18 @@ namespace {
 /// network of one head is a block of rows and a shared one is all of them.
 struct LayerPass {
     const ClassifierLayer& layer;
+    int64_t rows; ///< of all heads
     int64_t rows_per_network;
     const float* parameters;
+
+    /// Calls body(begin, end, where the biases of these rows lie).
+    template <class Body>
+    void for_each_bias(const Body& body) const {
+        const int64_t n = rows / layer.bias_networks;
+        for (int t = 0; t < layer.bias_networks; t++) {
+            body(t * n, (t + 1) * n, layer.bias + int64_t(t) * layer.rows);
+        }
+    }
 
     const float* weight(int t) const {
         return parameters + layer.weight + int64_t(t) * layer.rows * layer.cols;
@@ -23,15 +33,17 @@ struct LayerPass {
     /// y <- [y +] W x + bias
     void forward(const float* x, bool add, float* y) const {
         const int64_t n = rows_per_network;
-        for (int t = 0; t < layer.networks; t++) {
-            const float* bias = parameters + layer.bias + t * layer.rows;
-            float* to = y + t * n * layer.rows;
-            for (int64_t i = 0; i < n; i++) {
-                float* row = to + i * layer.rows;
+        for_each_bias([&](int64_t begin, int64_t end, int64_t at) {
+            const float* bias = parameters + at;
+            for (int64_t i = begin; i < end; i++) {
+                float* row = y + i * layer.rows;
                 for (int r = 0; r < layer.rows; r++) {
                     row[r] = bias[r] + (add ? row[r] : 0.0f);
                 }
             }
+        });
+        for (int t = 0; t < layer.networks; t++) {
+            float* to = y + t * n * layer.rows;
             multiply_nt(
                     n,
                     layer.rows,
@@ -51,14 +63,16 @@ struct LayerPass {
     void backward(const float* x, const float* dy, float* gradient, float* dx)
             const {
         const int64_t n = rows_per_network;
-        for (int t = 0; t < layer.networks; t++) {
-            const float* from = dy + t * n * layer.rows;
-            float* bias = gradient + layer.bias + t * layer.rows;
-            for (int64_t i = 0; i < n; i++) {
+        for_each_bias([&](int64_t begin, int64_t end, int64_t at) {
+            float* bias = gradient + at;
+            for (int64_t i = begin; i < end; i++) {
                 for (int r = 0; r < layer.rows; r++) {
-                    bias[r] += from[i * layer.rows + r];
+                    bias[r] += dy[i * layer.rows + r];
                 }
             }
+        });
+        for (int t = 0; t < layer.networks; t++) {
+            const float* from = dy + t * n * layer.rows;
             multiply_tn(
                     layer.rows,
                     layer.cols,
@@ -82,6 +96,19 @@ struct LayerPass {
     }
 };
 
+void rectify(std::vector<float>& y) {
+    for (float& unit : y) {
+        unit = unit < 0 ? 0.0f : unit;
+    }
+}
+
+/// Gradient through a rectifier that gave y.
+void through_rectifier(const std::vector<float>& y, float* dy) {
+    for (size_t i = 0; i < y.size(); i++) {
+        dy[i] = y[i] > 0 ? dy[i] : 0.0f;
+    }
+}
+
 } // namespace
 
 double classifier_loss(
@@ -94,7 +121,7 @@ double classifier_loss(
     const int64_t rows = shape.group * batch.n;
     const int depth = shape.depth, ncell = shape.ncell;
     const auto pass = [&](size_t l) {
-        return LayerPass{layers[l], rows / layers[l].networks, parameters};
+        return LayerPass{layers[l], rows, rows / layers[l].networks, parameters};
     };
     w.hidden.resize(depth + 1);
     w.up.resize(depth);
@@ -108,11 +135,12 @@ double classifier_loss(
     w.gradient_u.resize(rows * shape.width);
 
     pass(0).forward(batch.x, false, w.hidden[0].data());
+    if (depth == 0) {
+        rectify(w.hidden[0]);
+    }
     for (int b = 0; b < depth; b++) {
         pass(1 + 2 * b).forward(w.hidden[b].data(), false, w.up[b].data());
-        for (float& u : w.up[b]) {
-            u = std::max(u, 0.0f);
-        }
+        rectify(w.up[b]);
         w.hidden[b + 1] = w.hidden[b];
         pass(2 + 2 * b).forward(w.up[b].data(), true, w.hidden[b + 1].data());
     }
@@ -140,9 +168,7 @@ double classifier_loss(
     for (int b = depth - 1; b >= 0; b--) {
         float* du = w.gradient_u.data();
         pass(2 + 2 * b).backward(w.up[b].data(), dh, gradient, du);
-        for (int64_t i = 0; i < rows * shape.width; i++) {
-            du[i] = w.up[b][i] > 0 ? du[i] : 0.0f;
-        }
+        through_rectifier(w.up[b], du);
         // The gradient through the block is added to the one that passes by.
         const LayerPass up = pass(1 + 2 * b);
         up.backward(w.hidden[b].data(), du, gradient, nullptr);
@@ -157,6 +183,9 @@ double classifier_loss(
                     1,
                     dh + at);
         }
+    }
+    if (depth == 0) {
+        through_rectifier(w.hidden[0], dh);
     }
     pass(0).backward(batch.x, dh, gradient, nullptr);
     return loss;

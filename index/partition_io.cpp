@@ -20,8 +20,11 @@ namespace faiss_saap {
 namespace {
 
 const uint32_t kFlat = faiss::fourcc("SaFl"), kOther = faiss::fourcc("SaQz");
-const uint32_t kClassifier = faiss::fourcc("SaCl");
-const uint32_t kBlend = faiss::fourcc("SaBl");
+const uint32_t kClassifier = faiss::fourcc("SaC2");
+const uint32_t kBlend = faiss::fourcc("SaB2");
+// As they were written before classifiers could share their input layer.
+const uint32_t kOldClassifier = faiss::fourcc("SaCl");
+const uint32_t kOldBlend = faiss::fourcc("SaBl");
 const uint32_t kMeans = faiss::fourcc("SaMn");
 const uint32_t kSegments = faiss::fourcc("SaSg");
 
@@ -30,21 +33,28 @@ void write_classifier(const QueryClassifier& q, faiss::IOWriter& writer) {
     for (int32_t x : {s.d, s.group, s.ncell, s.width, s.depth}) {
         write_value(writer, x);
     }
+    write_value<uint8_t>(writer, s.share_input);
     write_value<uint8_t>(writer, s.share_trunk);
     write_value<uint8_t>(writer, q.dtype == DType::bfloat16);
     const auto parameters = q.parameters();
     write_array(writer, parameters.data(), parameters.size());
 }
 
-std::shared_ptr<const QueryClassifier> read_classifier(MemoryReader& reader) {
+std::shared_ptr<const QueryClassifier> read_classifier(MemoryReader& reader, bool old) {
     ClassifierShape s;
     for (int* x : {&s.d, &s.group, &s.ncell, &s.width, &s.depth}) {
         *x = read_value<int32_t>(reader);
     }
+    s.share_input = !old && read_value<uint8_t>(reader) != 0;
     s.share_trunk = read_value<uint8_t>(reader) != 0;
     const bool narrow = read_value<uint8_t>(reader) != 0;
     const auto parameters = read_array<float>(reader);
     const int64_t expected = parameter_count(s); // checks the shape
+    FAISS_THROW_IF_NOT_FMT(
+            !old || s.depth > 0,
+            "%s: a classifier without residual blocks that an earlier version "
+            "wrote is linear, which this one has not",
+            reader.name.c_str());
     FAISS_THROW_IF_NOT_FMT(
             static_cast<int64_t>(parameters.size()) == expected,
             "%s: corrupt: a classifier of %lld parameters has %zd",
@@ -57,8 +67,8 @@ std::shared_ptr<const QueryClassifier> read_classifier(MemoryReader& reader) {
             narrow ? DType::bfloat16 : DType::float32);
 }
 
-std::shared_ptr<const CellAssigner> read_blend(MemoryReader& reader) {
-    auto classifier = read_classifier(reader);
+std::shared_ptr<const CellAssigner> read_blend(MemoryReader& reader, bool old) {
+    auto classifier = read_classifier(reader, old);
     const auto scale = read_value<float>(reader);
     auto weights = read_array<BlendWeights>(reader);
     try {
@@ -121,7 +131,8 @@ std::shared_ptr<const CellAssigner> read_assigner(
     const auto kind = read_value<uint32_t>(reader);
     FAISS_THROW_IF_NOT_FMT(
             kind == kMeans || kind == kFlat || kind == kOther || kind == kClassifier ||
-                    kind == kBlend || (kind == kSegments && !nested),
+                    kind == kOldClassifier || kind == kBlend || kind == kOldBlend ||
+                    (kind == kSegments && !nested),
             "%s: an assigner of kind %08x is not known to this version",
             reader.name.c_str(),
             kind);
@@ -130,11 +141,11 @@ std::shared_ptr<const CellAssigner> read_assigner(
         const auto ncell = read_value<int32_t>(reader);
         return std::make_shared<CellMeanAssigner>(d, ncell);
     }
-    if (kind == kClassifier) {
-        return read_classifier(reader);
+    if (kind == kClassifier || kind == kOldClassifier) {
+        return read_classifier(reader, kind == kOldClassifier);
     }
-    if (kind == kBlend) {
-        return read_blend(reader);
+    if (kind == kBlend || kind == kOldBlend) {
+        return read_blend(reader, kind == kOldBlend);
     }
     if (kind == kSegments) {
         const auto length = read_value<int64_t>(reader);

@@ -23,7 +23,7 @@ namespace faiss_saap::tests {
 
 /// strided: rows of a token lie apart, and values otherwise than keys.
 enum class CacheLayout { token_major, head_major, paged, strided };
-enum class QueryKind { quantizer, l2, means, classifier, blend };
+enum class QueryKind { quantizer, l2, means, classifier, perceptron, blend };
 
 struct AdapterCase {
     const char* name;
@@ -48,7 +48,8 @@ struct AdapterCase {
 
 inline std::ostream& operator<<(std::ostream& out, const AdapterCase& c) {
     constexpr const char* kLayouts[] = {"token-major", "head-major", "paged", "strided"};
-    constexpr const char* kQueries[] = {"quantizer", "l2", "means", "classifier", "blend"};
+    constexpr const char* kQueries[] = {
+            "quantizer", "l2", "means", "classifier", "perceptron", "blend"};
     out << c.name << ": " << c.heads_q << " / " << c.heads_kv << " heads, d " << c.d
         << ", " << name(c.dtype) << ", " << kLayouts[static_cast<int>(c.layout)]
         << ", lengths";
@@ -118,6 +119,12 @@ inline std::vector<AdapterCase> adapter_cases() {
         c.query = QueryKind::classifier;
         c.d = 128;
         c.dtype = DType::float16;
+    });
+    add("perceptron", [](C c) { c.query = QueryKind::perceptron; });
+    add("perceptron, d 128, a choice per head", [](C c) {
+        c.query = QueryKind::perceptron;
+        c.d = 128;
+        c.share_group = false;
     });
     add("blend", [](C c) { c.query = QueryKind::blend; });
     add("blend, token by token at the end", [](C c) {
@@ -207,6 +214,7 @@ inline AdapterCase random_case(Random& random) {
             QueryKind::l2,
             QueryKind::means,
             QueryKind::classifier,
+            QueryKind::perceptron,
             QueryKind::blend);
     c.union_of_two = coin();
     c.share_group = coin();
@@ -286,13 +294,14 @@ struct CaseWorld {
                 {},
                 rope);
         const int group = c.heads_q / c.heads_kv;
-        const auto classifier = [&] {
+        const auto classifier = [&](int depth, bool share_input) {
             ClassifierShape shape;
             shape.d = c.d;
             shape.group = group;
             shape.ncell = c.ncell;
             shape.width = 44; // no multiple of 8
-            shape.depth = 2;
+            shape.depth = depth;
+            shape.share_input = share_input;
             return std::make_shared<QueryClassifier>(
                     shape, random.normal(parameter_count(shape), 0.2f).data());
         };
@@ -306,7 +315,10 @@ struct CaseWorld {
                 p.query = std::make_shared<CellMeanAssigner>(c.d, c.ncell);
                 break;
             case QueryKind::classifier:
-                p.query = classifier();
+                p.query = classifier(2, false);
+                break;
+            case QueryKind::perceptron:
+                p.query = classifier(0, true);
                 break;
             case QueryKind::blend: {
                 std::vector<BlendWeights> weights(group);
@@ -315,7 +327,7 @@ struct CaseWorld {
                     w = {x[0], x[1], x[2], x[3], x[4]};
                 }
                 p.query = std::make_shared<BlendAssigner>(
-                        classifier(), weights, 0.125f);
+                        classifier(2, false), weights, 0.125f);
             }
         }
         return p;

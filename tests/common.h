@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -61,6 +63,17 @@ struct TemporaryFile {
         unlink(path.c_str());
     }
 };
+
+/// Makes the end of a file of this library, in memory, say what it holds.
+inline void seal(std::vector<uint8_t>& file) {
+    const uint64_t size = file.size() - 24; // without kind, version and this end
+    std::memcpy(file.data() + file.size() - 16, &size, 8);
+    uint64_t sum = 0xcbf29ce484222325;
+    for (size_t i = 8; i < file.size() - 16; i++) {
+        sum = (sum ^ file[i]) * 0x100000001b3;
+    }
+    std::memcpy(file.data() + file.size() - 8, &sum, 8);
+}
 
 /// The embedded trace.
 inline std::string embedded_trace() {

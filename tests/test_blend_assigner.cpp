@@ -139,7 +139,7 @@ TEST(BlendAssigner, IsTheWeightedSumOfItsDefinition) {
 }
 
 /// One query head, whose classifier sends x to the cell of its largest
-/// component and knows no more.
+/// component, where one is positive, and knows no more.
 std::shared_ptr<const QueryClassifier> identity_classifier() {
     ClassifierShape s;
     s.d = d;

@@ -105,13 +105,6 @@ TEST_P(IndexIO, ForgedLengthsAllocateNothing) {
     tests::Random random;
     const auto x = random.normal(n * d);
     const auto bytes = write_index_to_memory(*make_index(GetParam(), x));
-    const auto seal = [](std::vector<uint8_t>& b) {
-        uint64_t sum = 0xcbf29ce484222325;
-        for (size_t i = 8; i < b.size() - 16; i++) {
-            sum = (sum ^ b[i]) * 0x100000001b3;
-        }
-        std::memcpy(b.data() + b.size() - 8, &sum, 8);
-    };
     int refused = 0;
     for (int round = 0; round < 3000; round++) {
         auto forged = bytes;
@@ -124,7 +117,7 @@ TEST_P(IndexIO, ForgedLengthsAllocateNothing) {
             forged[8 + random.below(std::min<size_t>(size, 200))] ^=
                     1 << random.below(8);
         }
-        seal(forged);
+        tests::seal(forged);
         try {
             auto index =
                     read_index_from_memory(forged.data(), forged.size());

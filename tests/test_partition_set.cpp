@@ -37,6 +37,8 @@ TrainedPartition make_partition(
     s.group = group;
     s.ncell = ncell;
     s.width = 12;
+    s.depth = 1;
+    s.share_input = kv_head != 0;
     s.share_trunk = kv_head == 0;
     p.partition.query = std::make_shared<QueryClassifier>(
             s, random.normal(parameter_count(s)).data(), dtype);
@@ -232,7 +234,7 @@ TEST(PartitionSet, WrongFiles) {
         });
     };
     EXPECT_SENTENCE(with("format", "something"), "no file of partitions");
-    EXPECT_SENTENCE(with("format_version", "5"), "version '5'");
+    EXPECT_SENTENCE(with("format_version", "6"), "version '6'");
     EXPECT_SENTENCE(with("rope", "{"), "'rope' is no JSON");
     EXPECT_SENTENCE(with("rope", "{}"), "'d' is missing");
     EXPECT_SENTENCE(replaced("rope", "interleaved", "spiral"), "spiral");
@@ -255,6 +257,11 @@ TEST(PartitionSet, WrongFiles) {
     EXPECT_SENTENCE(
             replaced(head, "\"share_trunk\":true", "\"share_trunk\":false"),
             "expected");
+    EXPECT_SENTENCE(
+            replaced(head, "\"share_input\":false", "\"share_input\":true"),
+            "expected");
+    EXPECT_SENTENCE(
+            replaced(head, "\"share_input\":false", "\"share_input\":0"), "'share_input'");
     EXPECT_SENTENCE(replaced(head, "\"depth\":1", "\"depth\":2"), "block1");
     EXPECT_SENTENCE(replaced(head, "\"group\":3", "\"group\":2"), "held_out");
     EXPECT_SENTENCE(
@@ -303,6 +310,20 @@ TEST(PartitionSet, WrongFiles) {
         ASSERT_NE(at, std::string::npos);
         metadata[head].erase(at, 13);
     });
+    // And those before the fifth nothing of input layers.
+    const auto before_version_5 = [&](const char* depth) {
+        read_changed(file.path, [&](auto&, auto& metadata, auto&) {
+            metadata["format_version"] = "4";
+            std::string& about = metadata[head];
+            const std::string field = "\"share_input\":false,";
+            const size_t at = about.find(field);
+            ASSERT_NE(at, std::string::npos);
+            about.erase(at, field.size());
+            about.replace(about.find("\"depth\":1"), 9, depth);
+        });
+    };
+    before_version_5("\"depth\":1");
+    EXPECT_SENTENCE(before_version_5("\"depth\":0"), "linear");
     EXPECT_SENTENCE(
             tensor(head + ".centroids",
                    [](TensorView& t, auto& numbers) {

@@ -22,7 +22,8 @@ ClassifierShape make_shape(
         int ncell,
         int width,
         int depth,
-        bool share_trunk) {
+        bool share_trunk,
+        bool share_input = false) {
     ClassifierShape s;
     s.d = d;
     s.group = group;
@@ -30,6 +31,7 @@ ClassifierShape make_shape(
     s.width = width;
     s.depth = depth;
     s.share_trunk = share_trunk;
+    s.share_input = share_input;
     return s;
 }
 
@@ -47,13 +49,15 @@ std::vector<double> reference(
         const float* x,
         int head) {
     const auto layers = classifier_layers(s);
-    const int net = s.share_trunk ? 0 : head;
-    const auto apply = [&](size_t l, int t, const std::vector<double>& from) {
+    const auto apply = [&](size_t l, const std::vector<double>& from) {
         const ClassifierLayer& layer = layers[l];
+        const bool shares = l == 0 ? s.share_input : s.share_trunk;
         std::vector<double> to(layer.rows);
         for (int r = 0; r < layer.rows; r++) {
-            const int64_t row = int64_t(t) * layer.rows + r;
-            to[r] = parameters[layer.bias + row];
+            const int64_t row = int64_t(shares ? 0 : head) * layer.rows + r;
+            // Biases of the input are each head's.
+            const int of_bias = l == 0 || !shares ? head : 0;
+            to[r] = parameters[layer.bias + int64_t(of_bias) * layer.rows + r];
             for (int c = 0; c < layer.cols; c++) {
                 to[r] += parameters[layer.weight + row * layer.cols + c] *
                         from[c];
@@ -61,18 +65,24 @@ std::vector<double> reference(
         }
         return to;
     };
-    auto h = apply(0, head, std::vector<double>(x, x + s.d));
-    for (int b = 0; b < s.depth; b++) {
-        auto u = apply(1 + 2 * b, net, h);
-        for (double& v : u) {
+    const auto rectify = [](std::vector<double>& y) {
+        for (double& v : y) {
             v = std::max(v, 0.0);
         }
-        const auto change = apply(2 + 2 * b, net, u);
+    };
+    auto h = apply(0, std::vector<double>(x, x + s.d));
+    if (s.depth == 0) {
+        rectify(h);
+    }
+    for (int b = 0; b < s.depth; b++) {
+        auto u = apply(1 + 2 * b, h);
+        rectify(u);
+        const auto change = apply(2 + 2 * b, u);
         for (int i = 0; i < s.width; i++) {
             h[i] += change[i];
         }
     }
-    return apply(layers.size() - 1, net, h);
+    return apply(layers.size() - 1, h);
 }
 
 std::vector<double> widen(const std::vector<float>& x) {
@@ -88,6 +98,7 @@ void PrintTo(const Inputs& in, std::ostream* out) {
     const ClassifierShape& s = in.shape;
     *out << "d " << s.d << ", group " << s.group << ", ncell " << s.ncell
          << ", width " << s.width << ", depth " << s.depth
+         << (s.share_input ? ", one input" : "")
          << (s.share_trunk ? ", shared, " : ", separate, ") << name(in.dtype);
 }
 
@@ -190,9 +201,11 @@ TEST_P(Network, WeightsAreStoredForWideLoads) {
                 ASSERT_NEAR(row[c], w, tolerance * std::abs(w));
                 ASSERT_EQ(row[c], c < layer.cols ? rounded[at] : 0.0f);
             }
+        }
+        for (int64_t i = 0; i < layer.biases(); i++) {
             ASSERT_EQ(
-                    classifier.biases()[stored.bias + r],
-                    parameters[layer.bias + r]);
+                    classifier.biases()[stored.bias + i],
+                    parameters[layer.bias + i]);
         }
         bytes += rows * row_bytes;
     }
@@ -208,6 +221,10 @@ INSTANTIATE_TEST_SUITE_P(
                 Inputs{make_shape(33, 2, 17, 21, 2, true), DType::bfloat16},
                 Inputs{make_shape(7, 1, 5, 3, 3, true), DType::float32},
                 Inputs{make_shape(12, 4, 1, 8, 0, false), DType::float32},
+                Inputs{make_shape(64, 3, 100, 40, 0, true, true), DType::bfloat16},
+                Inputs{make_shape(30, 2, 17, 21, 0, true, false), DType::bfloat16},
+                Inputs{make_shape(30, 2, 17, 21, 0, false, true), DType::float32},
+                Inputs{make_shape(30, 2, 17, 21, 2, true, true), DType::bfloat16},
                 Inputs{make_shape(128, 4, 64, 72, 1, true), DType::float32}));
 
 TEST(QueryClassifier, TheDefaultFitsTheBudget) {
@@ -230,14 +247,18 @@ TEST(QueryClassifier, NeedsHeadsOnlyWhereThereAreSeveral) {
     EXPECT_EQ(
             QueryClassifier(s, zeros.data()).needs,
             unsigned(NEEDS_PRE_ROPE | NEEDS_HEAD));
+    s.share_input = true; // biases remain each head's
+    EXPECT_EQ(
+            QueryClassifier(s, zeros.data()).needs,
+            unsigned(NEEDS_PRE_ROPE | NEEDS_HEAD));
 }
 
 TEST(QueryClassifier, NaNStaysNaN) {
     tests::Random random;
-    const auto s = make_shape(10, 1, 30, 8, 1, true);
-    const auto parameters = random_parameters(random, s);
-    const QueryClassifier classifier(s, parameters.data());
-    for (int n : {1, 40}) {
+    for (const auto& [n, depth] : {std::pair(1, 1), {40, 1}, {1, 0}, {40, 0}}) {
+        const auto s = make_shape(10, 1, 30, 8, depth, true);
+        const auto parameters = random_parameters(random, s);
+        const QueryClassifier classifier(s, parameters.data());
         std::vector<float> x(n * s.d, 0.5f), scores(n * s.ncell);
         x[3] = NAN;
         RoutingInput input;
@@ -332,6 +353,22 @@ TEST(QueryClassifier, IndexFilesCarryIt) {
                 read_index_from_memory(bytes.data(), cut),
                 faiss::FaissException);
     }
+
+    // As files were before input layers could be shared: no byte says so.
+    const std::string kind = "SaC2";
+    const auto at = std::search(bytes.begin(), bytes.end(), kind.begin(), kind.end());
+    ASSERT_NE(at, bytes.end());
+    at[2] = 'C', at[3] = 'l';
+    const auto depth = at + 4 + 4 * 4;
+    const size_t of_depth = depth - bytes.begin();
+    bytes.erase(depth + 4);
+    tests::seal(bytes);
+    const auto old = read_index_from_memory(bytes.data(), bytes.size());
+    EXPECT_EQ(search(*old), search(index));
+    bytes[of_depth] = 0;
+    tests::seal(bytes);
+    EXPECT_SENTENCE(
+            read_index_from_memory(bytes.data(), bytes.size()), "is linear");
 }
 
 /// The loss in double precision, from its definition.
@@ -364,11 +401,17 @@ double reference_loss(
     return loss;
 }
 
-class Loss : public ::testing::TestWithParam<bool> {};
+/// Of make_shape().
+struct Shared {
+    int depth;
+    bool trunk, input;
+};
+class Loss : public ::testing::TestWithParam<Shared> {};
 
 TEST_P(Loss, GradientAgreesWithFiniteDifferences) {
     tests::Random random;
-    const auto s = make_shape(6, 2, 19, 9, 2, GetParam());
+    const Shared& shared = GetParam();
+    const auto s = make_shape(6, 2, 19, 9, shared.depth, shared.trunk, shared.input);
     const auto parameters = random_parameters(random, s);
     const int64_t n = 7, rows = s.group * n;
     const auto x = random.normal(rows * s.d);
@@ -414,7 +457,15 @@ TEST_P(Loss, GradientAgreesWithFiniteDifferences) {
     EXPECT_GT(largest, .05);
 }
 
-INSTANTIATE_TEST_SUITE_P(Trunks, Loss, ::testing::Bool());
+INSTANTIATE_TEST_SUITE_P(
+        Trunks,
+        Loss,
+        ::testing::Values(
+                Shared{2, false, false},
+                Shared{2, true, false},
+                Shared{1, true, true},
+                Shared{0, true, true},
+                Shared{0, false, false}));
 
 } // namespace
 } // namespace faiss_saap

@@ -207,6 +207,7 @@ TEST_F(GpuAdapter, AStepIsAppendThenAttend) {
     for (const Step& of : {
                  Step{QueryKind::quantizer, false, true, 1, 8, 0},
                  Step{QueryKind::classifier, true, true, 1, 6, 0},
+                 Step{QueryKind::perceptron, false, true, 1, 6, 0},
                  Step{QueryKind::l2, false, true, 1, 8, 300},
                  Step{QueryKind::blend, false, true, 1, 8, 0},
                  Step{QueryKind::quantizer, false, false, 1, 8, 0},

@@ -126,7 +126,8 @@ struct Pair {
                 c.classifier ? rope : RopeParams());
         if (c.classifier) {
             ClassifierShape shape;
-            shape.d = c.d, shape.ncell = c.ncell, shape.width = 48, shape.depth = 2;
+            shape.d = c.d, shape.ncell = c.ncell, shape.width = 48;
+            shape.depth = c.queries >= 1000 ? 0 : 2;
             partition.query = std::make_shared<QueryClassifier>(
                     shape, random.normal(parameter_count(shape), 0.2f).data());
         }

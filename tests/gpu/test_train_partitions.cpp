@@ -86,14 +86,16 @@ FirstStep first_step(
     const int d = shape.d, ncell = shape.ncell;
     const float* all = training.state.parameters.data();
     const auto apply = [&](const ClassifierLayer& l,
-                           int network,
+                           int head,
                            const std::vector<double>& x) {
+        const int matrix = l.networks > 1 ? head : 0;
+        const int of_bias = l.bias_networks > 1 ? head : 0;
         std::vector<double> y(l.rows);
         for (int r = 0; r < l.rows; r++) {
-            y[r] = all[l.bias + network * l.rows + r];
+            y[r] = all[l.bias + of_bias * l.rows + r];
             for (int c = 0; c < l.cols; c++) {
                 y[r] += double(all[l.weight +
-                                   (int64_t(network) * l.rows + r) * l.cols + c]) *
+                                   (int64_t(matrix) * l.rows + r) * l.cols + c]) *
                         x[c];
             }
         }
@@ -137,15 +139,10 @@ FirstStep first_step(
                             training.factor[g * d + i];
                 }
                 auto h = apply(layers[0], g, x);
-                auto up = apply(layers[1], 0, h);
-                for (double& u : up) {
-                    u = std::max(u, 0.0);
+                for (double& unit : h) { // of the default network, which has no block
+                    unit = std::max(unit, 0.0);
                 }
-                const auto down = apply(layers[2], 0, up);
-                for (size_t i = 0; i < h.size(); i++) {
-                    h[i] += down[i];
-                }
-                const auto z = apply(layers[3], 0, h);
+                const auto z = apply(layers.back(), g, h);
                 double norm = 0;
                 for (int c = 0; c < ncell; c++) {
                     norm += count[c] * std::exp(z[c]);
@@ -203,6 +200,7 @@ TEST_F(GpuTraining, StepsAreThoseOfTheCpu) {
             auto params = small_params();
             params.share_trunk = share;
             params.depth = depth;
+            params.share_input = share && depth == 0;
             params.steps = params.evaluate_every = 3;
             params.blend = false;
             TrainingState cpu;

@@ -71,7 +71,7 @@ class Partition:
             self.centroids = file.get_tensor(f"{self.prefix}.centroids").astype(np.float64)
             self.bias = {
                 name: file.get_tensor(f"{self.prefix}.{name}.bias").astype(np.float64)
-                for name in ("in", "block0.up", "block0.down", "out")
+                for name in ("in", "out")
             }
         self.weight = {name: read_bfloat16(path, f"{self.prefix}.{name}.weight") for name in self.bias}
 
@@ -82,27 +82,25 @@ class Partition:
     def scores(self, query, head):
         """Scores [ncell] of a pre-RoPE query [d], by the definition of the network."""
 
-        def layer(name, x, network):
-            weight = self.weight[name][network]
-            return weight[:, : len(x)] @ x + self.bias[name][network]
+        def layer(name, x, bias):
+            weight = self.weight[name][0]
+            return weight[:, : len(x)] @ x + self.bias[name][bias]
 
-        h = layer("in", query, head)
-        h = h + layer("block0.down", np.maximum(layer("block0.up", h, 0), 0), 0)
-        return layer("out", h, 0)
+        return layer("out", np.maximum(layer("in", query, head), 0), 0)
 
 
 def test_the_file_says_what_it_is(trained, trace):
     path, report = trained
     partition = Partition(path)
     meta, about = partition.metadata, partition.about
-    assert meta["format"] == "faiss_saap.partitions" and meta["format_version"] == "4"
+    assert meta["format"] == "faiss_saap.partitions" and meta["format_version"] == "5"
     with safe_open(trace, "numpy") as file:
         theirs = file.metadata()
     assert meta["model"] == theirs["model"]
     assert json.loads(meta["texts"]) == [theirs["text"]]
     assert json.loads(meta["rope"])["theta"] == float(theirs["rope_theta"])
     assert json.loads(meta["training"]) == {"sink": SINK, "window": WINDOW, "seed": 1234}
-    assert about["ncell"] == NCELL and about["width"] == 64 and about["share_trunk"]
+    assert about["ncell"] == NCELL and about["width"] == 64 and about["depth"] == 0 and about["share_input"] and about["share_trunk"]
     assert len(report["rows"]) == 3
     for row, (recall, ceiling, far_mass) in zip(report["rows"], about["held_out"]):
         assert (row["mass_recall"], row["ceiling"], row["far_mass"]) == pytest.approx((recall, ceiling, far_mass))

@@ -340,6 +340,7 @@ void bind_assigners(nb::module_& m) {
                        int group,
                        int width,
                        int depth,
+                       bool share_input,
                        bool share_trunk,
                        const std::string& dtype) {
                         ClassifierShape s;
@@ -348,6 +349,7 @@ void bind_assigners(nb::module_& m) {
                         s.group = group;
                         s.width = width;
                         s.depth = depth;
+                        s.share_input = share_input;
                         s.share_trunk = share_trunk;
                         s.check();
                         check_shape(
@@ -361,16 +363,19 @@ void bind_assigners(nb::module_& m) {
                     "d"_a,
                     "ncell"_a,
                     "group"_a = 1,
-                    "width"_a = 192,
-                    "depth"_a = 1,
-                    "share_trunk"_a = true,
+                    "width"_a = ClassifierShape().width,
+                    "depth"_a = ClassifierShape().depth,
+                    "share_input"_a = ClassifierShape().share_input,
+                    "share_trunk"_a = ClassifierShape().share_trunk,
                     "dtype"_a = "bfloat16",
                     nb::sig("def __init__(self, parameters: numpy.typing.ArrayLike, d: int, "
-                            "ncell: int, group: int = 1, width: int = 192, "
-                            "depth: int = 1, share_trunk: bool = True, dtype: "
-                            "str = 'bfloat16') -> None"),
+                            "ncell: int, group: int = 1, width: int = 128, "
+                            "depth: int = 0, share_input: bool = True, "
+                            "share_trunk: bool = True, dtype: str = "
+                            "'bfloat16') -> None"),
                     "parameters: one row of floats, layer by layer the weights "
-                    "and then the biases: 'in' (group networks of width * d), "
+                    "and then the biases: 'in' (width * d, once or for each head; "
+                    "biases for each head), "
                     "for each of depth blocks 'up' and 'down' (width * width), "
                     "'out' (ncell * width).")
             .def(

@@ -110,6 +110,7 @@ void bind_training(nb::module_& m) {
             .def_rw("keys_per_cell", &TrainingParams::keys_per_cell)
             .def_rw("width", &TrainingParams::width, "Of the hidden layers.")
             .def_rw("depth", &TrainingParams::depth, "Residual blocks.")
+            .def_rw("share_input", &TrainingParams::share_input)
             .def_rw("share_trunk", &TrainingParams::share_trunk)
             .def_rw("steps", &TrainingParams::steps, "Mini-batches at most.")
             .def_rw("batch", &TrainingParams::batch, "Tokens of a mini-batch.")
