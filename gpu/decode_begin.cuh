@@ -149,6 +149,7 @@ __device__ __forceinline__ void send_for_weights(
                 copy_rows(product, to, copies);
             }
             product.rows = to;
+            product.kept = 1;
             product.matrix = product.bias_matrix = product.end - product.first;
             product.bias = product.bias ? reinterpret_cast<const float*>(biases) : nullptr;
         } else if (layer <= s.layers || seeks) {

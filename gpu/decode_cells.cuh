@@ -57,6 +57,7 @@ __device__ __forceinline__ void tell_best_of_sought(const DecodeBlock& b) {
 
 /// Scores of the block's cells for each query head, and for the keys whose cells are
 /// sought, whose best cells it tells; of hidden layers each block has some units.
+template <int D>
 __device__ __forceinline__ void score_cells(DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
     DecodeShared& s = b.s;
@@ -71,8 +72,18 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
     int stride = b.vector_stride();
     const int of_units = b.unit_stride();
     const int nproduct = s.layers + 1 + (s.step.finds > 0);
+    int layer = 0;
+    if (s.layers == 1 && s.products[0].everywhere && is_short<D>(s.products[0])) {
+        multiply_short_rows<D>(s.products[0], x, stride, [&](int v, int r, float value) {
+            hidden[v * of_units + r] = split_float(value < 0 ? 0.0f : value); // NaN stays
+        });
+        __syncthreads();
+        x = hidden;
+        stride = of_units;
+        layer = 1;
+    }
 #pragma unroll 1
-    for (int layer = 0; layer < nproduct; layer++) {
+    for (; layer < nproduct; layer++) {
         // in; then up and down of each residual block, which adds to what was; scores.
         const bool hides = layer < s.layers, of_key = layer > s.layers;
         const bool up = layer % 2, adds = layer && !up;
@@ -86,6 +97,12 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
                 b.floats(layout.products), layout.head_stride == 4 ? 2 : 3};
         RowProducts product = s.products[layer];
         product.n = of_key ? static_cast<uint8_t>(s.step.finds) : product.n;
+        if (layer == s.layers && is_short<D>(product)) {
+            multiply_short_rows<D>(product, x, stride, [&](int v, int r, float value) {
+                b.floats(layout.scores)[v * layout.cell_stride + r] = value;
+            });
+            continue;
+        }
         multiply_rows(product, x, stride, room, [&](int v, int r, float value) {
             if (hides) {
                 uint32_t& unit = y[v * of_units + r];

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     begin_step<T, D>(block);
     // Before the first keys are sent for: sending takes longer than they do.
-    score_cells(block);
+    score_cells<D>(block);
     auto stream = begin_stream<T, D>(block);
     attend_to_row(block, stream);
     keep_results(block, stream);

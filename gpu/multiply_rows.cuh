@@ -38,6 +38,7 @@ struct RowProducts {
     uint8_t bf16 = 0, heads = 1, n = 1;
     uint8_t biases = 1;     ///< one for all vectors, or one for each
     uint8_t everywhere = 0; ///< all blocks have these rows
+    uint8_t kept = 0;       ///< rows and biases lie in shared memory
 
     // How the warps share out the tiles: whole ones, or, where there are few, ranges of
     // their pieces.
@@ -123,9 +124,8 @@ __device__ __forceinline__ void copy_biases(const RowProducts& p, char* to) {
 
 /// Both parts of a SplitFloat in one word.
 __device__ __forceinline__ uint32_t split_float(float x) {
-    const SplitFloat split(x);
-    return static_cast<uint32_t>(__bfloat16_as_ushort(split.low)) << 16 |
-            __bfloat16_as_ushort(split.high);
+    const float high = __uint_as_float(pack<__nv_bfloat16>(x, 0.0f) << 16);
+    return pack<__nv_bfloat16>(high, x - high);
 }
 __device__ __forceinline__ float joined_float(uint32_t x) {
     return __uint_as_float(x << 16) + __uint_as_float(x & 0xffff0000u);
@@ -353,6 +353,58 @@ __device__ __forceinline__ void multiply_rows(
             sum += room.at((item << p.log_warps) + w, in_tile, v);
         }
         add_bias(v, row, sum);
+    }
+}
+
+/// Whether multiply_short_rows() can multiply what multiply_rows() can.
+template <int D>
+__device__ __forceinline__ bool is_short(const RowProducts& p) {
+    return p.kept && p.bf16 && p.cols == D && p.heads == 1;
+}
+
+/// multiply_rows() for bfloat16 rows of D columns in shared memory, whole tiles for each
+/// warp: fewer instructions, which is what a product of so little costs.
+template <int D, class Emit>
+__device__ __forceinline__ void multiply_short_rows(
+        const RowProducts p,
+        const uint32_t* x,
+        int x_stride,
+        const Emit& emit) {
+    constexpr int kPieces = D / kPieceColumns, kStep = 2 * kPieceColumns; // bytes
+    const int part = threadIdx.x % 4, quad = threadIdx.x % 32 / 4;
+    const uint32_t of_lane = shared_address(x + min(quad, p.n - 1) * x_stride + 8 * part);
+    const uint32_t rows = shared_address(p.rows) + 16 * part;
+    const int n = p.end - p.first, step = kTileRows * static_cast<int>(blockDim.x / 32);
+#pragma unroll 1
+    for (int first = kTileRows * (threadIdx.x / 32); first < n; first += step) {
+        const int row[2] = {min(first + quad, n - 1), min(first + quad + 8, n - 1)};
+        TilePiece<true> pieces[kPieces];
+#pragma unroll
+        for (int i = 0; i < kPieces; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                pieces[i].row[half][0] = load_words(rows + 2 * D * row[half] + kStep * i);
+            }
+        }
+        float c[2][4] = {};
+#pragma unroll
+        for (int i = 0; i < kPieces; i++) {
+            const uint32_t from = of_lane + 4 * kPieceColumns * i;
+            pieces[i].multiply(c, load_words(from), load_words(from + 16));
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const int v = min(2 * part + j, p.n - 1);
+                const int of_bias = (p.biases > 1 ? v : 0) * p.bias_matrix + row[half];
+                const float value = c[0][2 * half + j] + c[1][2 * half + j] +
+                        (p.bias ? p.bias[of_bias] : 0.0f);
+                if (2 * part + j < p.n && first + quad + 8 * half < n) {
+                    emit(v, p.first + row[half], value);
+                }
+            }
+        }
     }
 }
 

@@ -36,6 +36,7 @@ struct AdapterCase {
     int64_t sink = 5, window = 40;
     bool pre_rope = true;
     QueryKind query = QueryKind::quantizer;
+    int width = 44; ///< of networks; no multiple of 8
     float query_deviation = 2; ///< of components; 0: all cells are alike
     bool union_of_two = false; ///< a second, post-RoPE partition
     bool share_group = true;
@@ -125,6 +126,12 @@ inline std::vector<AdapterCase> adapter_cases() {
         c.query = QueryKind::perceptron;
         c.d = 128;
         c.share_group = false;
+    });
+    add("perceptron as wide as d 128, llama group", [](C c) {
+        c.query = QueryKind::perceptron;
+        c.d = c.width = 128;
+        c.heads_q = 8;
+        c.heads_kv = 2;
     });
     add("blend", [](C c) { c.query = QueryKind::blend; });
     add("blend, token by token at the end", [](C c) {
@@ -299,7 +306,7 @@ struct CaseWorld {
             shape.d = c.d;
             shape.group = group;
             shape.ncell = c.ncell;
-            shape.width = 44; // no multiple of 8
+            shape.width = c.width;
             shape.depth = depth;
             shape.share_input = share_input;
             return std::make_shared<QueryClassifier>(
