@@ -46,7 +46,8 @@ struct HeadTraining {
     int training_texts = 0; ///< the first ones; the last text is held out, or
                             ///< the last quarter of a single one
     /// Mean and 1 / deviation of each component of each head's queries, size
-    /// group * d: the network is trained on standardised ones.
+    /// group * d: the network is trained on standardised ones. Heads that share the
+    /// input matrix have one deviation, of their mean variance.
     std::vector<float> mean, factor;
     std::vector<double> far_mass; ///< per head, of the held-out text
 

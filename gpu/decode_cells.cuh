@@ -56,7 +56,8 @@ __device__ __forceinline__ void tell_best_of_sought(const DecodeBlock& b) {
 }
 
 /// Scores of the block's cells for each query head, and for the keys whose cells are
-/// sought, whose best cells it tells; of hidden layers each block has some units.
+/// sought, whose best cells it tells; of hidden layers each block has some units,
+/// or all of a small one.
 template <int D>
 __device__ __forceinline__ void score_cells(DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;

@@ -31,7 +31,8 @@ __device__ __forceinline__ uint4 load_words(uint32_t at) {
 struct RowProducts {
     const void* rows = nullptr;  ///< row `first` of the first matrix, bfloat16 or float
     const float* bias = nullptr; ///< of that row; may be null
-    int matrix = 0, bias_matrix = 0; ///< rows, biases from one matrix to the next
+    int matrix = 0;      ///< rows from one matrix to the next
+    int bias_matrix = 0; ///< biases likewise, or from one vector to the next
     int cols = 0;                    ///< a multiple of 8
     int first = 0, end = 0;
     // Small, as a block keeps many of these.
@@ -310,7 +311,7 @@ __device__ __forceinline__ void multiply_tiles(
     }
 }
 
-/// Row r times x_v + bias[r], for all rows and vectors, by all warps of a block.
+/// Row r times x_v + bias, for all rows and vectors, by all warps of a block.
 /// @param x     shared memory, vectors of words by split_float, x_stride words apart, with
 ///              zeros up to a multiple of kPieceColumns
 /// @param room  for as many vectors

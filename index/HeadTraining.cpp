@@ -137,7 +137,7 @@ void HeadTraining::split() {
     }
 }
 
-/// Mean and deviation of each component of each head's queries: the
+/// Mean and deviation of each component of the heads' queries: the
 /// network is trained on standardised queries, at one learning rate.
 void HeadTraining::standardise() {
     const int d = shape.d, group = shape.group;

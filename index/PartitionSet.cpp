@@ -21,7 +21,7 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kFormat = "faiss_saap.partitions";
-/// 4: with plans; 3: centroids may be bfloat16; 2: with weights of blends;
+/// 5: heads may share their input matrix; 4: with plans; 3: centroids may be bfloat16; 2: with weights of blends;
 /// 1: without
 constexpr int kVersion = 5;
 

@@ -20,7 +20,7 @@ shopt -s nullglob
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 # The small cases: what compute-sanitizer makes a hundred times slower.
-MEMCHECK='*GpuAdapterCases*/?:*GpuAdapterCases*/14:*GpuAdapterCases*/16:*GpuAdapterCases*/2?:GpuAdapter.Faults*:GpuAdapter.Merges*:GpuAdapter.Truncated*'
+MEMCHECK='*GpuAdapterCases*/?:*GpuAdapterCases*/14:*GpuAdapterCases*/16:*GpuAdapterCases*/2?:*GpuAdapterCases*/3?:GpuAdapter.Faults*:GpuAdapter.Merges*:GpuAdapter.Truncated*'
 MEMCHECK+=':GpuAdapter.AStepThat*:GpuTraining.FirstStep*:GpuAdapterRefusals.*:CApi.*:*GpuIndexCases*/?:GpuIndex.Removes*:GpuIndex.Reconstructs*'
 MEMCHECK+=':GpuSequencePartitions.*:GpuKMeans.Equal*:GpuMergeStates.*:*GpuSelectK.EqualsTheHost/1:*GpuAssignCells*/?'
 RACECHECK='*GpuAdapterCases*/0:*GpuAdapterCases*/2:*GpuAdapterCases*/14:*GpuAdapterCases*/16:*GpuAdapterCases*/17:*GpuAdapterCases*/22:GpuAdapter.Merges*'

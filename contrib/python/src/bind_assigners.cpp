@@ -340,9 +340,9 @@ void bind_assigners(nb::module_& m) {
                        int group,
                        int width,
                        int depth,
-                       bool share_input,
                        bool share_trunk,
-                       const std::string& dtype) {
+                       const std::string& dtype,
+                       bool share_input) {
                         ClassifierShape s;
                         s.d = d;
                         s.ncell = ncell;
@@ -365,19 +365,19 @@ void bind_assigners(nb::module_& m) {
                     "group"_a = 1,
                     "width"_a = ClassifierShape().width,
                     "depth"_a = ClassifierShape().depth,
-                    "share_input"_a = ClassifierShape().share_input,
                     "share_trunk"_a = ClassifierShape().share_trunk,
                     "dtype"_a = "bfloat16",
+                    "share_input"_a = ClassifierShape().share_input,
                     nb::sig("def __init__(self, parameters: numpy.typing.ArrayLike, d: int, "
                             "ncell: int, group: int = 1, width: int = 128, "
-                            "depth: int = 0, share_input: bool = True, "
-                            "share_trunk: bool = True, dtype: str = "
-                            "'bfloat16') -> None"),
+                            "depth: int = 0, share_trunk: bool = True, dtype: "
+                            "str = 'bfloat16', share_input: bool = True) -> None"),
                     "parameters: one row of floats, layer by layer the weights "
-                    "and then the biases: 'in' (width * d, once or for each head; "
-                    "biases for each head), "
-                    "for each of depth blocks 'up' and 'down' (width * width), "
-                    "'out' (ncell * width).")
+                    "and then the biases: 'in' (width * d, once where heads share it; "
+                    "biases for each head), for each of depth residual blocks 'up' and "
+                    "'down' (width * width), 'out' (ncell * width); blocks and 'out' for "
+                    "each head unless the trunk is shared. Without blocks what 'in' gives "
+                    "is rectified.")
             .def(
                     "parameters",
                     [](const QueryClassifier& c) {

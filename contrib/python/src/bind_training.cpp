@@ -109,9 +109,15 @@ void bind_training(nb::module_& m) {
             .def_rw("kmeans", &TrainingParams::kmeans)
             .def_rw("keys_per_cell", &TrainingParams::keys_per_cell)
             .def_rw("width", &TrainingParams::width, "Of the hidden layers.")
-            .def_rw("depth", &TrainingParams::depth, "Residual blocks.")
-            .def_rw("share_input", &TrainingParams::share_input)
-            .def_rw("share_trunk", &TrainingParams::share_trunk)
+            .def_rw("depth",
+                    &TrainingParams::depth,
+                    "Residual blocks; 0: one rectified hidden layer.")
+            .def_rw("share_input",
+                    &TrainingParams::share_input,
+                    "The query heads share the matrix of the first layer.")
+            .def_rw("share_trunk",
+                    &TrainingParams::share_trunk,
+                    "They share what follows.")
             .def_rw("steps", &TrainingParams::steps, "Mini-batches at most.")
             .def_rw("batch", &TrainingParams::batch, "Tokens of a mini-batch.")
             .def_rw("warmup", &TrainingParams::warmup)
