@@ -24,12 +24,6 @@ int padded(int cols) {
     return (cols + 7) / 8 * 8;
 }
 
-void rectify(std::vector<float>& y) {
-    for (float& unit : y) {
-        unit = unit < 0 ? 0.0f : unit;
-    }
-}
-
 /// Checked before the base is made from it.
 const ClassifierShape& checked(const ClassifierShape& shape) {
     shape.check();

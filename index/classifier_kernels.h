@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include <faiss_saap/AdamWParams.h>
 #include <faiss_saap/dtype.h>
@@ -25,6 +26,13 @@ struct DenseLayerParams {
 };
 
 void dense_layer(const DenseLayerParams& params);
+
+/// max(0, .) of each unit; NaN stays.
+inline void rectify(std::vector<float>& units) {
+    for (float& unit : units) {
+        unit = unit < 0 ? 0.0f : unit;
+    }
+}
 
 /// Attention weights of one query, summed per cell.
 /// @param n         keys 0 .. n - 1 are attended

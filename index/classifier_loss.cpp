@@ -14,9 +14,11 @@ namespace {
 struct LayerPass {
     const ClassifierLayer& layer;
     int64_t rows; ///< of all heads
-    int64_t rows_per_network;
     const float* parameters;
 
+    int64_t rows_per_network() const {
+        return rows / layer.networks;
+    }
     /// Calls body(begin, end, where the biases of these rows lie).
     template <class Body>
     void for_each_bias(const Body& body) const {
@@ -32,7 +34,7 @@ struct LayerPass {
 
     /// y <- [y +] W x + bias
     void forward(const float* x, bool add, float* y) const {
-        const int64_t n = rows_per_network;
+        const int64_t n = rows_per_network();
         for_each_bias([&](int64_t begin, int64_t end, int64_t at) {
             const float* bias = parameters + at;
             for (int64_t i = begin; i < end; i++) {
@@ -62,7 +64,7 @@ struct LayerPass {
     /// @param dx  null, or output: gradient of x
     void backward(const float* x, const float* dy, float* gradient, float* dx)
             const {
-        const int64_t n = rows_per_network;
+        const int64_t n = rows_per_network();
         for_each_bias([&](int64_t begin, int64_t end, int64_t at) {
             float* bias = gradient + at;
             for (int64_t i = begin; i < end; i++) {
@@ -96,12 +98,6 @@ struct LayerPass {
     }
 };
 
-void rectify(std::vector<float>& y) {
-    for (float& unit : y) {
-        unit = unit < 0 ? 0.0f : unit;
-    }
-}
-
 /// Gradient through a rectifier that gave y.
 void through_rectifier(const std::vector<float>& y, float* dy) {
     for (size_t i = 0; i < y.size(); i++) {
@@ -121,7 +117,7 @@ double classifier_loss(
     const int64_t rows = shape.group * batch.n;
     const int depth = shape.depth, ncell = shape.ncell;
     const auto pass = [&](size_t l) {
-        return LayerPass{layers[l], rows, rows / layers[l].networks, parameters};
+        return LayerPass{layers[l], rows, parameters};
     };
     w.hidden.resize(depth + 1);
     w.up.resize(depth);
@@ -173,9 +169,9 @@ double classifier_loss(
         const LayerPass up = pass(1 + 2 * b);
         up.backward(w.hidden[b].data(), du, gradient, nullptr);
         for (int t = 0; t < up.layer.networks; t++) {
-            const int64_t at = t * up.rows_per_network * shape.width;
+            const int64_t at = t * up.rows_per_network() * shape.width;
             multiply_nn(
-                    up.rows_per_network,
+                    up.rows_per_network(),
                     shape.width,
                     shape.width,
                     du + at,

@@ -358,7 +358,7 @@ TEST(QueryClassifier, IndexFilesCarryIt) {
     const std::string kind = "SaC2";
     const auto at = std::search(bytes.begin(), bytes.end(), kind.begin(), kind.end());
     ASSERT_NE(at, bytes.end());
-    at[2] = 'C', at[3] = 'l';
+    at[3] = 'l'; // SaCl
     const auto depth = at + 4 + 4 * 4;
     const size_t of_depth = depth - bytes.begin();
     bytes.erase(depth + 4);

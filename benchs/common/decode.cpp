@@ -23,6 +23,42 @@ std::shared_ptr<QuantizerAssigner> flat_assigner(
     return std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
 }
 
+/// Parameters. Time does not depend on what a network has learnt, but for how unequal it
+/// finds the cells: logarithms of masses that trained ones find deviate by 1 to 1.7.
+std::vector<float> random_network(const ClassifierShape& shape, std::mt19937& random) {
+    constexpr double kDeviation = 1.2;
+    std::normal_distribution<float> normal;
+    std::vector<float> parameters(parameter_count(shape), 0.0f);
+    const auto layers = classifier_layers(shape);
+    for (const ClassifierLayer& layer : layers) {
+        const float deviation = 1 / std::sqrt(static_cast<float>(layer.cols));
+        for (int64_t i = 0; i < layer.weights(); i++) {
+            parameters[layer.weight + i] = deviation * normal(random);
+        }
+    }
+    std::vector<float> query(shape.d), scores(shape.ncell);
+    for (float& f : query) {
+        f = normal(random);
+    }
+    const int32_t head = 0;
+    RoutingInput input;
+    input.n = 1, input.d = shape.d;
+    input.pre_rope = query.data(), input.head = &head;
+    QueryClassifier(shape, parameters.data(), DType::float32)
+            .scores(input, nullptr, scores.data());
+    double squares = 0; // the mean is about 0
+    for (const float score : scores) {
+        squares += double(score) * score;
+    }
+    const double wanted = kDeviation * std::sqrt(static_cast<double>(shape.d));
+    const auto factor = static_cast<float>(wanted / std::sqrt(squares / shape.ncell));
+    const ClassifierLayer& out = layers.back();
+    for (int64_t i = 0; i < out.weights(); i++) {
+        parameters[out.weight + i] *= factor;
+    }
+    return parameters;
+}
+
 } // namespace
 
 std::vector<float> decode_queries(const DecodeOptions& o, std::mt19937& random) {
@@ -58,44 +94,14 @@ HeadPartitions classifier_partitions(
         const DecodeOptions& o,
         const std::vector<std::vector<float>>& centres,
         std::mt19937& random) {
-    // Time does not depend on what a network has learnt, but for how unequal it finds the
-    // cells: logarithms of masses that trained ones find deviate by 1 to 1.7.
-    constexpr double kDeviation = 1.2;
-    std::normal_distribution<float> normal;
     HeadPartitions heads = centre_partitions(o, centres);
     for (auto& head : heads) {
         ClassifierShape shape;
         shape.d = o.d;
         shape.group = o.heads_q / o.heads_kv;
         shape.ncell = o.ncell;
-        std::vector<float> parameters(parameter_count(shape), 0.0f);
-        const auto layers = classifier_layers(shape);
-        for (const ClassifierLayer& layer : layers) {
-            const float deviation = 1 / std::sqrt(static_cast<float>(layer.cols));
-            for (int64_t i = 0; i < layer.weights(); i++) {
-                parameters[layer.weight + i] = deviation * normal(random);
-            }
-        }
-        std::vector<float> query(shape.d), scores(shape.ncell);
-        for (float& f : query) {
-            f = normal(random);
-        }
-        const int32_t of_head = 0;
-        RoutingInput input;
-        input.n = 1, input.d = shape.d;
-        input.pre_rope = query.data(), input.head = &of_head;
-        QueryClassifier(shape, parameters.data(), DType::float32)
-                .scores(input, nullptr, scores.data());
-        double squares = 0; // the mean is about 0
-        for (const float score : scores) {
-            squares += double(score) * score;
-        }
-        const double wanted = kDeviation * std::sqrt(static_cast<double>(shape.d));
-        const auto factor = static_cast<float>(wanted / std::sqrt(squares / shape.ncell));
-        for (int64_t i = 0; i < layers.back().weights(); i++) {
-            parameters[layers.back().weight + i] *= factor;
-        }
-        head[0].query = std::make_shared<QueryClassifier>(shape, parameters.data());
+        head[0].query = std::make_shared<QueryClassifier>(
+                shape, random_network(shape, random).data());
         head[0].rope.d = o.d;
     }
     return heads;
