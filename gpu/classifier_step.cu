@@ -51,7 +51,7 @@ __global__ void start_with_bias(
 __global__ void relu(int64_t size, float* y) {
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i < size) {
-        y[i] = fmaxf(y[i], 0.0f);
+        y[i] = y[i] < 0 ? 0.0f : y[i]; // NaN stays
     }
 }
 

@@ -150,7 +150,8 @@ __device__ __noinline__ void run_layer(
                           x + first * cols,
                           cols);
         const int at = (first + (per_head ? 0 : lane % 4)) * a.padded_width + unit;
-        if (there && (!per_head || lane % 4 == 0)) {
+        const bool is = per_head ? lane % 4 == 0 : 4 * h + lane % 4 < team.group;
+        if (there && is) {
             const float sum = s + bias + (add ? add[at] : 0.0f);
             store_in_team(to + at, relu && sum < 0 ? 0.0f : sum); // NaN stays
         }
@@ -512,7 +513,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = 0; i < nlist && asks; i++) {
         const ListState& list = rows[0].list(i);
         const DeviceAssigner& query = list.query;
-        __syncthreads(); // the partition before is done with the vectors
+        // The partition before is done with the vectors; also in the blocks that this one
+        // will write to.
+        if (i > 0) {
+            team_sync();
+        }
         load_vectors(p, team, list);
         __syncthreads();
         const float* x = team.x;

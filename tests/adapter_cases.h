@@ -38,7 +38,9 @@ struct AdapterCase {
     QueryKind query = QueryKind::quantizer;
     int width = 44; ///< of networks; no multiple of 8
     float query_deviation = 2; ///< of components; 0: all cells are alike
+    bool share_trunk = true;
     bool union_of_two = false; ///< a second, post-RoPE partition
+    bool second_alike = false; ///< whose queries are assigned as the first one's are
     bool share_group = true;
     bool attend_dense = true;
     double selectivity = 0.2;
@@ -60,8 +62,9 @@ inline std::ostream& operator<<(std::ostream& out, const AdapterCase& c) {
     return out << ", chunk " << c.chunk << ", q_len " << c.q_len << ", sink " << c.sink
                << ", window " << c.window << ", " << c.ncell << " cells"
                << (c.pre_rope ? " pre-RoPE" : " post-RoPE")
-               << (c.union_of_two ? " and others" : "") << ", queries by "
-               << kQueries[static_cast<int>(c.query)]
+               << (c.union_of_two ? " and others" : "")
+               << (c.second_alike ? ", both alike" : "") << ", queries by "
+               << kQueries[static_cast<int>(c.query)] << " of width " << c.width
                << (c.query_deviation > 0 ? "" : " of 0") << ", selectivity "
                << c.selectivity << ", nprobe " << c.nprobe << ", dense_below "
                << c.dense_below << (c.share_group ? "" : ", a choice per head")
@@ -180,11 +183,54 @@ inline std::vector<AdapterCase> adapter_cases() {
         c.query_deviation = 0;
         c.nprobe = 20;
     });
-    add("more rows than a device has processors", [](C c) {
+    const auto many = [](C c) {
         c.lengths.clear();
         for (int64_t i = 0; i < 80; i++) {
             c.lengths.push_back(20 + 7 * i % 160);
         }
+    };
+    add("more rows than a device has processors", many);
+    add("as many, perceptron, d 128", [&](C c) {
+        many(c);
+        c.query = QueryKind::perceptron;
+        c.d = 128;
+    });
+    add("as many, classifier, paged", [&](C c) {
+        many(c);
+        c.query = QueryKind::classifier;
+        c.layout = CacheLayout::paged;
+    });
+    add("a window for all warps", [](C c) {
+        c.window = 8500;
+        c.lengths = {10'000};
+        c.chunk = 9'995;
+    });
+    // Hidden layers that no block has whole.
+    add("a wide classifier", [](C c) {
+        c.query = QueryKind::classifier;
+        c.width = 196;
+    });
+    add("a wide perceptron, llama group", [](C c) {
+        c.query = QueryKind::perceptron;
+        c.width = 600;
+        c.heads_q = 8;
+        c.heads_kv = 2;
+    });
+    add("classifiers with trunks of their own", [](C c) {
+        c.query = QueryKind::classifier;
+        c.share_trunk = false;
+    });
+    add("two classifiers for each head, group of 3", [](C c) {
+        c.query = QueryKind::classifier;
+        c.heads_q = 9;
+        c.heads_kv = 3;
+        c.union_of_two = c.second_alike = true;
+    });
+    add("two perceptrons for each head, group of 3", [](C c) {
+        c.query = QueryKind::perceptron;
+        c.heads_q = 9;
+        c.heads_kv = 3;
+        c.union_of_two = c.second_alike = true;
     });
     return cases;
 }
@@ -269,7 +315,9 @@ struct CaseWorld {
             head.reserve(2);
             head.push_back(partition(
                     random, train, c.pre_rope ? NEEDS_PRE_ROPE : NEEDS_POST_ROPE));
-            if (c.union_of_two) {
+            if (c.second_alike) {
+                head.push_back(partition(random, train, NEEDS_POST_ROPE));
+            } else if (c.union_of_two) {
                 head.push_back(kmeans_partition(
                         static_cast<int64_t>(train.size()) / c.d,
                         c.d,
@@ -309,6 +357,7 @@ struct CaseWorld {
             shape.width = c.width;
             shape.depth = depth;
             shape.share_input = share_input;
+            shape.share_trunk = c.share_trunk;
             return std::make_shared<QueryClassifier>(
                     shape, random.normal(parameter_count(shape), 0.2f).data());
         };
