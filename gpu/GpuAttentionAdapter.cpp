@@ -124,6 +124,7 @@ struct GpuBatch::State {
     BatchItem* d_items = nullptr;
     BatchList* d_lists = nullptr;
     BatchRow* d_rows = nullptr;
+    DecodeRow* d_decode_rows = nullptr; ///< the same ones
     RowTeam* d_teams = nullptr;
     int32_t* d_team_rows = nullptr;
     unsigned long long* best = nullptr; ///< of few tokens
@@ -138,6 +139,10 @@ struct GpuBatch::State {
     /// One launch can serve it.
     bool decodes(const ProbePolicy& policy) const {
         return decode.row_blocks > 0 && policy.share_group;
+    }
+    /// Some device and some policy let it.
+    bool may_decode() const {
+        return attends && one_each && !keeps_means && most_partitions == 1;
     }
 };
 
@@ -781,6 +786,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
         b.d_items = layout.take<BatchItem>(items.size());
         b.d_lists = layout.take<BatchList>(b.lists.size());
         b.d_rows = layout.take<BatchRow>(nrow);
+        b.d_decode_rows = layout.take<DecodeRow>(b.may_decode() ? nrow : 0);
         b.d_teams = layout.take<RowTeam>(b.nteam);
         b.d_team_rows = layout.take<int32_t>(nrow);
         const auto nlist = static_cast<int>(b.lists.size());
@@ -843,7 +849,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
          stream);
     DecodeParams& d = b.decode;
     d.items = b.d_items;
-    d.rows = b.d_rows;
+    d.rows = b.d_decode_rows;
     d.nrow = static_cast<int>(nrow);
     d.most_cells = b.most_cells;
     d.most_cols = b.most_cols;
@@ -868,9 +874,19 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
                          params_.policy.max_keys,
                          static_cast<int64_t>(params_.policy.max_selectivity * far)));
     }
-    d.row_blocks = b.attends && b.one_each && !b.keeps_means && b.most_partitions == 1
-            ? decode_blocks(d)
-            : 0;
+    d.row_blocks = b.may_decode() ? decode_blocks(d) : 0;
+    if (d.row_blocks > 0) {
+        std::vector<DecodeRow> rows;
+        for (const BatchRow& row : b.rows) {
+            const Sequence& s = at(b.sequences[row.item]);
+            rows.push_back({row, items[row.item].kv, s.lists[s.first_list[row.kv_head]]});
+        }
+        copy(b.d_decode_rows,
+             rows.data(),
+             rows.size() * sizeof(DecodeRow),
+             cudaMemcpyHostToDevice,
+             stream);
+    }
     return std::unique_ptr<GpuBatch>(new GpuBatch(std::move(state)));
 }
 

@@ -8,13 +8,13 @@
 #pragma once
 
 #include "bin_counts.cuh"
+#include "decode_threads.cuh"
 #include "device_vectors.cuh"
 
 namespace faiss_saap::gpu {
 
 /// What a block keeps of its choice, beside the cells' masses and keys.
 struct CellChoice {
-    static constexpr int kThreads = 256, kWarps = kThreads / 32;
     static constexpr int kCandidates = 32; ///< one for each lane
 
     BinCounts bins;
@@ -58,7 +58,7 @@ struct WeighedCells {
     template <class Each>
     __device__ __forceinline__ void for_each(const Each& each) const {
 #pragma unroll 1
-        for (int c = 4 * threadIdx.x; c < n; c += 4 * CellChoice::kThreads) {
+        for (int c = 4 * threadIdx.x; c < n; c += 4 * kThreads) {
             for_four_cells(masses_at(c), keys_at(c), c, each);
         }
     }
@@ -168,13 +168,13 @@ __device__ __forceinline__ ChoiceEnds find_ends(
         cells -= __reduce_add_sync(0xffffffffu, cells_before);
         keys -= __reduce_add_sync(0xffffffffu, keys_before);
         bins = bins.within(ends.x);
-        __syncthreads();
+        sync_choosers();
         clear_choice(s);
-        __syncthreads();
+        sync_choosers();
         all.for_each([&](int, unsigned long long order, int n) {
             bin_cell(s, bins, order, n);
         });
-        __syncthreads();
+        sync_choosers();
     }
 }
 
@@ -190,7 +190,14 @@ __device__ __forceinline__ unsigned long long best_that_fits(
     all.for_each([&](int, unsigned long long order, int n) {
         best = n && n <= keys && order < below ? max(best, order) : best;
     });
-    return largest_of_block(s.best, best, round);
+    // Halves take turns, so that the next round need not wait until all have read this one.
+    best = largest_of_warp(best);
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) {
+        s.best[round & 1][threadIdx.x / 32] = best;
+    }
+    sync_choosers();
+    return largest_of_warp(lane < kWarps ? s.best[round & 1][lane] : 0ull);
 }
 
 struct CellCandidate {
@@ -204,7 +211,7 @@ __device__ __forceinline__ CellCandidate candidate_of_lane(CellChoice& s) {
     const int n = s.ncandidate;
     const unsigned long long mine = lane < n ? s.candidate[lane] : 0;
     int rank = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < n; i++) {
         rank += s.candidate[i] > mine;
     }
@@ -257,8 +264,8 @@ __device__ __forceinline__ void choose_cells(
     if (lane == 0) {
         s.of_warp[warp] = make_int4(mine.x, mine.y, mine.z, 0);
     }
-    __syncthreads();
-    const int4 other = lane < CellChoice::kWarps ? s.of_warp[lane]
+    sync_choosers();
+    const int4 other = lane < kWarps ? s.of_warp[lane]
                                                  : make_int4(0, 0, INT32_MAX, 0);
     int ncell = __reduce_add_sync(0xffffffffu, other.x);
     int nkey = __reduce_add_sync(0xffffffffu, other.y);
@@ -268,7 +275,7 @@ __device__ __forceinline__ void choose_cells(
     int at = __reduce_add_sync(0xffffffffu, lane < warp ? other.x : 0);
     int begin = __reduce_add_sync(0xffffffffu, lane < warp ? other.y : 0);
 #pragma unroll 1
-    for (int c0 = 128 * warp; mine.x && c0 < all.n; c0 += 4 * CellChoice::kThreads) {
+    for (int c0 = 128 * warp; mine.x && c0 < all.n; c0 += 4 * kThreads) {
         const int c = c0 + 4 * lane;
         const bool is = c < all.n;
         const float4 mass = is ? all.masses_at(c) : make_float4(0, 0, 0, 0);

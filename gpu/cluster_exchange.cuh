@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "byte_barrier.cuh"
+#include "decode_threads.cuh"
 #include "shared_address.cuh"
 
 namespace faiss_saap::gpu {
@@ -80,10 +81,12 @@ class ClusterExchange {
         }
 #endif
     }
-    /// 16 bytes that lie in this block, to the same place in `block`, another one.
-    __device__ __forceinline__ void send_copy(const float4* at, unsigned block) const {
+    /// The same of 16 bytes, to another block.
+    __device__ __forceinline__ void send_four(
+            const float4* at,
+            unsigned block,
+            const float4& value) const {
 #if __CUDA_ARCH__ >= 900
-        const float4 value = *at;
         asm volatile(
                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
                 "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(
@@ -105,10 +108,10 @@ class ClusterExchange {
         }
     }
 
-    /// Waits until all has come; by every thread.
+    /// Waits until all has come; by all threads that choose.
     __device__ __forceinline__ void wait() {
         if (gridDim.x == 1) {
-            __syncthreads();
+            sync_choosers();
             return;
         }
         wait_for_bytes(barrier(), number >> 1 & 1);

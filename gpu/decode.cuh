@@ -12,23 +12,6 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-/// The layout that rows of so many blocks have, with as many warps that attend as there
-/// is room for; 0 bytes: there is room for none.
-template <class T, int D>
-DecodeLayout layout_of(const DecodeParams& p, int room, int blocks) {
-    DecodeLayout layout;
-    int warps = kWarps;
-    do {
-        layout = DecodeLayout::of<T, D>(p, blocks, warps);
-        if (layout.bytes <= room && layout.ahead > 0) {
-            return layout;
-        }
-        warps /= 2;
-    } while (warps);
-    layout.bytes = 0;
-    return layout;
-}
-
 /// What the launches depend on of the device.
 struct DecodeDevice {
     int processors = 0;
@@ -46,25 +29,66 @@ struct DecodeDevice {
             cudaDeviceGetAttribute(
                     &room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
                     cudaSuccess &&
-            cudaFuncGetAttributes(&attributes, decode_kernel<T, D>) == cudaSuccess) {
+            cudaFuncGetAttributes(&attributes, decode_kernel<T, D, 0>) == cudaSuccess) {
             it.room = room - static_cast<int>(attributes.sharedSizeBytes);
         }
         return it;
     }
 };
 
-} // namespace
+/// How blocks of a row are launched.
+struct DecodeShape {
+    void (*kernel)(DecodeArguments) = nullptr; ///< null: there is not so much memory
+    DecodeLayout layout;
+    int threads = 0, bytes = 0; ///< of shared memory
 
-/// Shared memory that a block asks for. Where little is read, two share a processor, as
-/// then the next step's blocks begin before this one's have ended; where much is, they
-/// would take each other's bandwidth, and those alone would wait for those in pairs. Rows
-/// that do not all run at once with their blocks alone, do in pairs.
-inline int bytes_of_block(const DecodeParams& p, int bytes, const DecodeDevice& device) {
-    constexpr int64_t kMuch = 24 << 20;
-    return p.bytes < kMuch || p.nrow > device.processors
-            ? bytes
-            : std::max(bytes, device.room / 4 * 3);
+    /// With as many warps that attend as there is room for.
+    ///
+    /// Blocks have warps of their own for sink and window, where these are few, and then
+    /// are alone on a processor. Without them, two blocks share a processor where little
+    /// is read, as then the next step's blocks begin before this one's have ended; where
+    /// much is, they would take each other's bandwidth, and those alone would wait for
+    /// those in pairs. Rows that do not all run at once with their blocks alone, do in
+    /// pairs.
+    template <class T, int D>
+    static DecodeShape of(const DecodeParams& p, const DecodeDevice& device, int blocks) {
+        constexpr int64_t kMuch = 24 << 20; // bytes
+        constexpr int64_t kLargeWindow = 8192; // keys
+        const bool alone = p.nrow <= device.processors;
+        DecodeShape shape;
+        if (alone && p.sink + p.window <= kLargeWindow) {
+            shape.layout = DecodeLayout::of<T, D>(p, blocks, kWarps, kWindowWarps);
+            if (shape.layout.bytes <= device.room) {
+                shape.kernel = decode_kernel<T, D, kWindowWarps>;
+                shape.threads = kThreads + 32 * kWindowWarps;
+                shape.bytes = shape.layout.bytes;
+                return shape;
+            }
+        }
+        for (int warps = kWarps; warps; warps /= 2) {
+            shape.layout = DecodeLayout::of<T, D>(p, blocks, warps, 0);
+            if (shape.layout.bytes <= device.room && shape.layout.ahead > 0) {
+                shape.kernel = decode_kernel<T, D, 0>;
+                shape.threads = kThreads;
+                shape.bytes = alone && p.bytes >= kMuch
+                        ? std::max(shape.layout.bytes, device.room / 4 * 3)
+                        : shape.layout.bytes;
+                return shape;
+            }
+        }
+        return shape;
+    }
+};
+
+template <class T, int D>
+cudaError_t allow_decode(const DecodeDevice& device) {
+    const cudaError_t error = allow(decode_kernel<T, D, 0>, device.room, kMostBlocks);
+    return error != cudaSuccess
+            ? error
+            : allow(decode_kernel<T, D, kWindowWarps>, device.room, kMostBlocks);
 }
+
+} // namespace
 
 /// Whether rows are so few, and read so much, that they are better shared out over all
 /// processors by the other kernels: dense attention of one or two KV heads. Bytes a
@@ -79,29 +103,31 @@ inline bool leaves_too_much_idle(const DecodeParams& p, int blocks, int processo
 
 template <class T, int D>
 int decode_row_blocks(const DecodeParams& p) {
-    auto* kernel = decode_kernel<T, D>;
     const DecodeDevice device = DecodeDevice::of<T, D>();
     bool clusters = false;
     if (p.heads_q / p.heads_kv > kStreamQueries ||
-        compiled_for_90(reinterpret_cast<const void*>(kernel), clusters) != cudaSuccess ||
-        !clusters || device.room == 0 ||
-        allow(kernel, device.room, kMostBlocks) != cudaSuccess) {
+        compiled_for_90(
+                reinterpret_cast<const void*>(decode_kernel<T, D, 0>), clusters) !=
+                cudaSuccess ||
+        !clusters || device.room == 0 || allow_decode<T, D>(device) != cudaSuccess) {
         return 0;
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
-    // is made of, the largest one that lets all rows run at once. But the more blocks
-    // read gigabytes, the slower memory answers: 9 of each of 8 rows take 800 us for
-    // two of them, 8 take 755 (docs/gpu-performance.md).
+    // is made of, the largest one that lets all rows run at once. But nine clusters of 9
+    // do, and fifteen of 8: with those nearly all rows of a step begin while the one
+    // before still runs. And the more blocks read gigabytes, the slower memory answers: 9
+    // of each of 8 rows take 800 us for two of them, 8 take 755 (docs/gpu-performance.md).
+    // So 9 serves large windows alone, where beginning matters little.
     constexpr int64_t kGigabyte = 768 << 20;
     int fewest = 0;
     for (int blocks : {kMostBlocks, 12, 9, 8, 6, 4, 3, 2, 1}) {
-        const int bytes = layout_of<T, D>(p, device.room, blocks).bytes;
-        if (bytes == 0 || (blocks == 9 && p.bytes >= kGigabyte)) {
+        const auto shape = DecodeShape::of<T, D>(p, device, blocks);
+        const bool nine = p.bytes < kGigabyte && shape.threads == kThreads;
+        if (!shape.kernel || (blocks == 9 && !nine)) {
             continue;
         }
         fewest = blocks;
-        const int asked = bytes_of_block(p, bytes, device);
-        if (clusters_at_once(kernel, blocks, kThreads, asked) >= p.nrow) {
+        if (clusters_at_once(shape.kernel, blocks, shape.threads, shape.bytes) >= p.nrow) {
             return leaves_too_much_idle(p, blocks, device.processors) ? 0 : blocks;
         }
     }
@@ -111,17 +137,17 @@ int decode_row_blocks(const DecodeParams& p) {
 template <class T, int D>
 cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     const DecodeDevice device = DecodeDevice::of<T, D>();
-    const DecodeArguments arguments = {p, layout_of<T, D>(p, device.room, p.row_blocks)};
-    const int bytes = bytes_of_block(p, arguments.layout.bytes, device);
-    const cudaError_t error = allow(decode_kernel<T, D>, device.room, kMostBlocks);
+    const auto shape = DecodeShape::of<T, D>(p, device, p.row_blocks);
+    const DecodeArguments arguments = {p, shape.layout};
+    const cudaError_t error = allow_decode<T, D>(device);
     if (error != cudaSuccess) {
         return error;
     }
     return launch(
-            decode_kernel<T, D>,
+            shape.kernel,
             dim3(p.row_blocks, p.nrow),
-            kThreads,
-            bytes,
+            shape.threads,
+            shape.bytes,
             stream,
             arguments,
             p.row_blocks);

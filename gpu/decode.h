@@ -14,7 +14,7 @@ namespace faiss_saap::gpu {
 
 struct DecodeParams {
     BatchItem* items = nullptr;
-    const BatchRow* rows = nullptr;
+    const DecodeRow* rows = nullptr;
     int nrow = 0;
     int row_blocks = 1; ///< of each row: decode_blocks()
     int64_t bytes = 0;  ///< of keys and values that all rows read, about

@@ -43,10 +43,18 @@ __device__ __forceinline__ RowProducts products_of(
     return p;
 }
 
-/// What of a sequence is read while the kernels before still run, and may be behind.
-struct EarlyState {
-    int64_t length, assigned;
+/// What steps change of a sequence. While the kernels before still run, it may be behind.
+struct SequenceReading {
+    int64_t length, assigned, capacity;
 
+    __device__ __forceinline__ static SequenceReading of(const SequenceState& sequence) {
+        return {__ldcg(&sequence.length),
+                __ldcg(&sequence.assigned),
+                __ldcg(&sequence.capacity)};
+    }
+    __device__ __forceinline__ bool operator!=(const SequenceReading& x) const {
+        return length != x.length || assigned != x.assigned || capacity != x.capacity;
+    }
     /// The slot that leaves the window, or -1.
     __device__ __forceinline__ int64_t leaving(const DecodeParams& p) const {
         return leaving_slot(length, p.sink, p.window);
@@ -57,132 +65,152 @@ struct EarlyState {
     }
 };
 
-/// Which row the block has, its cache, its lists and what it multiplies. Makes ready
-/// what must be so before the blocks have begun.
+/// Which row the block has, and what may be behind of its sequence. Makes ready what must
+/// be so before the blocks have begun.
 template <class T, int D>
-__device__ __forceinline__ EarlyState read_row(DecodeBlock& b) {
+__device__ __forceinline__ SequenceReading read_row(DecodeBlock& b) {
     const DecodeParams& p = b.p;
     DecodeShared& s = b.s;
-    copy_words(&s.row, p.rows + blockIdx.y);
+    copy_words<DecodeRow>(&s, p.rows + blockIdx.y);
     b.exchange.begin(s.barriers);
     auto* queries = reinterpret_cast<uint32_t*>(b.shared + b.layout.queries);
 #pragma unroll 1
     for (int i = threadIdx.x; i < kStreamQueries * TileStream<T, D>::kStride / 2;
-         i += kThreads) {
+         i += static_cast<int>(blockDim.x)) {
         queries[i] = 0; // of heads that are not there
     }
     clear_choice(s.choice);
     if (threadIdx.x == 0) {
         BulkCopies(&s.weights_there).begin();
-        s.refused_by = 0;
+        s.refused_by = s.bad_page = 0;
         s.leaving_at = -1;
     }
     __syncthreads();
-    const EarlyState early = {
-            __ldcg(&s.row.sequence->length), __ldcg(&s.row.sequence->assigned)};
-    copy_words(&s.kv, &p.items[s.row.item].kv);
-    copy_words(&s.list, s.row.lists);
-    __syncthreads();
-    const DeviceAssigner& query = s.list.query;
-    const int layers = query.input == RowInput::hidden ? 1 + 2 * query.depth : 0;
-    const int nproduct = layers + (p.appends ? 2 : 1);
-    if (threadIdx.x == kThreads - 1) {
-        s.view = StreamView(s.kv, s.row.kv_head);
-        s.layers = layers;
-        s.nproduct = nproduct;
-        const int most = DecodeLayout::share_in_fours(query.ncell, b.blocks);
-        s.first = min(query.ncell, b.rank * most);
-        s.own = min(most, query.ncell - s.first);
-    }
-    if (threadIdx.x < nproduct) {
-        const RowProducts product =
-                products_of(s.list, threadIdx.x, layers, b.layout.group);
-        s.sources[threadIdx.x] = product;
-        s.bytes_kept[threadIdx.x] =
-                product.bytes() + (product.bytes_of_bias() + 15) / 16 * 16;
-    }
-    __syncthreads();
-    return early;
+    return SequenceReading::of(*s.row.sequence);
 }
 
-/// Weights that are kept in shared memory until they are used: hidden layers and cells, as
-/// far as there is room for them.
-struct KeptWeights {
-    const DecodeBlock& b;
-    int bytes = 0; ///< up to here
-
-    /// Where those of the next layer lie, if they are kept, in order of the layers.
-    __device__ __forceinline__ char* next(int layer) {
-        const int of_layer = b.s.bytes_kept[layer];
-        if (layer > b.s.layers || bytes + of_layer > b.layout.kept_bytes) {
-            return nullptr;
-        }
-        char* at = b.shared + b.layout.kept + bytes;
-        bytes += of_layer;
-        return at;
+/// Brings nearer the block's share of the row's weights: of the first hidden layer and
+/// the cells. By the warps that prepare, before they find out which ones the block has.
+__device__ __forceinline__ void prefetch_weights(const DecodeBlock& b) {
+    const DeviceAssigner& a = b.s.list.query;
+    const int element = a.bf16 ? 2 : 4;
+    const auto prefetch_share = [&](const void* rows, int bytes) {
+        const int each = DecodeLayout::share(bytes, b.blocks);
+        const int first = min(bytes, b.rank * each);
+        prefetch_bytes(
+                static_cast<const char*>(rows) + first,
+                min(each, bytes - first),
+                32 * b.preparing_warp() + b.lane,
+                32 * b.preparing_warps());
+    };
+    if (b.hides()) {
+        prefetch_share(a.layer[0], a.inputs * a.width * a.padded_d * element);
     }
-};
+    prefetch_share(a.rows, a.networks * a.ncell * a.padded_cols * element);
+}
 
-/// Sends for the block's weights, to be kept or only to be nearer, and notes where they
-/// come to lie; and brings nearer what else is known of the row.
+/// Where the block keeps weights in shared memory until they are used: hidden layers and
+/// cells, as far as there is room for them; a layer's come after those before it.
+__device__ __forceinline__ char* place_of_kept(const DecodeBlock& b, int layer) {
+    int at = 0;
+#pragma unroll 1
+    for (int l = 0; l < layer; l++) {
+        const int bytes = b.s.bytes_kept[l].y;
+        at += at + bytes <= b.layout.kept_bytes ? bytes : 0;
+    }
+    return layer <= b.s.layers && at + b.s.bytes_kept[layer].y <= b.layout.kept_bytes
+            ? b.shared + b.layout.kept + at
+            : nullptr;
+}
+
+/// Finds what the block multiplies, and sends for its weights, to be kept or only to be
+/// nearer; and brings nearer what else is known of the row. By the warps that prepare.
 __device__ __forceinline__ void send_for_weights(
         const DecodeBlock& b,
-        const EarlyState& early) {
+        const SequenceReading& early) {
     const DecodeParams& p = b.p;
     DecodeShared& s = b.s;
-    const bool seeks = early.seeks(p);
-    const BulkCopies copies(&s.weights_there);
-    KeptWeights kept = {b};
-    int sent = 0;
+    const DeviceAssigner& query = s.list.query;
+    const int layers = b.hides() ? 1 + 2 * query.depth : 0;
+    const int nproduct = layers + (p.appends ? 2 : 1);
+    const int warp = b.preparing_warp(), warps = b.preparing_warps();
+    const int most = DecodeLayout::share_in_fours(query.ncell, b.blocks);
+    const int first = min(query.ncell, b.rank * most);
+    const int own = min(most, query.ncell - first);
+    if (warp == warps - 1 && b.lane == 0) {
+        s.view = StreamView(s.kv, s.row.kv_head);
+        s.layers = layers;
+        s.first = first;
+        s.own = own;
+    }
+    // A layer is a warp's. Mostly each has one at most, and it stays in registers.
+    RowProducts product;
 #pragma unroll 1
-    for (int layer = 0; layer < s.nproduct; layer++) {
-        char* to = kept.next(layer);
-        sent += to ? s.sources[layer].bytes() : 0;
-        if (layer % kWarps != b.warp) {
-            continue;
+    for (int layer = warp; layer < nproduct; layer += warps) {
+        product = products_of(s.list, layer, layers, b.layout.group);
+        if (b.lane == 0) {
+            s.products[layer] = product;
+            s.bytes_kept[layer] = make_int2(
+                    product.bytes(),
+                    product.bytes() + (product.bytes_of_bias() + 15) / 16 * 16);
         }
-        RowProducts product = s.sources[layer];
-        if (to) {
+    }
+    b.sync_preparing();
+    const BulkCopies copies(&s.weights_there);
+#pragma unroll 1
+    for (int layer = warp; layer < nproduct; layer += warps) {
+        if (nproduct > warps) {
+            product = s.products[layer];
+            __syncwarp();
+        }
+        if (char* to = place_of_kept(b, layer)) {
             char* biases = to + product.bytes();
-            copy_biases(product, biases);
             if (b.lane == 0) {
                 copy_rows(product, to, copies);
             }
+            copy_biases(product, biases);
             product.rows = to;
             product.kept = 1;
             product.matrix = product.bias_matrix = product.end - product.first;
             product.bias = product.bias ? reinterpret_cast<const float*>(biases) : nullptr;
-        } else if (layer <= s.layers || seeks) {
+            if (b.lane == 0) {
+                s.products[layer] = product;
+            }
+        } else if (layer <= layers || early.seeks(p)) {
             prefetch_products(product);
         }
-        if (b.lane == 0) {
-            s.products[layer] = product;
-        }
-    }
-    if (threadIdx.x == 0) {
-        copies.expect(sent);
     }
     commit_copies();
+    if (warp == warps - 1 && b.lane == 0) {
+        int sent = 0;
+#pragma unroll 1
+        for (int layer = 0; layer <= layers; layer++) {
+            sent += place_of_kept(b, layer) ? s.bytes_kept[layer].x : 0;
+        }
+        copies.expect(sent);
+    }
+    const int thread = 32 * warp + b.lane;
     prefetch_bytes(
-            reinterpret_cast<const char*>(s.list.count),
-            int(sizeof(int32_t)) * s.list.query.ncell,
-            threadIdx.x,
-            kThreads);
+            reinterpret_cast<const char*>(s.row.lists->count),
+            int(sizeof(int32_t)) * query.ncell,
+            thread,
+            32 * warps);
     if (b.asks_for_all_extents()) {
         prefetch_bytes(
-                reinterpret_cast<const char*>(s.list.extents + int64_t(s.first) * kExtents),
-                int(sizeof(uint32_t)) * kExtents * s.own,
-                threadIdx.x,
-                kThreads);
+                reinterpret_cast<const char*>(
+                        s.row.lists->extents + int64_t(first) * kExtents),
+                int(sizeof(uint32_t)) * kExtents * own,
+                thread,
+                32 * warps);
     }
 }
 
 /// Zeros that pad vectors.
 template <int D>
-__device__ __forceinline__ void clear_padding(DecodeBlock& b) {
+__device__ __forceinline__ void clear_padding(const DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
     const int width = b.s.list.query.width, of_units = b.unit_stride();
-    const int padding = b.s.layers ? of_units - width : 0;
+    const int padding = b.hides() ? of_units - width : 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < layout.group * padding; i += kThreads) {
         const int at = i / padding * of_units + width + i % padding;
@@ -200,17 +228,18 @@ __device__ __forceinline__ void clear_padding(DecodeBlock& b) {
 template <class T, int D>
 __device__ __forceinline__ void prefetch_keys(
         const DecodeBlock& b,
-        const EarlyState& early) {
+        const SequenceReading& early) {
     constexpr int kLines = (D * int(sizeof(T)) + 127) / 128;
     const DecodeParams& p = b.p;
     const int64_t leaving = early.leaving(p);
     const bool seeks = early.seeks(p);
-    if (threadIdx.x == 0 && leaving >= 0 && !seeks) {
-        prefetch(b.s.list.cells + leaving - p.sink);
+    const int thread = 32 * b.preparing_warp() + b.lane;
+    if (thread == 0 && leaving >= 0 && !seeks) {
+        prefetch(b.s.row.lists->cells + leaving - p.sink);
     }
     const int keys = p.heads_kv + (seeks ? b.layout.ahead : 0);
 #pragma unroll 1
-    for (int i = threadIdx.x; p.appends && i < keys * kLines; i += kThreads) {
+    for (int i = thread; p.appends && i < keys * kLines; i += 32 * b.preparing_warps()) {
         const int key = i / kLines;
         const bool is_new = key < p.heads_kv;
         const int64_t slot = is_new ? early.length : leaving + key - p.heads_kv;
@@ -242,26 +271,26 @@ __device__ __forceinline__ void send_for_queries(const DecodeBlock& b) {
 /// there have 0.
 __device__ __forceinline__ void send_for_counts(const DecodeBlock& b) {
     const int ncell = b.s.list.query.ncell;
+    const int32_t* from = b.s.row.lists->count;
     int32_t* counts = b.ints(b.layout.counts);
 #pragma unroll 1
     for (int c = 4 * threadIdx.x; c < ncell; c += 4 * kThreads) {
-        copy_up_to_16_bytes(counts + c, b.s.list.count + c, 4 * min(4, ncell - c));
+        copy_up_to_16_bytes(counts + c, from + c, 4 * min(4, ncell - c));
     }
     commit_copies();
 }
 
-/// What the step is about, but for what is wrong with the new keys.
-/// @param before, assigned, capacity  of the sequence
-/// @param most_ahead                  DecodeLayout::ahead
+/// What the step is about, but for what is wrong with the new keys and with pages.
+/// @param most_ahead   DecodeLayout::ahead
+/// @param finds_later  whether there are warps for that
 __device__ __forceinline__ DecodeStep step_of(
         const DecodeParams& p,
         const BatchRow& row,
-        int64_t before,
-        int64_t assigned,
-        int64_t capacity,
-        int most_ahead) {
+        const SequenceReading& before,
+        int most_ahead,
+        bool finds_later) {
     DecodeStep step;
-    step.length = before + (p.appends ? 1 : 0);
+    step.length = before.length + (p.appends ? 1 : 0);
     const Reach reach = reach_of(step.length, 1, 0, p.sink, p.window);
     step.far = static_cast<int>(reach.far_keys());
     step.sinks = static_cast<int>(reach.sink_end);
@@ -270,39 +299,75 @@ __device__ __forceinline__ DecodeStep step_of(
     step.takes_all = reach.far_keys() <= p.dense_below;
     step.readable = step.length <= row.view_length;
     if (p.appends) {
-        step.refused = step.length > capacity ? Fault::append_capacity
-                : !step.readable              ? Fault::append_view
-                                              : Fault::none;
+        step.refused = step.length > before.capacity ? Fault::append_capacity
+                : !step.readable                     ? Fault::append_view
+                                                     : Fault::none;
         if (step.refused == Fault::none) {
-            step.leaving = static_cast<int>(leaving_slot(before, p.sink, p.window));
+            step.leaving = static_cast<int>(before.leaving(p));
         }
-        if (step.leaving >= 0 && step.leaving >= assigned) { // of tokens that there are
-            step.finds = static_cast<int>(
-                    max(int64_t(1), min(int64_t(most_ahead), before - step.leaving)));
+        const auto there = static_cast<int>(before.length - step.leaving); // keys
+        if (step.leaving >= 0 && step.leaving >= before.assigned) {
+            step.finds = max(1, min(most_ahead, there));
+        } else if (step.leaving >= 0 && step.leaving + 1 >= before.assigned && finds_later) {
+            step.finds_later = min(most_ahead, there - 1);
         }
     }
+    step.attends = step.readable && step.refused == Fault::none;
+    step.dense = p.attend_dense && step.attends ? step.dense : 0;
     return step;
 }
 
-/// Of the keys whose cells are to be found, those before the first hole of the page table.
+/// Notes what the step is about, and how its queries are rotated back. By the warps that
+/// choose, once or twice: not inlined.
+template <int D>
+static __device__ __noinline__ void prepare_step(
+        const DecodeParams& p,
+        const DecodeLayout& layout,
+        DecodeShared& s,
+        char* shared,
+        const SequenceReading before,
+        bool finds_later) {
+    if (threadIdx.x == kThreads - 1) {
+        s.step = step_of(p, s.row, before, layout.ahead, finds_later);
+    }
+    const int64_t length = before.length + (p.appends ? 1 : 0);
+    const DeviceRotary& rotary = s.list.rotary;
+    const bool rotates =
+            s.list.query.input != RowInput::post_rope && rotary.inverse_frequency;
+    auto* rotations = reinterpret_cast<float2*>(shared + layout.rotations);
+#pragma unroll 1
+    for (int pair = threadIdx.x; pair < D / 2; pair += kThreads) {
+        const float2 r = rotates ? rotation(rotary, length - 1 + p.position_offset, pair)
+                                 : make_float2(1, 0);
+        const float size = rotates ? rotary.shrink : 1.0f;
+        rotations[pair] = make_float2(size * r.x, size * r.y);
+    }
+}
+
+/// Of n keys whose cells are to be found, those before the first hole of the page table.
 __device__ __forceinline__ int keys_that_are_there(
         const DecodeBlock& b,
-        const DecodeStep& step) {
+        int first,
+        int n) {
     const DeviceView& kv = b.s.kv;
-    int n = step.finds;
 #pragma unroll 1
-    for (int i = step.finds - 1; kv.page_table && i > 0; i--) {
-        const int32_t page = __ldcg(kv.page_table + (step.leaving + i) / kv.page_size);
+    for (int i = n - 1; kv.page_table && i >= 0; i--) {
+        const int32_t page = __ldcg(kv.page_table + (first + i) / kv.page_size);
         n = page >= 0 && page < kv.npages ? n : i; // alike in all blocks: they count on it
     }
     return n;
 }
 
 /// Looks at the new key of each KV head, in every block, so that all agree.
-__device__ __forceinline__ void check_new_keys(const DecodeBlock& b, int64_t slot) {
+/// @param warp, warps  this one of so many
+__device__ __forceinline__ void check_new_keys(
+        const DecodeBlock& b,
+        int64_t slot,
+        int warp,
+        int warps) {
     const DecodeParams& p = b.p;
 #pragma unroll 1
-    for (int h0 = 2 * (kWarps - 1 - b.warp); h0 < p.heads_kv; h0 += 2 * kWarps) {
+    for (int h0 = 2 * (warps - 1 - warp); h0 < p.heads_kv; h0 += 2 * warps) {
         const int h = h0 + b.lane / 16;
         const bool is = h < p.heads_kv;
         const Fault fault =
@@ -314,31 +379,27 @@ __device__ __forceinline__ void check_new_keys(const DecodeBlock& b, int64_t slo
     }
 }
 
-/// The queries, and the keys whose cells are sought, as the assigners want them.
+/// Keys whose cells are sought, as the key assigner wants them. By so many threads.
+/// @param first  slot
 template <int D>
-__device__ __forceinline__ void load_vectors(
+__device__ __forceinline__ void load_sought(
         const DecodeBlock& b,
-        const DecodeStep& step) {
-    const DecodeParams& p = b.p;
+        int first,
+        int n,
+        int thread,
+        int threads) {
     const ListState& list = b.s.list;
-    const int group = b.layout.group, stride = b.vector_stride();
-    const int n = group + step.finds;
-    const auto* queries = static_cast<const char*>(p.queries) + b.first_head() * 2 * D;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < n * (D / 2); i += kThreads) {
-        const int g = i / (D / 2), pair = i % (D / 2);
-        const bool is_key = g >= group;
-        const int slot = step.leaving + g - group;
-        float* to = is_key ? b.floats(b.layout.sought) + (g - group) * D
-                           : b.floats(b.layout.x) + g * stride;
+    for (int i = thread; i < n * (D / 2); i += threads) {
+        const int slot = first + i / (D / 2), pair = i % (D / 2);
+        float* to = b.floats(b.layout.sought) + i / (D / 2) * D;
         load_vector(
                 list.rotary,
                 D,
-                (is_key ? slot : step.length - 1) + p.position_offset,
-                is_key ? list.key.input == RowInput::pre_rope
-                       : list.query.input != RowInput::post_rope,
-                is_key ? key_row(b.s.kv, b.s.row.kv_head, slot) : queries + g * 2 * D,
-                p.bf16,
+                slot + b.p.position_offset,
+                list.key.input == RowInput::pre_rope,
+                key_row(b.s.kv, b.s.row.kv_head, slot),
+                b.p.bf16,
                 pair,
                 D / 2,
                 to);
@@ -348,27 +409,62 @@ __device__ __forceinline__ void load_vectors(
     }
 }
 
-/// Finds what the step is about, its queries and the counts of the cells.
+/// The queries as the query assigner wants them.
 template <class T, int D>
-__device__ __forceinline__ void begin_step(DecodeBlock& b) {
-    const DecodeParams& p = b.p;
-    DecodeShared& s = b.s;
-    const int64_t before = __ldcg(&s.row.sequence->length);
-    const int64_t assigned = __ldcg(&s.row.sequence->assigned);
-    const int64_t capacity = __ldcg(&s.row.sequence->capacity);
-    send_for_queries<T, D>(b);
-    send_for_counts(b);
-    DecodeStep step = step_of(p, s.row, before, assigned, capacity, b.layout.ahead);
-    step.finds = keys_that_are_there(b, step);
-    if (threadIdx.x == 0) {
-        step.attends = step.readable && step.refused == Fault::none;
-        step.dense = p.attend_dense && step.attends ? step.dense : 0;
-        s.step = step;
+__device__ __forceinline__ void rotate_queries(const DecodeBlock& b) {
+    constexpr int kStride = TileStream<T, D>::kStride;
+    const DecodeLayout& layout = b.layout;
+    const DeviceRotary& rotary = b.s.list.rotary;
+    const auto* queries = reinterpret_cast<const T*>(b.shared + layout.queries);
+    const auto* rotations = reinterpret_cast<const float2*>(b.shared + layout.rotations);
+    auto* x = reinterpret_cast<uint32_t*>(b.ints(layout.x));
+    const int stride = b.vector_stride();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < layout.group * (D / 2); i += kThreads) {
+        const int g = i / (D / 2), pair = i % (D / 2);
+        const int2 at = rotary_pair(rotary, D, pair);
+        const float u = static_cast<float>(queries[g * kStride + at.x]);
+        const float v = static_cast<float>(queries[g * kStride + at.y]);
+        const float2 r = rotations[pair];
+        x[g * stride + at.x] = split_float(u * r.x + v * r.y);
+        x[g * stride + at.y] = split_float(v * r.x - u * r.y);
     }
-    load_vectors<D>(b, step);
-    wait_for_copies<0>();
+}
+
+/// Finds the queries, the counts of the cells and, where it was not known yet, what the
+/// step is about.
+/// @param early  what prepare_step() was told
+template <class T, int D>
+__device__ __forceinline__ void begin_step(
+        const DecodeBlock& b,
+        const SequenceReading& early) {
+    DecodeShared& s = b.s;
+    send_for_queries<T, D>(b);
+    const auto now = SequenceReading::of(*s.row.sequence);
+    copy_words<ListArrays>(&s.list, s.row.lists); // where they lie by now
+    send_for_counts(b);
+    if (now != early) {
+        prepare_step<D>(b.p, b.layout, s, b.shared, now, b.window_warps > 0);
+    }
+    wait_for_copies<1>(); // not for counts
+    sync_choosers();
+    rotate_queries<T, D>(b);
+    DecodeStep& step = s.step;
+    if (step.finds || step.finds_later) {
+        // The first one that leaves now is there, or attention will say that it is not.
+        const int one = step.finds ? 1 : 0, leaving = step.leaving;
+        const int more = keys_that_are_there(
+                b, leaving + 1, step.finds ? step.finds - 1 : step.finds_later);
+        sync_choosers();
+        if (threadIdx.x == 0) {
+            (one ? step.finds : step.finds_later) = one + more;
+        }
+        if (one) {
+            load_sought<D>(
+                    b, leaving, one + more, static_cast<int>(threadIdx.x), kThreads);
+        }
+    }
     BulkCopies(&s.weights_there).wait();
-    __syncthreads();
 }
 
 } // namespace

@@ -11,8 +11,6 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-static_assert(CellChoice::kThreads == kThreads);
-
 /// Quotients of numbers below 2^17 by one number, without a division.
 struct Divisor {
     int by;
@@ -32,6 +30,8 @@ struct DecodeStep {
     Fault refused = Fault::none;
     int leaving = -1; ///< the slot that leaves the window; -1: none
     int finds = 0;    ///< slots from there on whose cells are found in this step
+    /// Slots behind it whose cells are found for later steps, while this one goes on.
+    int finds_later = 0;
     int far = 0;      ///< keys that there are
     int sinks = 0, window_begin = 0;
     int dense = 0;    ///< keys of sink and window that are read
@@ -42,29 +42,24 @@ struct DecodeStep {
 
 /// What has a fixed place in a block's shared memory, as it is wanted rarely and
 /// registers are few.
-struct DecodeShared {
-    // Of the row, and what is multiplied in a step of it.
-    BatchRow row;
-    DeviceView kv;
-    StreamView view; ///< the same of the row's KV head
-    ListState list;
+struct DecodeShared : DecodeRow {
+    StreamView view; ///< kv, of the row's KV head
     int first, own; ///< cells of this block
     int layers;     ///< hidden ones of the query assigner
-    int nproduct;   ///< layers, cells and, where tokens are appended, cells of a key
+    /// Layers, cells and, where tokens are appended, cells of a key.
     RowProducts products[kMaxLayers + 2];
-    /// Where what they multiply comes from, and bytes that it takes where it is kept.
-    RowProducts sources[kMaxLayers + 2];
-    int bytes_kept[kMaxLayers + 2];
+    int2 bytes_kept[kMaxLayers + 2]; ///< of their rows, and with biases
 
     DecodeStep step;
     int refused_by;             ///< the worst Fault of a new key
+    int bad_page;               ///< a key's page was not there
     int leaving_cell;           ///< that the leaving key joins; -1: none
     int found[kMostAhead];      ///< cells of the keys that were sought
     int leaving_at;             ///< its number among the far keys taken; -1: not taken
     CellChoice choice;
     float factors[kMostBlocks * kWarps]; ///< of the exponentials, by part and head
     /// Sum and largest of sink and window by each warp that attends.
-    float2 dense_sums[kWarps][kStreamQueries];
+    float2 dense_sums[kWarps + kWindowWarps][kStreamQueries];
     unsigned long long barriers[2]; ///< of the exchange
     unsigned long long weights_there; ///< barrier of the weights that are kept
 };
@@ -77,13 +72,15 @@ struct DecodeBlock {
     char* shared; ///< the arrays of the layout
     int blocks, rank;
     int warp, lane;
+    int window_warps; ///< DecodeLayout::window_warps, known to the compiler
     ClusterExchange exchange;
 
     __device__ __forceinline__ DecodeBlock(
             const DecodeParams& p,
             const DecodeLayout& layout,
             DecodeShared& s,
-            char* shared)
+            char* shared,
+            int window_warps)
             : p(p),
               layout(layout),
               s(s),
@@ -91,8 +88,39 @@ struct DecodeBlock {
               blocks(gridDim.x),
               rank(blockIdx.x),
               warp(threadIdx.x / 32),
-              lane(threadIdx.x % 32) {}
+              lane(threadIdx.x % 32),
+              window_warps(window_warps) {}
 
+    /// Whether the warp is one of those that choose cells.
+    __device__ __forceinline__ bool chooses() const {
+        return window_warps == 0 || warp < kWarps;
+    }
+    /// The warps that make ready what is multiplied: those that attend to sink and window
+    /// where there are any, as the others have to wait for queries meanwhile.
+    __device__ __forceinline__ bool prepares() const {
+        return chooses() == (window_warps == 0);
+    }
+    __device__ __forceinline__ int preparing_warps() const {
+        return window_warps ? window_warps : kWarps;
+    }
+    /// Of them.
+    __device__ __forceinline__ int preparing_warp() const {
+        return window_warps ? warp - kWarps : warp;
+    }
+    /// A barrier of them.
+    __device__ __forceinline__ void sync_preparing() const {
+        if (window_warps) {
+            sync_others(32 * window_warps);
+        } else {
+            sync_choosers();
+        }
+    }
+    /// Where the warp's tiles and results are among those of all; -1: it has none.
+    __device__ __forceinline__ int place() const {
+        return !chooses() ? layout.tile_warps + warp - kWarps
+                : warp < layout.tile_warps ? warp
+                                           : -1;
+    }
     __device__ __forceinline__ float* floats(int at) const {
         return reinterpret_cast<float*>(shared + at);
     }
@@ -127,7 +155,7 @@ struct DecodeBlock {
             const int to = rank + turn;
 #pragma unroll 1
             for (int i = lane; i < n; i += 32) {
-                exchange.send_copy(at(i), to < blocks ? to : to - blocks);
+                exchange.send_four(at(i), to < blocks ? to : to - blocks, *at(i));
             }
         }
     }
@@ -141,10 +169,14 @@ struct DecodeBlock {
         return s.step.refused != Fault::none ? s.step.refused
                                              : static_cast<Fault>(s.refused_by);
     }
+    /// Whether the query assigner has hidden layers.
+    __device__ __forceinline__ bool hides() const {
+        return s.list.query.input == RowInput::hidden;
+    }
     /// Words from one query to the next, as what comes first is multiplied with them.
     __device__ __forceinline__ int vector_stride() const {
         const DeviceAssigner& query = s.list.query;
-        return padded_columns(s.layers ? query.padded_d : query.padded_cols);
+        return padded_columns(hides() ? query.padded_d : query.padded_cols);
     }
     /// And from one query's hidden units to the next's.
     __device__ __forceinline__ int unit_stride() const {

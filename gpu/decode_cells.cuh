@@ -5,6 +5,7 @@
 
 #include "decode_block.cuh"
 #include "far_keys.cuh"
+#include "find_cells.cuh"
 
 namespace faiss_saap::gpu {
 
@@ -19,7 +20,7 @@ __device__ __forceinline__ void exchange_units(
     const DeviceAssigner& query = b.s.list.query;
     const int each = (product.end - product.first + 3) / 4;
     const auto* from = reinterpret_cast<const float4*>(units + product.first);
-    __syncthreads();
+    sync_choosers();
     b.send_to_others(layout.group * each, [&](int i) {
         const int head = i / each;
         return from + head * (b.unit_stride() / 4) + i - head * each;
@@ -35,24 +36,6 @@ __device__ __forceinline__ void exchange_units(
         b.exchange.expect(16 * layout.group * others + (all ? 0 : 4 * b.blocks));
     }
     b.exchange.wait();
-}
-
-/// The block's best cell for each key that is sought, to all blocks.
-__device__ __forceinline__ void tell_best_of_sought(const DecodeBlock& b) {
-    const DecodeLayout& layout = b.layout;
-#pragma unroll 1
-    for (int k = b.warp; k < b.s.step.finds; k += kWarps) {
-        const float* scores = b.floats(layout.sought_scores) + k * layout.cells;
-        unsigned long long best = 0;
-#pragma unroll 1
-        for (int c = b.lane; c < b.s.own; c += 32) {
-            best = max(best, scored_cell(scores[c], b.s.first + c));
-        }
-        best = largest_of_warp(best);
-        if (b.lane < b.blocks) {
-            b.exchange.send(b.words(layout.found) + k * b.blocks + b.rank, b.lane, best);
-        }
-    }
 }
 
 /// Scores of the block's cells for each query head, and for the keys whose cells are
@@ -78,7 +61,7 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
         multiply_short_rows<D>(s.products[0], x, stride, [&](int v, int r, float value) {
             hidden[v * of_units + r] = split_float(value < 0 ? 0.0f : value); // NaN stays
         });
-        __syncthreads();
+        sync_choosers();
         x = hidden;
         stride = of_units;
         layer = 1;
@@ -119,7 +102,7 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
         });
         if (hides) {
             if (product.everywhere) {
-                __syncthreads();
+                sync_choosers();
             } else {
                 exchange_units(b, product, y);
             }
@@ -130,51 +113,86 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
     if (threadIdx.x == kThreads - 1) {
         s.leaving_cell = listed ? leaving_cell : -1;
     }
-    __syncthreads();
+    wait_for_copies<0>(); // of counts
+    sync_choosers();
     if (s.step.finds) {
-        tell_best_of_sought(b);
-        __syncthreads(); // tiles come where scores have been
+#pragma unroll 1
+        for (int k = b.warp; k < s.step.finds; k += kWarps) {
+            const unsigned long long best = best_of_block(b, k);
+            if (b.lane < b.blocks) {
+                b.exchange.send(place_of_best(b, k), b.lane, best);
+            }
+        }
+        sync_choosers(); // tiles come where scores have been
     }
 }
 
 /// Turns the block's scores into exponentials beside the largest one of a part, and tells
-/// the sum over the keys of each part.
-__device__ __forceinline__ void tell_sums(const DecodeBlock& b) {
+/// all blocks these and their sum over the keys of the part. A warp has a part of a head's
+/// cells, each lane four at a time.
+__device__ __forceinline__ void tell_exponentials(const DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
     const DecodeShared& s = b.s;
     const int g = b.warp % layout.head_stride, part = b.warp / layout.head_stride;
-    const bool is = g < layout.group;
-    const int first = s.first + 32 * part + b.lane, end = s.first + s.own;
-    const int end_of_fours = s.first + (s.own + 3) / 4 * 4, step = 32 * layout.parts;
-    float* of_head = b.floats(layout.scores) + (is ? g : 0) * layout.cell_stride;
+    if (g >= layout.group || part >= layout.parts) {
+        return;
+    }
+    const int first = s.first + kPartCells * part + 4 * b.lane, end = s.first + s.own;
+    const int step = kPartCells * layout.parts;
+    float* of_head = b.floats(layout.scores) + g * layout.cell_stride;
     const int32_t* counts = b.ints(layout.counts);
+    const auto scores_at = [&](int c, float (&x)[4], int (&keys)[4]) {
+        const float4 score = *reinterpret_cast<const float4*>(of_head + c);
+        const int4 count = *reinterpret_cast<const int4*>(counts + c);
+        x[0] = score.x, x[1] = score.y, x[2] = score.z, x[3] = score.w;
+        keys[0] = count.x, keys[1] = count.y, keys[2] = count.z, keys[3] = count.w;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = c + j < end ? x[j] : -INFINITY;
+            keys[j] += c + j == s.leaving_cell;
+        }
+    };
     // Of cells with keys, where there are any: an empty one may be far above them, and it
     // may get the leaving key.
     constexpr float kMost = 80; // exponents that floats hold
-    float most = -INFINITY, most_of_all = -INFINITY;
+    float x[4], most = -INFINITY, most_of_all = -INFINITY;
+    int keys[4];
     bool bad = false;
 #pragma unroll 1
-    for (int c = first; is && c < end; c += step) {
-        const float score = of_head[c];
-        bad = bad || !(score < INFINITY);
-        most_of_all = fmaxf(most_of_all, score);
-        most = counts[c] || c == s.leaving_cell ? fmaxf(most, score) : most;
+    for (int c = first; c < end; c += step) {
+        scores_at(c, x, keys);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            bad = bad || !(x[j] < INFINITY);
+            most_of_all = fmaxf(most_of_all, x[j]);
+            most = keys[j] ? fmaxf(most, x[j]) : most;
+        }
     }
     most = most_of_warp(most);
     most_of_all = most_of_warp(most_of_all);
     most = most > -INFINITY ? most : most_of_all;
     float sum = 0;
 #pragma unroll 1
-    for (int c = first; is && c < end_of_fours; c += step) {
-        const float x = c < end && most > -INFINITY
-                ? __expf(fminf(b.p.scale * (of_head[c] - most), kMost))
-                : 0.0f;
-        of_head[c] = x;
-        const int keys = counts[c] + (c == s.leaving_cell);
-        sum += keys ? static_cast<float>(keys) * x : 0.0f;
+    for (int c = first; c < end; c += step) {
+        scores_at(c, x, keys);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = c + j < end && most > -INFINITY
+                    ? __expf(fminf(b.p.scale * (x[j] - most), kMost))
+                    : 0.0f;
+            sum += keys[j] ? static_cast<float>(keys[j]) * x[j] : 0.0f;
+        }
+        auto* at = reinterpret_cast<float4*>(of_head + c);
+        const float4 four = make_float4(x[0], x[1], x[2], x[3]);
+        *at = four;
+#pragma unroll 1
+        for (int turn = 1; turn < b.blocks; turn++) {
+            const int to = b.rank + turn;
+            b.exchange.send_four(at, to < b.blocks ? to : to - b.blocks, four);
+        }
     }
     sum = sum_of_warp(sum);
-    if (is && b.lane < b.blocks) {
+    if (b.lane < b.blocks) {
         const int at = (b.rank * layout.parts + part) * layout.head_stride + g;
         b.exchange.send(
                 b.words(layout.partial) + at, b.lane, as_word(sum, b.p.scale * most));
@@ -182,25 +200,11 @@ __device__ __forceinline__ void tell_sums(const DecodeBlock& b) {
     if (bad && !s.step.takes_all) {
         raise(b.p.flag, Fault::route_query, s.row.query);
     }
-    __syncthreads();
-}
-
-/// The exponentials of the block's cells, to all other blocks.
-__device__ __forceinline__ void tell_exponentials(const DecodeBlock& b) {
-    const int each = (b.s.own + 3) / 4, stride = b.layout.cell_stride / 4;
-    const auto* from = reinterpret_cast<const float4*>(
-            b.floats(b.layout.scores) + b.s.first);
-    const Divisor of_head(max(1, each));
-    b.send_to_others(b.layout.group * each, [&](int i) {
-        const int head = of_head.quotient(i);
-        return from + head * stride + i - head * each;
-    });
 }
 
 /// Tells what the choice of cells depends on, but for keys that are sought.
 __device__ __forceinline__ void tell_cells(const DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
-    tell_sums(b);
     tell_exponentials(b);
     if (threadIdx.x == 0) {
         const int others = (b.s.list.query.ncell + 3) / 4 - (b.s.own + 3) / 4;
@@ -214,8 +218,7 @@ __device__ __forceinline__ void tell_cells(const DecodeBlock& b) {
 __device__ __forceinline__ void find_cells(const DecodeBlock& b) {
 #pragma unroll 1
     for (int k = b.warp; k < b.s.step.finds; k += kWarps) {
-        const unsigned long long best = largest_of_warp(
-                b.lane < b.blocks ? b.words(b.layout.found)[k * b.blocks + b.lane] : 0);
+        const unsigned long long best = best_of_blocks(b, k);
         if (b.lane == 0) {
             b.s.found[k] = cell_of_scored(best);
             if (k == 0) {
@@ -223,7 +226,7 @@ __device__ __forceinline__ void find_cells(const DecodeBlock& b) {
             }
         }
     }
-    __syncthreads();
+    sync_choosers();
 }
 
 /// The part, of all blocks' ones, that has a cell; the same for four that follow a multiple
@@ -234,7 +237,7 @@ __device__ __forceinline__ int part_of_cell(
         const Divisor& each,
         int cell) {
     const int block = each.quotient(cell);
-    return block * layout.parts + (cell - block * each.by) / 32 % layout.parts;
+    return block * layout.parts + (cell - block * each.by) / kPartCells % layout.parts;
 }
 
 /// What the exponentials of each part weigh: exp(their largest) over the sum over all
@@ -265,7 +268,7 @@ __device__ __forceinline__ void find_factors(const DecodeBlock& b) {
             b.factors(b.lane)[g] = factor;
         }
     }
-    __syncthreads();
+    sync_choosers();
 }
 
 /// Waits for what all blocks tell, finds the mass per key of all cells, of which the
@@ -275,6 +278,7 @@ __device__ __forceinline__ void weigh_cells(DecodeBlock& b, const CellBins& bins
     DecodeShared& s = b.s;
     b.exchange.wait();
     if (s.step.finds) {
+        sync_choosers(); // all have told what they have with the leaving cell as it was
         find_cells(b);
     }
     find_factors(b);
@@ -312,7 +316,7 @@ __device__ __forceinline__ void weigh_cells(DecodeBlock& b, const CellBins& bins
             bin_cell(s.choice, bins, order, n);
         });
     }
-    __syncthreads();
+    sync_choosers();
 }
 
 /// Takes cells within the policy's limits; every block takes the same ones.
@@ -344,7 +348,7 @@ __device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
     } else if (threadIdx.x == 0) {
         s.choice.cells = s.choice.keys = 0;
     }
-    __syncthreads();
+    sync_choosers();
 }
 
 } // namespace

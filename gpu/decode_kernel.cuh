@@ -10,6 +10,7 @@
 #include "decode_cells.cuh"
 #include "decode_keys.cuh"
 #include "decode_results.cuh"
+#include "find_cells.cuh"
 #include "launch.h"
 
 namespace faiss_saap::gpu {
@@ -28,21 +29,46 @@ __device__ __forceinline__ TileStream<T, D> begin_stream(const DecodeBlock& b) {
     constexpr int kTileBytes = Stream::kTile * int(sizeof(T));
     Stream stream;
     stream.keys = shared_address(b.shared) + b.layout.tiles +
-            min(b.warp, b.layout.tile_warps - 1) * 2 * kTileBytes;
+            max(b.place(), 0) * 2 * kTileBytes;
     stream.values = stream.keys + kTileBytes;
     stream.kv = &b.s.view;
     stream.scale = b.p.scale * kLog2E;
     return stream;
 }
 
+/// A warp's share of a row's keys, in tiles.
+struct WarpTiles {
+    int first, end, step;
+
+    /// @param warp, warps  this one of so many that share the block's
+    __device__ __forceinline__ WarpTiles(const TileRange& block, int warp, int warps)
+            : first(warp < warps ? block.begin + warp : block.end),
+              end(block.end),
+              step(warps) {}
+};
+
+/// Sends for the first of a warp's tiles.
+/// @return a page that was not there
+template <class T, int D>
+__device__ __forceinline__ bool start(
+        TileStream<T, D>& stream,
+        const WarpTiles& tiles,
+        KeySlots& slots) {
+    if (tiles.first >= tiles.end) {
+        return false;
+    }
+    const int key = tiles.first * kStreamKeys + threadIdx.x % kStreamKeys;
+    const int slot = slots(key);
+    const bool more = tiles.first + tiles.step < tiles.end;
+    return stream.start(slot, more ? slots(key + tiles.step * kStreamKeys) : -1);
+}
+
 /// Attends to the block's share of sink and window, which are on their way while the
 /// blocks tell each other what they have found, and then to its share of the cells that
-/// are taken.
+/// are taken. Where all warps choose cells.
 template <class T, int D>
-__device__ __forceinline__ void attend_to_row(
-        DecodeBlock& b,
-        TileStream<T, D>& stream) {
-    const int tile_warps = b.layout.tile_warps;
+__device__ __forceinline__ void attend_to_row(DecodeBlock& b) {
+    auto stream = begin_stream<T, D>(b);
     bool bad_page = false;
     // One loop, as little code as can be: it comes from memory.
 #pragma unroll 1
@@ -52,59 +78,125 @@ __device__ __forceinline__ void attend_to_row(
         }
         KeySlots slots(b, far);
         const TileRange mine = tiles_of_block(b, slots.count());
-        const int tile = b.warp < tile_warps ? mine.begin + b.warp : mine.end;
+        const WarpTiles tiles(mine, b.warp, b.layout.tile_warps);
         if (far && mine.begin < mine.end) {
             slots.go_to(mine.begin * kStreamKeys);
         }
-        if (tile < mine.end) {
-            const int key = tile * kStreamKeys + b.lane % kStreamKeys;
-            const int slot = slots(key);
-            const bool more = tile + tile_warps < mine.end;
-            bad_page |= stream.start(
-                    slot, more ? slots(key + tile_warps * kStreamKeys) : -1);
-        }
+        bad_page |= start(stream, tiles, slots);
         if (!far) {
             tell_cells(b);
             if (b.p.appends && b.s.step.refused == Fault::none) {
-                check_new_keys(b, b.s.step.length - 1);
+                check_new_keys(b, b.s.step.length - 1, b.warp, kWarps);
             }
             stream.clear();
             stream.load_queries(shared_address(b.shared) + b.layout.queries);
         }
-        bad_page |= stream.attend(tile, mine.end, tile_warps, slots);
-        if (!far && b.p.out.stats && b.warp < tile_warps) {
+        bad_page |= stream.attend(tiles.first, tiles.end, tiles.step, slots);
+        if (!far && b.p.out.stats && b.place() >= 0) {
             keep_dense_sums(b, stream);
         }
     }
     stream.end();
-    if (bad_page && b.refused() == Fault::none) { // else raise_faults() says why
-        raise(b.p.flag, Fault::attend_page, b.s.row.item);
+    if (bad_page) {
+        atomicOr(&b.s.bad_page, 1);
     }
+    keep_results(b, stream);
 }
 
+/// Attends to the block's share of sink and window, or of the cells that are taken. Not
+/// inlined, as warps do either: the code is there once, and what is around it does not
+/// change how well it is compiled.
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, 2)
+static __device__ __noinline__ void attend_to_keys(
+        const DecodeParams& p,
+        const DecodeLayout& layout,
+        DecodeShared& s,
+        char* shared,
+        int far) {
+    const DecodeBlock b(p, layout, s, shared, kWindowWarps);
+    auto stream = begin_stream<T, D>(b);
+    KeySlots slots(b, far);
+    const TileRange mine = tiles_of_block(b, slots.count());
+    const WarpTiles tiles(
+            mine, far ? b.warp : b.warp - kWarps, far ? layout.tile_warps : kWindowWarps);
+    if (far && mine.begin < mine.end) {
+        slots.go_to(mine.begin * kStreamKeys);
+    }
+    bool bad_page = start(stream, tiles, slots);
+    stream.clear();
+    stream.load_queries(shared_address(shared) + layout.queries);
+    bad_page |= stream.attend(tiles.first, tiles.end, tiles.step, slots);
+    if (p.out.stats && b.place() >= 0) {
+        if (far) {
+            no_dense_sums(b);
+        } else {
+            keep_dense_sums(b, stream);
+        }
+    }
+    stream.end();
+    if (bad_page) {
+        atomicOr(&s.bad_page, 1);
+    }
+    keep_results(b, stream);
+}
+
+/// @tparam WindowWarps  kWindowWarps, for blocks that are alone on a processor; or 0
+template <class T, int D, int WindowWarps>
+__global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 : 2)
         decode_kernel(const __grid_constant__ DecodeArguments arguments) {
     let_next_begin();
-    __shared__ DecodeShared fixed;
+    __shared__ __align__(16) char fixed_bytes[sizeof(DecodeShared)]; // none is constructed
+    auto& fixed = *reinterpret_cast<DecodeShared*>(fixed_bytes);
     extern __shared__ __align__(16) char shared[];
-    DecodeBlock block(arguments.params, arguments.layout, fixed, shared);
+    DecodeBlock block(arguments.params, arguments.layout, fixed, shared, WindowWarps);
     // While the kernels before still run: what no step changes, and hints.
-    const EarlyState early = read_row<T, D>(block);
-    send_for_weights(block, early);
-    clear_padding<D>(block);
-    prefetch_keys<T, D>(block, early);
+    const SequenceReading early = read_row<T, D>(block);
+    if (block.prepares()) {
+        if (WindowWarps) {
+            prefetch_weights(block);
+        }
+        send_for_weights(block, early);
+        prefetch_keys<T, D>(block, early);
+    }
+    if (block.chooses()) {
+        prepare_step<D>(
+                block.p, block.layout, fixed, shared, early, WindowWarps > 0);
+        clear_padding<D>(block);
+    }
     block.exchange.await_begin();
     wait_for_previous();
 
-    begin_step<T, D>(block);
-    // Before the first keys are sent for: sending takes longer than they do.
-    score_cells<D>(block);
-    auto stream = begin_stream<T, D>(block);
-    attend_to_row(block, stream);
-    keep_results(block, stream);
-    end_row<T, D>(block);
-    raise_faults(block);
+    if (block.chooses()) {
+        begin_step<T, D>(block, early);
+    } else {
+        wait_for_copies<0>(); // of biases
+    }
+    __syncthreads();
+    if (WindowWarps == 0) {
+        // Before the first keys are sent for: sending takes longer than they do.
+        score_cells<D>(block);
+        attend_to_row<T, D>(block);
+    } else if (block.chooses()) {
+        score_cells<D>(block);
+        tell_cells(block);
+        take_cells_of_row(block);
+        attend_to_keys<T, D>(arguments.params, arguments.layout, fixed, shared, 1);
+    } else {
+        attend_to_keys<T, D>(arguments.params, arguments.layout, fixed, shared, 0);
+        if (block.p.appends && fixed.step.refused == Fault::none) {
+            check_new_keys(
+                    block, fixed.step.length - 1, block.warp - kWarps, WindowWarps);
+        }
+        if (fixed.step.finds_later) {
+            find_cells_for_later<D>(
+                    arguments.params, arguments.layout, fixed, shared);
+        }
+    }
+    __syncthreads();
+    if (block.chooses()) {
+        end_row<T, D>(block);
+        raise_faults(block);
+    }
 }
 
 } // namespace

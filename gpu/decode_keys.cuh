@@ -56,7 +56,7 @@ struct KeySlots {
             extents()[i] = __ldcg(
                     b.s.list.extents + int64_t(cell) * kExtents + i % kExtentsAtHand);
         }
-        __syncthreads();
+        sync_choosers();
     }
 
     /// -1: there is no such key.

@@ -6,6 +6,7 @@
 #include <faiss_saap/host_device.h>
 
 #include "decode.h"
+#include "decode_threads.cuh"
 #include "multiply_rows.cuh"
 #include "tile_stream.cuh"
 
@@ -13,13 +14,14 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kMostBlocks = 16; ///< of a row
 
 /// Floats between the results of two queries, which spreads the banks.
 template <int D>
 constexpr int kResultStride = D + 4;
+
+/// Cells that a warp weighs at a time; parts of a block's cells take turns by so many.
+constexpr int kPartCells = 128;
 
 /// Cells, and extents of each, whose places a block keeps at hand.
 constexpr int kCellsAtHand = 64, kExtentsAtHand = 6;
@@ -35,9 +37,11 @@ struct DecodeLayout {
     int cells = 0;       ///< of a block at most
     int head_stride = 0; ///< query heads, in fours
     int cell_stride = 0; ///< cells of a head's scores, which spreads the banks
-    int tile_warps = 0;  ///< that attend
+    int tile_warps = 0;  ///< of those that choose: that attend
+    int window_warps = 0; ///< that attend to sink and window; 0: the others do, too
     int ahead = 0;       ///< keys whose cells are found at once
     int queries = 0;     ///< as the cache's type, for the tensor cores
+    int rotations = 0;   ///< back, of pairs of components: cosine and sine
     int tiles = 0; ///< of keys and values, for each of these warps; then its results
     /// Before there are tiles: weights; keys whose cells are sought, and their scores.
     int kept = 0, kept_bytes = 0, sought = 0, sought_scores = 0;
@@ -47,7 +51,7 @@ struct DecodeLayout {
     /// Of the heads by all cells: scores, then exp(score - the largest of their part);
     /// and of the group, the cells' masses per key.
     int scores = 0, masses = 0;
-    int parts = 0;   ///< of a block's cells: of a head, one for each warp that it has
+    int parts = 0;   ///< of a block's cells: of a head, one for each of its warps
     int partial = 0; ///< of each part and head: sum over the keys and largest
     int taken = 0; ///< after scores: cells that are read, where the keys of each begin
     int pieces = 0, block_pieces = 0; ///< of 16 bytes: of the output, of a block's share
@@ -61,9 +65,13 @@ struct DecodeLayout {
     int extents = 0; ///< after them: of cells that are read, where they begin
     int bytes = 0;
 
-    /// @param warps  that attend
+    /// @param warps, window_warps  that attend
     template <class T, int D>
-    static DecodeLayout of(const DecodeParams& p, int blocks, int warps) {
+    static DecodeLayout of(
+            const DecodeParams& p,
+            int blocks,
+            int warps,
+            int window_warps) {
         DecodeLayout l;
         l.group = p.heads_q / p.heads_kv;
         l.cells = share_in_fours(p.most_cells, blocks);
@@ -72,16 +80,25 @@ struct DecodeLayout {
         constexpr int kOfWarp = 2 * Stream::kTile * int(sizeof(T));
         static_assert(kOfWarp >= results_of_warp<D>() + kStreamQueries * 8);
         l.tile_warps = warps;
+        l.window_warps = window_warps;
         l.head_stride = (l.group + 3) / 4 * 4;
-        l.parts = kWarps / l.head_stride;
+        l.parts = std::min(kWarps / l.head_stride, share(l.cells, kPartCells));
         static_assert(D % kPieceColumns == 0);
         static_assert(kMostAhead <= kTileVectors && kStreamQueries <= kTileVectors);
         const int of_key = 4 * D + (4 * l.cells + 15) / 16 * 16;
         l.ahead = std::min(kMostAhead, warps * kOfWarp / of_key);
         l.queries = l.take(kStreamQueries * Stream::kStride * int(sizeof(T)));
+        l.rotations = l.take(D / 2 * int(sizeof(float2)));
         l.tiles = l.kept = l.take(warps * kOfWarp);
+        l.take(window_warps * kOfWarp); // their tiles follow
+        if (window_warps) {
+            l.ahead = kMostAhead;
+            l.kept_bytes = warps * kOfWarp;
+            l.sought = l.take(l.ahead * of_key);
+        } else {
         l.kept_bytes = warps * kOfWarp - l.ahead * of_key;
         l.sought = l.kept + l.kept_bytes;
+        }
         l.sought_scores = l.sought + l.ahead * 4 * D;
         l.counts = l.take(4 * p.most_cells);
         l.found = l.take(8 * blocks * l.ahead);
@@ -113,6 +130,11 @@ struct DecodeLayout {
     }
     FAISS_SAAP_HOST_DEVICE static int share_in_fours(int n, int blocks) {
         return 4 * share(n, 4 * blocks);
+    }
+
+    /// Whose results there are.
+    FAISS_SAAP_HOST_DEVICE int result_warps() const {
+        return tile_warps + window_warps;
     }
 
    private:

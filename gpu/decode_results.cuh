@@ -3,6 +3,7 @@
 #pragma once
 
 #include "append_one.cuh"
+#include "find_cells.cuh"
 #include "decode_block.cuh"
 
 namespace faiss_saap::gpu {
@@ -33,8 +34,15 @@ __device__ __forceinline__ void keep_dense_sums(
     for (int i = 0; i < 2; i++) {
         const float sum = stream.sum_of_query(stream.sum[i]);
         if (b.lane < 4) {
-            b.s.dense_sums[b.warp][2 * b.lane + i] = make_float2(sum, stream.largest[i]);
+            b.s.dense_sums[b.place()][2 * b.lane + i] = make_float2(sum, stream.largest[i]);
         }
+    }
+}
+
+/// The same of warps that have seen far keys alone.
+__device__ __forceinline__ void no_dense_sums(const DecodeBlock& b) {
+    if (b.lane < kStreamQueries) {
+        b.s.dense_sums[b.place()][b.lane] = make_float2(0, -INFINITY);
     }
 }
 
@@ -43,24 +51,24 @@ template <class T, int D>
 __device__ __forceinline__ void keep_results(
         const DecodeBlock& b,
         const TileStream<T, D>& stream) {
+    const int place = b.place();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int q = b.lane % 4 * 2 + i;
-        if (q >= b.layout.group || b.warp >= b.layout.tile_warps) {
+        if (q >= b.layout.group || place < 0) {
             continue;
         }
         if (b.lane < 4) {
-            sums_of_warp<T, D>(b, b.warp)[q] = make_float2(stream.sum[i], stream.largest[i]);
+            sums_of_warp<T, D>(b, place)[q] = make_float2(stream.sum[i], stream.largest[i]);
         }
         float* to =
-                results_of_warp<T, D>(b, b.warp) + q * kResultStride<D> + b.lane / 4;
+                results_of_warp<T, D>(b, place) + q * kResultStride<D> + b.lane / 4;
 #pragma unroll
         for (int j = 0; j < D / 16; j++) {
             to[16 * j] = stream.o[j][i];
             to[16 * j + 8] = stream.o[j][2 + i];
         }
     }
-    __syncthreads();
 }
 
 /// Weighs the warps' results of each query, in place of their sums, and tells all blocks
@@ -70,7 +78,7 @@ __device__ __forceinline__ void weigh_warps(const DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
 #pragma unroll 1
     for (int q = b.warp; q < layout.group; q += kWarps) {
-        const bool is = b.lane < layout.tile_warps;
+        const bool is = b.lane < layout.result_warps();
         float2* at = sums_of_warp<T, D>(b, is ? b.lane : 0) + q;
         const float2 of_warp = is ? *at : make_float2(0, -INFINITY);
         const float largest = most_of_warp(of_warp.y), shift = shift_of(largest);
@@ -95,7 +103,7 @@ __device__ __forceinline__ void weigh_warps(const DecodeBlock& b) {
             tell(1, exp2f(dense.y - shift) * dense.x);
         }
     }
-    __syncthreads();
+    sync_choosers();
 }
 
 /// Sends each block its share of this block's result, and all of them the sums; tells how
@@ -104,7 +112,7 @@ template <class T, int D>
 __device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
     const int pieces = layout.pieces, each = layout.block_pieces;
-    const int warps = layout.tile_warps, half = threadIdx.x % 2;
+    const int warps = layout.result_warps(), half = threadIdx.x % 2;
     const Divisor of_block(each);
     weigh_warps<T, D>(b);
     // Two lanes for four components: each has every other warp, then half of them.
@@ -166,7 +174,23 @@ __device__ __forceinline__ void end_append(const DecodeBlock& b) {
             s.row.sequence->length = s.step.length;
             if (s.step.finds) {
                 s.row.sequence->assigned = s.step.leaving + s.step.finds;
+            } else if (s.step.finds_later) {
+                s.row.sequence->assigned = s.step.leaving + 1 + s.step.finds_later;
             }
+        }
+    }
+}
+
+/// The cells that were found for later steps. By the first block, after results have
+/// come from all.
+__device__ __forceinline__ void note_found_later(const DecodeBlock& b) {
+    const DecodeStep& step = b.s.step;
+#pragma unroll 1
+    for (int k = b.warp; k < step.finds_later; k += kWarps) {
+        const unsigned long long best = best_of_blocks(b, k);
+        if (b.lane == 0) {
+            b.s.list.cells[step.leaving + 1 + k - b.p.sink] =
+                    static_cast<uint16_t>(cell_of_scored(best));
         }
     }
 }
@@ -215,7 +239,7 @@ __device__ __forceinline__ void weigh_results(const DecodeBlock& b, float lse) {
             }
         }
     }
-    __syncthreads();
+    sync_choosers();
 }
 
 /// Writes the block's share of the output.
@@ -264,6 +288,9 @@ __device__ __forceinline__ void end_row(DecodeBlock& b) {
     exchange_results<T, D>(b);
     end_append(b); // while the others' results are on their way
     b.exchange.wait();
+    if (b.rank == 0 && b.refused() == Fault::none) {
+        note_found_later(b);
+    }
     weigh_results(b, lse);
     write_output<D>(b);
 }
@@ -271,7 +298,13 @@ __device__ __forceinline__ void end_row(DecodeBlock& b) {
 /// Tells the host what was wrong with the sequence.
 __device__ __forceinline__ void raise_faults(const DecodeBlock& b) {
     const DecodeShared& s = b.s;
-    if (b.rank != 0 || threadIdx.x != 0 || s.row.kv_head != 0) {
+    if (threadIdx.x != 0) {
+        return;
+    }
+    if (s.bad_page && b.refused() == Fault::none) {
+        raise(b.p.flag, Fault::attend_page, s.row.item);
+    }
+    if (b.rank != 0 || s.row.kv_head != 0) {
         return;
     }
     if (b.refused() != Fault::none) {

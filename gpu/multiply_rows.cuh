@@ -4,6 +4,7 @@
 #include <faiss_saap/host_device.h>
 
 #include "bulk_copies.cuh"
+#include "decode_threads.cuh"
 #include "device_vectors.cuh"
 #include "mma.cuh"
 
@@ -213,7 +214,8 @@ struct ProductRoom {
 
 /// Calls `emit` with v, the row among the block's, and the product, for each tile that the
 /// warp has whole; else leaves the products of its pieces in `room`.
-template <bool Bf16, class Emit>
+/// @tparam FirstWarp, Warps  of the block
+template <bool Bf16, int FirstWarp, int Warps, class Emit>
 __device__ __forceinline__ void multiply_tiles(
         const RowProducts& p,
         const uint32_t* x,
@@ -222,14 +224,15 @@ __device__ __forceinline__ void multiply_tiles(
         const Emit& emit) {
     constexpr int kPieces = Bf16 ? 4 : 1; // on their way
     constexpr int kElement = Bf16 ? 2 : 4;
-    const int warp = threadIdx.x / 32, quad = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
+    const int warp = threadIdx.x / 32 - FirstWarp;
+    const int quad = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
     const int vectors = p.heads > 1 ? p.heads : p.n, rows = p.end - p.first;
     const uint32_t of_lane =
             shared_address(x + min(quad, vectors - 1) * x_stride + 8 * part);
     const int each = (p.pieces + (1 << p.log_warps) - 1) >> p.log_warps;
     const int begin = (warp & ((1 << p.log_warps) - 1)) * each;
     const int end = min(p.pieces, begin + each);
-    const int step = static_cast<int>(blockDim.x / 32) >> p.log_warps;
+    const int step = Warps >> p.log_warps;
     const auto head_of = [&](int item) {
         return p.heads > 1 ? item / p.tiles : 0;
     };
@@ -311,12 +314,13 @@ __device__ __forceinline__ void multiply_tiles(
     }
 }
 
-/// Row r times x_v + bias, for all rows and vectors, by all warps of a block.
+/// Row r times x_v + bias, for all rows and vectors, by some warps of a block; those that
+/// share tiles are all that choose.
 /// @param x     shared memory, vectors of words by split_float, x_stride words apart, with
 ///              zeros up to a multiple of kPieceColumns
 /// @param room  for as many vectors
 /// @param emit  called with v, r and the result
-template <class Emit>
+template <int FirstWarp = 0, int Warps = kWarps, class Emit>
 __device__ __forceinline__ void multiply_rows(
         const RowProducts p, // in registers, as what is written may lie anywhere
         const uint32_t* x,
@@ -329,17 +333,17 @@ __device__ __forceinline__ void multiply_rows(
         emit(v, p.first + row, value);
     };
     if (p.bf16) {
-        multiply_tiles<true>(p, x, x_stride, room, add_bias);
+        multiply_tiles<true, FirstWarp, Warps>(p, x, x_stride, room, add_bias);
     } else {
-        multiply_tiles<false>(p, x, x_stride, room, add_bias);
+        multiply_tiles<false, FirstWarp, Warps>(p, x, x_stride, room, add_bias);
     }
     if (p.log_warps == 0) {
         return;
     }
-    __syncthreads();
+    sync_choosers();
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.items() * kTileRows << room.log_columns;
-         i += blockDim.x) {
+         i += kThreads) {
         const int v = i & ((1 << room.log_columns) - 1);
         const int in_tile = (i >> room.log_columns) % kTileRows;
         const int item = (i >> room.log_columns) / kTileRows;
@@ -375,7 +379,7 @@ __device__ __forceinline__ void multiply_short_rows(
     const int part = threadIdx.x % 4, quad = threadIdx.x % 32 / 4;
     const uint32_t of_lane = shared_address(x + min(quad, p.n - 1) * x_stride + 8 * part);
     const uint32_t rows = shared_address(p.rows) + 16 * part;
-    const int n = p.end - p.first, step = kTileRows * static_cast<int>(blockDim.x / 32);
+    const int n = p.end - p.first, step = kTileRows * kWarps;
 #pragma unroll 1
     for (int first = kTileRows * (threadIdx.x / 32); first < n; first += step) {
         const int row[2] = {min(first + quad, n - 1), min(first + quad + 8, n - 1)};

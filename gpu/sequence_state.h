@@ -53,8 +53,8 @@ struct DeviceAssigner {
 
 // --- A sequence ------------------------------------------------------------
 
-/// Lists of one KV head and one partition.
-struct ListState {
+/// Where lists lie: elsewhere, once there is room for more tokens.
+struct ListArrays {
     uint16_t* cells = nullptr;   ///< cell of each slot that has one, size capacity
     int32_t* count = nullptr;    ///< size ncell
     int32_t* newest = nullptr;   ///< newest slot, size ncell; -1: none
@@ -62,6 +62,10 @@ struct ListState {
     int32_t* slots = nullptr;    ///< size arena_size(capacity, ncell)
     uint32_t* used = nullptr;    ///< entries of the arena given out
     float* means = nullptr;      ///< size ncell * d; null: not kept
+};
+
+/// Lists of one KV head and one partition.
+struct ListState : ListArrays {
     int ncell = 0;
     int kv_head = 0;
     int partition = 0;  ///< among those of its head
@@ -129,6 +133,14 @@ struct BatchRow {
     int kv_head = 0;
     int first_list = 0, nlist = 0; ///< in the batch's lists
     int64_t view_length = 0;       ///< of the item's cache
+};
+
+/// A row with all that a decode step needs of it before it knows anything else, for the
+/// same reason.
+struct DecodeRow {
+    BatchRow row;
+    DeviceView kv;  ///< of the item
+    ListState list; ///< the KV head's only one, with arrays as they were
 };
 
 /// Rows of one KV head whose partitions are the same: their weights are read once.

@@ -22,6 +22,16 @@ __device__ __forceinline__ void team_sync() {
     __syncthreads();
 }
 
+/// What the thread has written in the team's memory comes before what it writes there
+/// from now on.
+__device__ __forceinline__ void fence_team() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+#else
+    __threadfence_block();
+#endif
+}
+
 /// Writes a value to where `at` lies in this block's shared memory, but in that of
 /// the team's block `block`; all have begun, and read it after a team_sync.
 template <class T>

@@ -1,0 +1,25 @@
+/// The threads of a block of decode()'s kernel. Device code.
+#pragma once
+
+namespace faiss_saap::gpu {
+
+namespace {
+
+/// That choose cells and attend to their keys.
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+/// That attend to sink and window meanwhile, in blocks that have warps for that.
+constexpr int kWindowWarps = 4;
+
+/// A barrier of the first kThreads threads of a block.
+__device__ __forceinline__ void sync_choosers() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+/// A barrier of all other threads, `n` of them.
+__device__ __forceinline__ void sync_others(int n) {
+    asm volatile("bar.sync 2, %0;" ::"r"(n) : "memory");
+}
+
+} // namespace
+
+} // namespace faiss_saap::gpu
