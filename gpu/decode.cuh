@@ -114,16 +114,16 @@ int decode_row_blocks(const DecodeParams& p) {
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
     // is made of, the largest one that lets all rows run at once. But nine clusters of 9
-    // do, and fifteen of 8: with those nearly all rows of a step begin while the one
-    // before still runs. And the more blocks read gigabytes, the slower memory answers: 9
-    // of each of 8 rows take 800 us for two of them, 8 take 755 (docs/gpu-performance.md).
-    // So 9 serves large windows alone, where beginning matters little.
-    constexpr int64_t kGigabyte = 768 << 20;
+    // do, and fifteen of 8: where little is read, it is better that nearly all rows of a
+    // step begin while the one before still runs. And the more blocks read gigabytes, the
+    // slower memory answers: 9 of each of 8 rows take 800 us for two of them, 8 take 755
+    // (docs/gpu-performance.md).
+    constexpr int64_t kLittle = 32 << 20, kGigabyte = 768 << 20;
     int fewest = 0;
     for (int blocks : {kMostBlocks, 12, 9, 8, 6, 4, 3, 2, 1}) {
         const auto shape = DecodeShape::of<T, D>(p, device, blocks);
-        const bool nine = p.bytes < kGigabyte && shape.threads == kThreads;
-        if (!shape.kernel || (blocks == 9 && !nine)) {
+        const bool begins_early = shape.threads > kThreads && p.bytes < kLittle;
+        if (!shape.kernel || (blocks == 9 && (begins_early || p.bytes >= kGigabyte))) {
             continue;
         }
         fewest = blocks;
