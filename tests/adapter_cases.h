@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <numeric>
 #include <ostream>
@@ -358,8 +359,10 @@ struct CaseWorld {
             shape.depth = depth;
             shape.share_input = share_input;
             shape.share_trunk = c.share_trunk;
+            // Masses that float32 tells apart, however wide the layers.
+            const float deviation = 1.3f / std::sqrt(static_cast<float>(c.width));
             return std::make_shared<QueryClassifier>(
-                    shape, random.normal(parameter_count(shape), 0.2f).data());
+                    shape, random.normal(parameter_count(shape), deviation).data());
         };
         switch (c.query) {
             case QueryKind::quantizer:
