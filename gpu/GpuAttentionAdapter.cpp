@@ -876,16 +876,9 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     }
     d.row_blocks = b.may_decode() ? decode_blocks(d) : 0;
     if (d.row_blocks > 0) {
-        std::vector<DecodeRow> rows;
-        for (const BatchRow& row : b.rows) {
-            const Sequence& s = at(b.sequences[row.item]);
-            rows.push_back({row, items[row.item].kv, s.lists[s.first_list[row.kv_head]]});
-        }
-        copy(b.d_decode_rows,
-             rows.data(),
-             rows.size() * sizeof(DecodeRow),
-             cudaMemcpyHostToDevice,
-             stream);
+        // By the device, as a copy of so much would wait for the stream.
+        FAISS_SAAP_CUDA_CHECK(describe_rows(
+                d.nrow, b.d_rows, b.d_items, b.d_decode_rows, stream));
     }
     return std::unique_ptr<GpuBatch>(new GpuBatch(std::move(state)));
 }

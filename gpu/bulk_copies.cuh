@@ -41,7 +41,7 @@ struct BulkCopies {
     __device__ __forceinline__ void expect(int bytes) const {
         expect_bytes(barrier, bytes);
     }
-    /// Waits until all are there; by every thread.
+    /// Waits until all are there; by every thread that reads them.
     __device__ __forceinline__ void wait() const {
         wait_for_bytes(barrier, 0);
     }

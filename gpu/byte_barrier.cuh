@@ -15,7 +15,7 @@ __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
 #endif
 }
 
-/// Waits until all have come; by every thread.
+/// Waits until all have come; by every thread that reads them.
 /// @param parity  of the phase
 __device__ __forceinline__ void wait_for_bytes(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900

@@ -17,6 +17,7 @@ namespace faiss_saap::gpu {
 struct CellChoice {
     static constexpr int kCandidates = 32; ///< one for each lane
 
+    static_assert(BinCounts::kBins <= kThreads); // those that choose clear all of them
     BinCounts bins;
     /// Of each warp's cells: how many are taken as they come, and their keys; keys of the
     /// smallest other one.
@@ -54,7 +55,7 @@ struct WeighedCells {
     __device__ __forceinline__ int4 keys_at(int c) const {
         return *reinterpret_cast<const int4*>(keys + c);
     }
-    /// for_four_cells of all; by a block.
+    /// for_four_cells of all; by all that choose.
     template <class Each>
     __device__ __forceinline__ void for_each(const Each& each) const {
 #pragma unroll 1
@@ -145,7 +146,7 @@ struct ChoiceEnds {
 };
 
 /// Finds them from the bins in which cells have been counted; where too many cells are in
-/// one bin, from bins of that one. By a block.
+/// one bin, from bins of that one. By all that choose.
 __device__ __forceinline__ ChoiceEnds find_ends(
         CellChoice& s,
         const WeighedCells& all,
@@ -178,7 +179,7 @@ __device__ __forceinline__ ChoiceEnds find_ends(
     }
 }
 
-/// The best cell below `below` that has at most `keys` keys; 0: none. By a block; `round`
+/// The best cell below `below` that has at most `keys` keys; 0: none. By all that choose; `round`
 /// counts the calls.
 __device__ __forceinline__ unsigned long long best_that_fits(
         CellChoice& s,
@@ -265,8 +266,8 @@ __device__ __forceinline__ void choose_cells(
         s.of_warp[warp] = make_int4(mine.x, mine.y, mine.z, 0);
     }
     sync_choosers();
-    const int4 other = lane < kWarps ? s.of_warp[lane]
-                                                 : make_int4(0, 0, INT32_MAX, 0);
+    const int4 other =
+            lane < kWarps ? s.of_warp[lane] : make_int4(0, 0, INT32_MAX, 0);
     int ncell = __reduce_add_sync(0xffffffffu, other.x);
     int nkey = __reduce_add_sync(0xffffffffu, other.y);
     const int least = __reduce_min_sync(0xffffffffu, other.z);

@@ -1,11 +1,26 @@
 #include "decode.h"
 
+#include <type_traits>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "device_vectors.cuh"
 
 namespace faiss_saap::gpu {
 
 namespace {
+
+__global__ void describe_rows_kernel(
+        const BatchRow* rows,
+        const BatchItem* items,
+        DecodeRow* to) {
+    const BatchRow& row = rows[blockIdx.x];
+    DecodeRow& it = to[blockIdx.x];
+    copy_words(&it.row, &row);
+    copy_words(&it.kv, &items[row.item].kv);
+    copy_words(&it.list, row.lists);
+}
 
 /// Calls f with a zero of the cache's type and the head dimension.
 template <class F, class Else>
@@ -34,6 +49,18 @@ int decode_blocks(const DecodeParams& p) {
                 return decode_row_blocks<decltype(zero), decltype(d)::value>(p);
             },
             0);
+}
+
+cudaError_t describe_rows(
+        int n,
+        const BatchRow* rows,
+        const BatchItem* items,
+        DecodeRow* to,
+        cudaStream_t stream) {
+    if (n > 0) {
+        describe_rows_kernel<<<n, 128, 0, stream>>>(rows, items, to);
+    }
+    return cudaGetLastError();
 }
 
 cudaError_t decode(const DecodeParams& p, cudaStream_t stream) {

@@ -45,14 +45,14 @@ struct DecodeShape {
     /// With as many warps that attend as there is room for.
     ///
     /// Blocks have warps of their own for sink and window, where these are few, and then
-    /// are alone on a processor. Without them, two blocks share a processor where little
-    /// is read, as then the next step's blocks begin before this one's have ended; where
-    /// much is, they would take each other's bandwidth, and those alone would wait for
-    /// those in pairs. Rows that do not all run at once with their blocks alone, do in
-    /// pairs.
+    /// are alone on a processor, by their registers. Without them, two blocks share a
+    /// processor where little is read, as then the next step's blocks begin before this
+    /// one's have ended; where much is, they would take each other's bandwidth, and those
+    /// alone would wait for those in pairs. Rows that do not all run at once with their
+    /// blocks alone, do in pairs.
     template <class T, int D>
     static DecodeShape of(const DecodeParams& p, const DecodeDevice& device, int blocks) {
-        constexpr int64_t kMuch = 24 << 20; // bytes
+        constexpr int64_t kMuch = 24 << 20;    // bytes
         constexpr int64_t kLargeWindow = 8192; // keys
         const bool alone = p.nrow <= device.processors;
         DecodeShape shape;
@@ -113,9 +113,9 @@ int decode_row_blocks(const DecodeParams& p) {
         return 0;
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
-    // is made of, the largest one that lets all rows run at once. But nine clusters of 9
-    // do, and fifteen of 8: where little is read, it is better that nearly all rows of a
-    // step begin while the one before still runs. And the more blocks read gigabytes, the
+    // is made of, the largest one that lets all rows run at once. But of clusters of 9 nine
+    // run at once, of 8 fifteen: where little is read, it is better that nearly all rows of
+    // a step begin while the one before still runs. And the more blocks read gigabytes, the
     // slower memory answers: 9 of each of 8 rows take 800 us for two of them, 8 take 755
     // (docs/gpu-performance.md).
     constexpr int64_t kLittle = 32 << 20, kGigabyte = 768 << 20;

@@ -44,6 +44,14 @@ struct DecodeParams {
 /// memory need the other kernels (route.h, attend.h).
 int decode_blocks(const DecodeParams& params);
 
+/// Makes DecodeParams::rows of what the device knows of a batch.
+cudaError_t describe_rows(
+        int n,
+        const BatchRow* rows,
+        const BatchItem* items,
+        DecodeRow* to,
+        cudaStream_t stream);
+
 /// Attends for the one token of each sequence. KV heads have one partition each, whose
 /// query assigner reads no means and no newest keys, and cells are chosen for groups.
 cudaError_t decode(const DecodeParams& params, cudaStream_t stream);

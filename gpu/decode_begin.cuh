@@ -43,7 +43,7 @@ __device__ __forceinline__ RowProducts products_of(
     return p;
 }
 
-/// What steps change of a sequence. While the kernels before still run, it may be behind.
+/// What steps, and the host between them, change of a sequence. While the kernels before still run, it may be behind.
 struct SequenceReading {
     int64_t length, assigned, capacity;
 
@@ -441,7 +441,8 @@ __device__ __forceinline__ void begin_step(
     DecodeShared& s = b.s;
     send_for_queries<T, D>(b);
     const auto now = SequenceReading::of(*s.row.sequence);
-    copy_words<ListArrays>(&s.list, s.row.lists); // where they lie by now
+    static_assert(sizeof(ListArrays) / 4 <= kThreads); // in one go: a block may have more
+    copy_words<ListArrays>(&s.list, s.row.lists);      // where they lie by now
     send_for_counts(b);
     if (now != early) {
         prepare_step<D>(b.p, b.layout, s, b.shared, now, b.window_warps > 0);
@@ -451,7 +452,8 @@ __device__ __forceinline__ void begin_step(
     rotate_queries<T, D>(b);
     DecodeStep& step = s.step;
     if (step.finds || step.finds_later) {
-        // The first one that leaves now is there, or attention will say that it is not.
+        // The first one that leaves now counts as 0 where its page is not there, as when it
+        // is appended alone.
         const int one = step.finds ? 1 : 0, leaving = step.leaving;
         const int more = keys_that_are_there(
                 b, leaving + 1, step.finds ? step.finds - 1 : step.finds_later);

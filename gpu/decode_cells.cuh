@@ -123,7 +123,7 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
                 b.exchange.send(place_of_best(b, k), b.lane, best);
             }
         }
-        sync_choosers(); // tiles come where scores have been
+        sync_choosers(); // tiles may come where scores have been
     }
 }
 
@@ -268,7 +268,7 @@ __device__ __forceinline__ void find_factors(const DecodeBlock& b) {
             b.factors(b.lane)[g] = factor;
         }
     }
-    sync_choosers();
+    sync_choosers(); // also for what the block has told of its own cells
 }
 
 /// Waits for what all blocks tell, finds the mass per key of all cells, of which the

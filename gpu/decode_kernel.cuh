@@ -2,8 +2,9 @@
 ///
 /// A cluster of blocks has a row: a KV head of one sequence. Each block scores its share
 /// of the cells, and all tell each other what they found. So each block takes the same cells
-/// and attends to its share of the keys; sink and window are read while the blocks wait
-/// for each other. At the end they exchange their results.
+/// and attends to its share of the keys; sink and window are read meanwhile, by warps of
+/// their own or while the blocks wait for each other. At the end they exchange their
+/// results.
 #pragma once
 
 #include "decode_begin.cuh"

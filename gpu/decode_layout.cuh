@@ -43,7 +43,8 @@ struct DecodeLayout {
     int queries = 0;     ///< as the cache's type, for the tensor cores
     int rotations = 0;   ///< back, of pairs of components: cosine and sine
     int tiles = 0; ///< of keys and values, for each of these warps; then its results
-    /// Before there are tiles: weights; keys whose cells are sought, and their scores.
+    /// Before there are tiles: weights. Likewise, or beside them where there are warps for
+    /// sink and window: keys whose cells are sought, and their scores.
     int kept = 0, kept_bytes = 0, sought = 0, sought_scores = 0;
     int counts = 0;    ///< far keys of all cells
     int found = 0;     ///< best cell of each key that is sought, by each block
@@ -96,8 +97,8 @@ struct DecodeLayout {
             l.kept_bytes = warps * kOfWarp;
             l.sought = l.take(l.ahead * of_key);
         } else {
-        l.kept_bytes = warps * kOfWarp - l.ahead * of_key;
-        l.sought = l.kept + l.kept_bytes;
+            l.kept_bytes = warps * kOfWarp - l.ahead * of_key;
+            l.sought = l.kept + l.kept_bytes;
         }
         l.sought_scores = l.sought + l.ahead * 4 * D;
         l.counts = l.take(4 * p.most_cells);

@@ -281,7 +281,8 @@ __device__ __forceinline__ void prefetch_bytes(
     }
 }
 
-/// Copies between memories, by a block.
+/// Copies between memories, by a block; few words by fewer threads of it, from the first
+/// on.
 template <class T>
 __device__ __forceinline__ void copy_words(T* to, const T* from) {
     static_assert(sizeof(T) % 4 == 0);

@@ -46,7 +46,11 @@ static __device__ __noinline__ void find_cells_for_later(
     const int warp = b.warp - kWarps;
     RowProducts product = s.products[s.layers + 1];
     product.n = static_cast<uint8_t>(s.step.finds_later);
-    prefetch_products(product);
+    prefetch_bytes(
+            static_cast<const char*>(product.rows),
+            product.bytes(),
+            32 * warp + b.lane,
+            32 * warps);
     load_sought<D>(
             b, s.step.leaving + 1, s.step.finds_later, 32 * warp + b.lane, 32 * warps);
     sync_others(32 * warps);

@@ -337,7 +337,7 @@ __device__ __forceinline__ void multiply_rows(
     } else {
         multiply_tiles<false, FirstWarp, Warps>(p, x, x_stride, room, add_bias);
     }
-    if (p.log_warps == 0) {
+    if (FirstWarp > 0 || p.log_warps == 0) {
         return;
     }
     sync_choosers();

@@ -33,7 +33,8 @@ __device__ __forceinline__ void fence_team() {
 }
 
 /// Writes a value to where `at` lies in this block's shared memory, but in that of
-/// the team's block `block`; all have begun, and read it after a team_sync.
+/// the team's block `block`; all have begun, and read it after a team_sync, or after
+/// what this block sends them behind a fence_team.
 template <class T>
 __device__ __forceinline__ void store_in_block(T* at, unsigned block, T value) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8);

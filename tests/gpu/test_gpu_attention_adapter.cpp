@@ -203,6 +203,7 @@ TEST_F(GpuAdapter, AStepIsAppendThenAttend) {
         bool union_of_two, share_group;
         int q_len, heads_q;
         int64_t dense_below;
+        int heads_kv = 2; ///< 4: more rows than processors, so blocks run in pairs
     };
     for (const Step& of : {
                  Step{QueryKind::quantizer, false, true, 1, 8, 0},
@@ -211,7 +212,9 @@ TEST_F(GpuAdapter, AStepIsAppendThenAttend) {
                  Step{QueryKind::l2, false, true, 1, 8, 300},
                  Step{QueryKind::blend, false, true, 1, 8, 0},
                  Step{QueryKind::quantizer, false, false, 1, 8, 0},
-                 Step{QueryKind::quantizer, false, true, 2, 8, 0}}) {
+                 Step{QueryKind::quantizer, false, true, 2, 8, 0},
+                 Step{QueryKind::quantizer, false, true, 1, 16, 0, 4},
+                 Step{QueryKind::perceptron, false, true, 1, 12, 300, 4}}) {
         AdapterCase c;
         c.name = "";
         c.query = of.query;
@@ -219,6 +222,7 @@ TEST_F(GpuAdapter, AStepIsAppendThenAttend) {
         c.share_group = of.share_group;
         c.q_len = of.q_len;
         c.heads_q = of.heads_q;
+        c.heads_kv = of.heads_kv;
         c.dense_below = of.dense_below;
         c.layout = CacheLayout::paged;
         // Enough for teams of several rows; some begin without a far key.
