@@ -240,14 +240,16 @@ void run(const DecodeOptions& o) {
     const double rows_read =
             keys_read / copies + double(o.heads_kv) * (o.sink + o.window);
     const double attend_bytes = row * rows_read;
-    double classifier_bytes = 4.0 * o.heads_kv * o.ncell; // counts
-    for (int h = 0; h < o.heads_kv; h++) {
-        const Sequence& s = *all[0];
-        classifier_bytes += static_cast<double>(
-                s.adapter->partition(s.classified, h).query->bytes_read());
-    }
-    const double route_bytes =
-            4.0 * o.heads_kv * o.ncell * (o.d + 1); // float32 means, counts
+    const auto bytes_of_routing = [&](int64_t sequence) {
+        double bytes = 4.0 * o.heads_kv * o.ncell; // counts
+        for (int h = 0; h < o.heads_kv; h++) {
+            const Partition& p = all[0]->adapter->partition(sequence, h);
+            bytes += static_cast<double>(p.query->bytes_read());
+        }
+        return bytes;
+    };
+    const double route_bytes = bytes_of_routing(all[0]->id);
+    const double classifier_bytes = bytes_of_routing(all[0]->classified);
 
     std::vector<Stage> stages = {
             {"bandwidth", cache,
@@ -378,6 +380,11 @@ int main(int argc, char** argv) {
     add_number(app, "--repeat", o.repeat, "runs of each stage");
     add_number(
             app, "--buffers", o.buffer_gib, "GiB of caches, used in turn");
+    app.add_flag(
+            "--bf16-centroids",
+            o.bf16_centroids,
+            "centroids that bfloat16 holds, as training with the option of this name "
+            "makes them");
     app.add_option("--selectivity", o.selectivity, "far keys read per KV head")
             ->check(CLI::Range(0.0, 1.0))
             ->capture_default_str();

@@ -7,6 +7,8 @@
 #include <faiss/IndexFlat.h>
 #include <faiss/utils/distances.h>
 
+#include <faiss_saap/dtype.h>
+
 #include "check.h"
 #include "parallel_for.h"
 #include "vector_kernels.h"
@@ -51,6 +53,16 @@ QuantizerAssigner::QuantizerAssigner(
     if (flat) {
         check_finite(flat->get_xb(), ncell, d, "quantizer's vectors");
     }
+    if (flat) {
+        const int64_t n = int64_t(ncell) * d;
+        std::vector<uint16_t> rounded(n);
+        std::vector<float> again(n);
+        from_float(DType::bfloat16, flat->get_xb(), n, rounded.data());
+        to_float(DType::bfloat16, rounded.data(), n, again.data());
+        if (std::equal(again.begin(), again.end(), flat->get_xb())) {
+            bfloat16_vectors = std::move(rounded);
+        }
+    }
     if (flat && flat->metric_type == faiss::METRIC_L2) {
         for (int c = 0; c < ncell; c++) {
             const float* y = flat->get_xb() + int64_t(c) * d;
@@ -69,8 +81,10 @@ void QuantizerAssigner::scores(
     if (const auto* flat =
                 dynamic_cast<const faiss::IndexFlat*>(quantizer.get())) {
         const float* x = vectors(input);
-        inner_products(
-                static_cast<int>(input.n), d, x, ncell, flat->get_xb(), scores);
+        const VectorRows rows = bfloat16_vectors.empty()
+                ? VectorRows(flat->get_xb())
+                : VectorRows(bfloat16_vectors.data(), DType::bfloat16);
+        inner_products(static_cast<int>(input.n), d, x, ncell, rows, scores);
         for (int64_t i = 0; !half_norm.empty() && i < input.n; i++) {
             const float own = faiss::fvec_norm_L2sqr(x + i * d, d) / 2;
             for (int c = 0; c < ncell; c++) {
@@ -160,7 +174,8 @@ void QuantizerAssigner::assign(
 }
 
 size_t QuantizerAssigner::bytes_read() const {
-    return static_cast<size_t>(ncell) * d * sizeof(float);
+    const size_t element = bfloat16_vectors.empty() ? sizeof(float) : sizeof(uint16_t);
+    return static_cast<size_t>(ncell) * d * element;
 }
 
 } // namespace faiss_saap

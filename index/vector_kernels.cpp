@@ -728,17 +728,17 @@ void Attend(const AttendKernelParams& p) {
     }
 }
 
-template <int NQ>
+template <int NQ, class T>
 void inner_products_of(
         int d,
         const float* q,
         int64_t n,
-        const float* rows,
+        const T* rows,
         float* out) {
     alignas(64) float products[NQ * kTile];
     for (int64_t begin = 0; begin < n; begin += kRows) {
         const int64_t count = std::min<int64_t>(kRows, n - begin);
-        const float* row[kRows]; // the last row stands in for missing ones
+        const T* row[kRows]; // the last row stands in for missing ones
         for (int r = 0; r < kRows; r++) {
             row[r] = rows + (begin + std::min<int64_t>(r, count - 1)) * d;
         }
@@ -747,8 +747,8 @@ void inner_products_of(
         // there, but a prefetch may ask for any address.
         constexpr int kAhead = 8;
         const auto ahead = reinterpret_cast<uintptr_t>(rows) +
-                (begin + kAhead) * d * sizeof(float);
-        for (size_t b = 0; b < kRows * d * sizeof(float); b += 64) {
+                (begin + kAhead) * d * sizeof(T);
+        for (size_t b = 0; b < kRows * d * sizeof(T); b += 64) {
             __builtin_prefetch(reinterpret_cast<const void*>(ahead + b));
         }
         inner_products_of_rows<NQ, false>(row, 1, d, q, products);
@@ -758,15 +758,18 @@ void inner_products_of(
     }
 }
 
-void InnerProducts(
+template <class T>
+void inner_products_with(
         int nq,
         int d,
         const float* q,
         int64_t n,
-        const float* rows,
+        const T* rows,
         float* out) {
     const Aligned<float> queries = hwy::AllocateAligned<float>(size_t(nq) * d);
-    std::copy_n(q, size_t(nq) * d, queries.get());
+    for (int64_t i = 0; i < nq; i++) {
+        arrange<T>(d, q + i * d, queries.get() + i * d);
+    }
     int i = 0;
     for (; i + kQueries <= nq; i += kQueries) {
         inner_products_of<kQueries>(
@@ -775,6 +778,21 @@ void InnerProducts(
     for (; i < nq; i++) {
         inner_products_of<1>(
                 d, queries.get() + int64_t(i) * d, n, rows, out + i * n);
+    }
+}
+
+void InnerProducts(
+        int nq,
+        int d,
+        const float* q,
+        int64_t n,
+        const VectorRows& rows,
+        float* out) {
+    if (rows.type == DType::bfloat16) {
+        const auto* at = static_cast<const hwy::bfloat16_t*>(rows.data);
+        inner_products_with(nq, d, q, n, at, out);
+    } else {
+        inner_products_with(nq, d, q, n, static_cast<const float*>(rows.data), out);
     }
 }
 
@@ -980,7 +998,7 @@ void inner_products(
         int d,
         const float* q,
         int64_t n,
-        const float* rows,
+        const VectorRows& rows,
         float* out) {
     HWY_DYNAMIC_DISPATCH(InnerProducts)(nq, d, q, n, rows, out);
 }

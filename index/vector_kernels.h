@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include <faiss_saap/KvView.h>
+#include <faiss_saap/dtype.h>
 
 namespace faiss_saap {
 
@@ -34,6 +35,15 @@ struct AttendKernelParams {
 
 void attend_kernel(const AttendKernelParams& params);
 
+/// Rows that follow each other: float32 or bfloat16.
+struct VectorRows {
+    const void* data = nullptr;
+    DType type = DType::float32;
+
+    VectorRows(const float* data) : data(data) {}
+    VectorRows(const void* data, DType type) : data(data), type(type) {}
+};
+
 /// Inner products of nq queries with n rows.
 /// @param q     size nq * d
 /// @param rows  size n * d
@@ -43,7 +53,7 @@ void inner_products(
         int d,
         const float* q,
         int64_t n,
-        const float* rows,
+        const VectorRows& rows,
         float* out);
 
 /// Codes of KeyCodes: components of a block, and its bytes (base and step as

@@ -1,9 +1,11 @@
 #include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/SegmentedAssigner.h>
+#include <faiss_saap/dtype.h>
 
 #include <algorithm>
 #include <memory>
+#include <string>
 
 #include <faiss/IndexFlat.h>
 #include <faiss/IndexHNSW.h>
@@ -14,13 +16,22 @@
 namespace faiss_saap {
 namespace {
 
-constexpr int d = 12, ncell = 30, n = 25;
+constexpr int d = 44, ncell = 30, n = 25; // d: whole vectors of any width, and a rest
 
-std::shared_ptr<faiss::IndexFlat> flat(
-        tests::Random& random,
-        faiss::MetricType metric) {
-    auto index = std::make_shared<faiss::IndexFlat>(d, metric);
-    index->add(ncell, random.normal(ncell * d).data());
+struct Flat {
+    faiss::MetricType metric;
+    bool rounded; ///< to bfloat16
+};
+
+std::shared_ptr<faiss::IndexFlat> flat(tests::Random& random, const Flat& of) {
+    std::vector<float> x = random.normal(ncell * d);
+    if (of.rounded) {
+        std::vector<uint16_t> bits(x.size());
+        from_float(DType::bfloat16, x.data(), ncell * d, bits.data());
+        to_float(DType::bfloat16, bits.data(), ncell * d, x.data());
+    }
+    auto index = std::make_shared<faiss::IndexFlat>(d, of.metric);
+    index->add(ncell, x.data());
     return index;
 }
 
@@ -32,7 +43,7 @@ RoutingInput post(const std::vector<float>& x) {
     return input;
 }
 
-class FlatAssigner : public ::testing::TestWithParam<faiss::MetricType> {};
+class FlatAssigner : public ::testing::TestWithParam<Flat> {};
 
 TEST_P(FlatAssigner, ScoresAreInUnitsOfTheInnerProduct) {
     tests::Random random;
@@ -41,6 +52,7 @@ TEST_P(FlatAssigner, ScoresAreInUnitsOfTheInnerProduct) {
     const auto x = random.normal(n * d);
     std::vector<float> scores(n * ncell);
     assigner.scores(post(x), nullptr, scores.data());
+    EXPECT_EQ(assigner.bytes_read(), size_t(ncell) * d * (GetParam().rounded ? 2 : 4));
     for (int i = 0; i < n; i++) {
         for (int c = 0; c < ncell; c++) {
             double dot = 0, distance = 0;
@@ -51,7 +63,7 @@ TEST_P(FlatAssigner, ScoresAreInUnitsOfTheInnerProduct) {
                 distance += (a - b) * (a - b);
             }
             const double expected =
-                    GetParam() == faiss::METRIC_L2 ? -distance / 2 : dot;
+                    GetParam().metric == faiss::METRIC_L2 ? -distance / 2 : dot;
             EXPECT_NEAR(scores[i * ncell + c], expected, 1e-4);
         }
     }
@@ -79,7 +91,15 @@ TEST_P(FlatAssigner, AssignIsTheTopOfTheScores) {
 INSTANTIATE_TEST_SUITE_P(
         Metrics,
         FlatAssigner,
-        ::testing::Values(faiss::METRIC_L2, faiss::METRIC_INNER_PRODUCT));
+        ::testing::Values(
+                Flat{faiss::METRIC_L2, false},
+                Flat{faiss::METRIC_INNER_PRODUCT, false},
+                Flat{faiss::METRIC_L2, true},
+                Flat{faiss::METRIC_INNER_PRODUCT, true}),
+        [](const auto& info) {
+            return std::string(info.param.metric == faiss::METRIC_L2 ? "L2" : "IP") +
+                    (info.param.rounded ? "rounded" : "");
+        });
 
 TEST(QuantizerAssigner, ApproximateQuantizerServesToo) {
     tests::Random random;
@@ -101,7 +121,7 @@ TEST(QuantizerAssigner, ApproximateQuantizerServesToo) {
 
 TEST(QuantizerAssigner, AQuantizerWithItsOwnIds) {
     tests::Random random;
-    auto inner = flat(random, faiss::METRIC_L2);
+    auto inner = flat(random, {faiss::METRIC_L2, false});
     auto mapped = std::make_shared<faiss::IndexIDMap>(
             new faiss::IndexFlatL2(d));
     mapped->own_fields = true;
@@ -132,7 +152,7 @@ TEST(QuantizerAssigner, CentroidsMustBeFinite) {
 TEST(QuantizerAssigner, WrongInput) {
     tests::Random random;
     const QuantizerAssigner assigner(
-            flat(random, faiss::METRIC_L2), NEEDS_POST_ROPE);
+            flat(random, {faiss::METRIC_L2, false}), NEEDS_POST_ROPE);
     std::vector<float> x(d), scores(ncell);
     std::vector<int32_t> cells(ncell);
     RoutingInput input = post(x);
@@ -142,7 +162,7 @@ TEST(QuantizerAssigner, WrongInput) {
     input = post(x);
     input.d = d + 1;
     EXPECT_SENTENCE(
-            assigner.scores(input, nullptr, scores.data()), "input.d = 13");
+            assigner.scores(input, nullptr, scores.data()), "input.d = 45");
     input = post(x);
     std::swap(input.pre_rope, input.post_rope);
     EXPECT_SENTENCE(
@@ -158,10 +178,10 @@ TEST(QuantizerAssigner, WrongInput) {
                     std::make_shared<faiss::IndexFlatL2>(d), NEEDS_POST_ROPE),
             "ncell = 0");
     EXPECT_SENTENCE(
-            QuantizerAssigner(flat(random, faiss::METRIC_L2), NEEDS_STATS),
+            QuantizerAssigner(flat(random, {faiss::METRIC_L2, false}), NEEDS_STATS),
             "space = 8");
     EXPECT_SENTENCE(
-            QuantizerAssigner(flat(random, faiss::METRIC_L1), NEEDS_PRE_ROPE),
+            QuantizerAssigner(flat(random, {faiss::METRIC_L1, false}), NEEDS_PRE_ROPE),
             "metric_type = 2");
 }
 

@@ -7,6 +7,7 @@
 
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
+#include <faiss_saap/dtype.h>
 
 #include "report.h"
 
@@ -15,9 +16,16 @@ namespace faiss_saap::benchs {
 namespace {
 
 std::shared_ptr<QuantizerAssigner> flat_assigner(
-        const std::vector<float>& centres,
+        std::vector<float> centres,
         int d,
-        faiss::MetricType metric) {
+        faiss::MetricType metric,
+        bool rounds) {
+    if (rounds) {
+        const auto n = static_cast<int64_t>(centres.size());
+        std::vector<uint16_t> bits(centres.size());
+        from_float(DType::bfloat16, centres.data(), n, bits.data());
+        to_float(DType::bfloat16, bits.data(), n, centres.data());
+    }
     auto flat = std::make_shared<faiss::IndexFlat>(d, metric);
     flat->add(static_cast<faiss::Index::idx_t>(centres.size()) / d, centres.data());
     return std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
@@ -83,8 +91,9 @@ HeadPartitions centre_partitions(
     HeadPartitions heads;
     for (const auto& c : centres) {
         Partition p;
-        p.key = flat_assigner(c, o.d, faiss::METRIC_L2);
-        p.query = flat_assigner(c, o.d, faiss::METRIC_INNER_PRODUCT);
+        p.key = flat_assigner(c, o.d, faiss::METRIC_L2, o.bf16_centroids);
+        p.query = flat_assigner(
+                c, o.d, faiss::METRIC_INNER_PRODUCT, o.bf16_centroids);
         heads.push_back({p});
     }
     return heads;
