@@ -179,8 +179,8 @@ __device__ __forceinline__ ChoiceEnds find_ends(
     }
 }
 
-/// The best cell below `below` that has at most `keys` keys; 0: none. By all that choose; `round`
-/// counts the calls.
+/// The best cell below `below` that has at most `keys` keys; 0: none. By all that choose;
+/// `round` counts the calls.
 __device__ __forceinline__ unsigned long long best_that_fits(
         CellChoice& s,
         const WeighedCells& all,
@@ -191,14 +191,7 @@ __device__ __forceinline__ unsigned long long best_that_fits(
     all.for_each([&](int, unsigned long long order, int n) {
         best = n && n <= keys && order < below ? max(best, order) : best;
     });
-    // Halves take turns, so that the next round need not wait until all have read this one.
-    best = largest_of_warp(best);
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) {
-        s.best[round & 1][threadIdx.x / 32] = best;
-    }
-    sync_choosers();
-    return largest_of_warp(lane < kWarps ? s.best[round & 1][lane] : 0ull);
+    return largest_of_block(s.best, best, round, [] { sync_choosers(); });
 }
 
 struct CellCandidate {

@@ -251,21 +251,23 @@ __device__ inline unsigned long long largest_of_warp(unsigned long long x) {
     return static_cast<unsigned long long>(most) << 32 | low;
 }
 
-/// The same over a block of kWarps warps.
+/// The same over kWarps warps of a block, from its first one on.
 /// @param room   in shared memory; its halves take turns, so that the next call need not
 ///               wait until all have read this one's
 /// @param round  of the call
-template <int kWarps>
+/// @param sync   a barrier of these warps
+template <int kWarps, class Sync>
 __device__ __forceinline__ unsigned long long largest_of_block(
         unsigned long long (&room)[2][kWarps],
         unsigned long long x,
-        int round) {
+        int round,
+        const Sync& sync) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     x = largest_of_warp(x);
     if (lane == 0) {
         room[round & 1][warp] = x;
     }
-    __syncthreads();
+    sync();
     return largest_of_warp(lane < kWarps ? room[round & 1][lane] : 0ull);
 }
 
