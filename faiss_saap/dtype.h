@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace faiss_saap {
 
@@ -22,5 +23,11 @@ void to_float(DType type, const void* source, int64_t n, float* target);
 
 /// Converts n floats, rounding to nearest even.
 void from_float(DType type, const float* source, int64_t n, void* target);
+
+/// Rounds n floats to what the type holds, in place.
+void round_to(DType type, int64_t n, float* x);
+
+/// n floats as bfloat16 where it holds every one exactly, else empty.
+std::vector<uint16_t> exact_bfloat16(int64_t n, const float* x);
 
 } // namespace faiss_saap

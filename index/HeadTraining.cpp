@@ -222,20 +222,8 @@ void HeadTraining::cluster() {
 
 void HeadTraining::set_centroids(std::vector<float> centroids) {
     state.centroids = std::move(centroids);
-    if (params.centroid_dtype != DType::float32) {
-        const auto size = static_cast<int64_t>(state.centroids.size());
-        std::vector<uint16_t> rounded(size);
-        from_float(
-                params.centroid_dtype,
-                state.centroids.data(),
-                size,
-                rounded.data());
-        to_float(
-                params.centroid_dtype,
-                rounded.data(),
-                size,
-                state.centroids.data());
-    }
+    const auto size = static_cast<int64_t>(state.centroids.size());
+    round_to(params.centroid_dtype, size, state.centroids.data());
 }
 
 std::shared_ptr<const CellAssigner> HeadTraining::centroid_assigner() const {

@@ -21,8 +21,8 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kFormat = "faiss_saap.partitions";
-/// 5: heads may share their input matrix; 4: with plans; 3: centroids may be bfloat16; 2: with weights of blends;
-/// 1: without
+/// 5: heads may share their input matrix; 4: with plans; 3: centroids may be bfloat16;
+/// 2: with weights of blends; 1: without
 constexpr int kVersion = 5;
 
 std::string prefix_of(int layer, int kv_head) {
@@ -44,18 +44,6 @@ TensorView view(
 
 const char* dtype_name(DType type) {
     return type == DType::float32 ? "F32" : "BF16";
-}
-
-/// The values as bfloat16 where it holds every one exactly, else empty.
-std::vector<uint16_t> exact_bfloat16(int64_t n, const float* x) {
-    std::vector<uint16_t> halves(n);
-    from_float(DType::bfloat16, x, n, halves.data());
-    std::vector<float> back(n);
-    to_float(DType::bfloat16, halves.data(), n, back.data());
-    if (!std::equal(back.begin(), back.end(), x)) {
-        halves.clear();
-    }
-    return halves;
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {

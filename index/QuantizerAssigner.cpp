@@ -52,16 +52,7 @@ QuantizerAssigner::QuantizerAssigner(
     const auto* flat = dynamic_cast<const faiss::IndexFlat*>(quantizer.get());
     if (flat) {
         check_finite(flat->get_xb(), ncell, d, "quantizer's vectors");
-    }
-    if (flat) {
-        const int64_t n = int64_t(ncell) * d;
-        std::vector<uint16_t> rounded(n);
-        std::vector<float> again(n);
-        from_float(DType::bfloat16, flat->get_xb(), n, rounded.data());
-        to_float(DType::bfloat16, rounded.data(), n, again.data());
-        if (std::equal(again.begin(), again.end(), flat->get_xb())) {
-            bfloat16_vectors = std::move(rounded);
-        }
+        bfloat16_vectors = exact_bfloat16(int64_t(ncell) * d, flat->get_xb());
     }
     if (flat && flat->metric_type == faiss::METRIC_L2) {
         for (int c = 0; c < ncell; c++) {

@@ -331,9 +331,7 @@ struct CaseWorld {
     }
 
     std::vector<float> rounded(std::vector<float> x) const {
-        std::vector<char> bytes(x.size() * 2);
-        from_float(c.dtype, x.data(), static_cast<int64_t>(x.size()), bytes.data());
-        to_float(c.dtype, bytes.data(), static_cast<int64_t>(x.size()), x.data());
+        round_to(c.dtype, static_cast<int64_t>(x.size()), x.data());
         return x;
     }
 

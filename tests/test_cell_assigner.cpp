@@ -25,11 +25,7 @@ struct Flat {
 
 std::shared_ptr<faiss::IndexFlat> flat(tests::Random& random, const Flat& of) {
     std::vector<float> x = random.normal(ncell * d);
-    if (of.rounded) {
-        std::vector<uint16_t> bits(x.size());
-        from_float(DType::bfloat16, x.data(), ncell * d, bits.data());
-        to_float(DType::bfloat16, bits.data(), ncell * d, x.data());
-    }
+    round_to(of.rounded ? DType::bfloat16 : DType::float32, ncell * d, x.data());
     auto index = std::make_shared<faiss::IndexFlat>(d, of.metric);
     index->add(ncell, x.data());
     return index;

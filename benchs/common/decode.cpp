@@ -16,16 +16,9 @@ namespace faiss_saap::benchs {
 namespace {
 
 std::shared_ptr<QuantizerAssigner> flat_assigner(
-        std::vector<float> centres,
+        const std::vector<float>& centres,
         int d,
-        faiss::MetricType metric,
-        bool rounds) {
-    if (rounds) {
-        const auto n = static_cast<int64_t>(centres.size());
-        std::vector<uint16_t> bits(centres.size());
-        from_float(DType::bfloat16, centres.data(), n, bits.data());
-        to_float(DType::bfloat16, bits.data(), n, centres.data());
-    }
+        faiss::MetricType metric) {
     auto flat = std::make_shared<faiss::IndexFlat>(d, metric);
     flat->add(static_cast<faiss::Index::idx_t>(centres.size()) / d, centres.data());
     return std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
@@ -89,11 +82,12 @@ HeadPartitions centre_partitions(
         const DecodeOptions& o,
         const std::vector<std::vector<float>>& centres) {
     HeadPartitions heads;
-    for (const auto& c : centres) {
+    const DType dtype = o.bf16_centroids ? DType::bfloat16 : DType::float32;
+    for (std::vector<float> c : centres) {
+        round_to(dtype, static_cast<int64_t>(c.size()), c.data());
         Partition p;
-        p.key = flat_assigner(c, o.d, faiss::METRIC_L2, o.bf16_centroids);
-        p.query = flat_assigner(
-                c, o.d, faiss::METRIC_INNER_PRODUCT, o.bf16_centroids);
+        p.key = flat_assigner(c, o.d, faiss::METRIC_L2);
+        p.query = flat_assigner(c, o.d, faiss::METRIC_INNER_PRODUCT);
         heads.push_back({p});
     }
     return heads;
