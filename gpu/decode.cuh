@@ -139,7 +139,7 @@ cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     const DecodeDevice device = DecodeDevice::of<T, D>();
     const auto shape = DecodeShape::of<T, D>(p, device, p.row_blocks);
     const DecodeArguments arguments = {p, shape.layout};
-    const cudaError_t error = allow_decode<T, D>(device);
+    const cudaError_t error = allow(shape.kernel, device.room, kMostBlocks);
     if (error != cudaSuccess) {
         return error;
     }
