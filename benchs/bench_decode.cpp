@@ -381,10 +381,10 @@ int main(int argc, char** argv) {
     add_number(
             app, "--buffers", o.buffer_gib, "GiB of caches, used in turn");
     app.add_flag(
-            "--bf16-centroids",
-            o.bf16_centroids,
-            "centroids that bfloat16 holds, as training with the option of this name "
-            "makes them");
+            "--fp32-centroids",
+            o.fp32_centroids,
+            "centroids that bfloat16 does not hold, as training with the option of "
+            "this name makes them");
     app.add_option("--selectivity", o.selectivity, "far keys read per KV head")
             ->check(CLI::Range(0.0, 1.0))
             ->capture_default_str();

@@ -27,7 +27,7 @@ struct Options {
     std::vector<int> layers, kv_heads;
     std::string out, json, device = "cpu";
     bool resume = false, separate_inputs = false, separate_trunks = false, fp32 = false;
-    bool bf16_centroids = false;
+    bool fp32_centroids = false;
     double text_gib = 0;
     TrainingParams params;
 };
@@ -354,9 +354,9 @@ int main(int argc, char** argv) {
             p.kmeans.spherical,
             "k-means by inner product with unit centroids instead of L2");
     app.add_flag(
-            "--bf16-centroids",
-            o.bf16_centroids,
-            "centroids rounded to bfloat16: half their bytes in the file");
+            "--fp32-centroids",
+            o.fp32_centroids,
+            "centroids as float32 instead of bfloat16");
     app.add_option("--niter", p.kmeans.niter, "k-means iterations")
             ->check(CLI::PositiveNumber)
             ->capture_default_str();
@@ -415,7 +415,7 @@ int main(int argc, char** argv) {
     CLI11_PARSE(app, argc, argv);
     p.share_input = !o.separate_inputs && !o.separate_trunks;
     p.share_trunk = !o.separate_trunks;
-    p.centroid_dtype = o.bf16_centroids ? DType::bfloat16 : DType::float32;
+    p.centroid_dtype = o.fp32_centroids ? DType::float32 : DType::bfloat16;
     p.dtype = o.fp32 ? DType::float32 : DType::bfloat16;
     return run_program([&] { run(o); });
 }

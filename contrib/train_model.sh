@@ -27,7 +27,7 @@ for text in "${texts[@]}"; do
 done
 device=cpu # unless the build and the machine have CUDA
 ! { command -v nvidia-smi && grep -q '^FAISS_SAAP_CUDA:[A-Z]*=ON' "$root/build/CMakeCache.txt"; } >/dev/null || device=cuda
-# Narrow classifiers and bfloat16 centroids: 8 MB for the whole model. A residual block
+# Narrow classifiers: 8 MB for the whole model. A residual block
 # and an input matrix for each head were the defaults when the file in data/ was made.
 "$root/build/bin/train_partitions" --trace "${traces[@]}" --layers "$layers" --ncell 256 --width 48 --depth 1 --separate-inputs \
-  --bf16-centroids --window 512 --device $device --resume --out "$2" --json "$2.json"
+  --window 512 --device $device --resume --out "$2" --json "$2.json"

@@ -22,9 +22,9 @@ struct TrainingParams {
     float scale = 0;      ///< attention scale; 0: 1 / sqrt(d)
 
     KMeansParams kmeans;  ///< of the de-rotated keys
-    /// bfloat16: centroids are rounded to it before anything is put into their
-    /// cells, and a file of them is half as large
-    DType centroid_dtype = DType::float32;
+    /// Centroids are rounded to it before anything is put into their cells. What
+    /// bfloat16 holds is stored and read in half the bytes of float32.
+    DType centroid_dtype = DType::bfloat16;
     /// keys that k-means sees per cell at most, evenly spaced
     int keys_per_cell = 256;
 

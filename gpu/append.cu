@@ -12,6 +12,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kCells = 64; ///< of a block: eight for each warp
 
+__device__ int64_t bytes_of_row(const DeviceAssigner& a) {
+    return int64_t(a.padded_cols) * (a.bf16 ? 2 : 4);
+}
+
 /// Best cells of the leaving tokens begin .. begin + n - 1 among a block's kCells
 /// cells, into `out`: a warp has eight cells in flight at once.
 __device__ void find_best_of_few(
@@ -26,8 +30,8 @@ __device__ void find_best_of_few(
     const int lane = threadIdx.x % 32;
     const int cell = int(blockIdx.x) * kCells +
             static_cast<int>(threadIdx.x) / 4; // eight for each warp
-    const float* row = cell < key.ncell
-            ? static_cast<const float*>(key.rows) + int64_t(cell) * key.padded_cols
+    const char* row = cell < key.ncell
+            ? static_cast<const char*>(key.rows) + cell * bytes_of_row(key)
             : nullptr;
     const int half = p.d / 2;
     for (int i = threadIdx.x; i < n * half; i += kThreads) {
@@ -47,7 +51,7 @@ __device__ void find_best_of_few(
     const float bias = row && key.bias ? key.bias[cell] : 0.0f;
     for (int t = 0; t < n; t++) {
         const float score = bias +
-                warp_products<RowType::float32, 1>(row, p.d, few + t * p.d, 0);
+                warp_products_of_weights<1>(row, key.bf16, p.d, few + t * p.d, 0);
         unsigned long long mine = row
                 ? scored_cell(score, cell)
                 : 0;
@@ -109,7 +113,8 @@ __device__ void list_slots(
 /// Brings a block's rows of a key assigner nearer. They never change: this may be done
 /// before the kernels before have ended.
 __device__ void prefetch_rows(const DeviceAssigner& key) {
-    const int row = 4 * key.padded_cols, first = int(blockIdx.x) * kCells;
+    const auto row = static_cast<int>(bytes_of_row(key));
+    const int first = int(blockIdx.x) * kCells;
     prefetch_bytes(
             static_cast<const char*>(key.rows) + int64_t(first) * row,
             min(kCells, key.ncell - first) * row,

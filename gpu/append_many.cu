@@ -5,6 +5,7 @@
 #include "device_vectors.cuh"
 #include "listed_slots.cuh"
 #include "split_products.cuh"
+#include "typed_vectors.cuh"
 
 namespace faiss_saap::gpu {
 
@@ -82,7 +83,6 @@ __device__ __nv_bfloat16* centroids_of(const AppendParams& p, int list) {
 
 __global__ void split_centroids(AppendParams p) {
     const DeviceAssigner& key = p.lists[blockIdx.y].list->key;
-    const auto* rows = static_cast<const float*>(key.rows);
     const int cols = split_cols(p.d);
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t c = i / cols, j = i % cols;
@@ -91,7 +91,11 @@ __global__ void split_centroids(AppendParams p) {
                 centroids_of(p, blockIdx.y) + c * 2 * cols,
                 cols,
                 static_cast<int>(j),
-                j < p.d ? rows[c * key.padded_cols + j] : 0.0f);
+                j < p.d ? component(
+                                  key.bf16 ? DType::bfloat16 : DType::float32,
+                                  key.rows,
+                                  c * key.padded_cols + j)
+                        : 0.0f);
     }
 }
 

@@ -12,9 +12,12 @@
 #include <utility>
 #include <vector>
 
+#include <faiss/IndexFlat.h>
+
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/BlendAssigner.h>
 #include <faiss_saap/CellMeanAssigner.h>
+#include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/dtype.h>
 
@@ -38,6 +41,7 @@ struct AdapterCase {
     bool pre_rope = true;
     QueryKind query = QueryKind::quantizer;
     int width = 44; ///< of networks; no multiple of 8
+    bool bf16_centroids = false; ///< bfloat16 holds them
     float query_deviation = 2; ///< of components; 0: all cells are alike
     bool share_trunk = true;
     bool union_of_two = false; ///< a second, post-RoPE partition
@@ -66,7 +70,8 @@ inline std::ostream& operator<<(std::ostream& out, const AdapterCase& c) {
                << (c.union_of_two ? " and others" : "")
                << (c.second_alike ? ", both alike" : "") << ", queries by "
                << kQueries[static_cast<int>(c.query)] << " of width " << c.width
-               << (c.query_deviation > 0 ? "" : " of 0") << ", selectivity "
+               << (c.query_deviation > 0 ? "" : " of 0")
+               << (c.bf16_centroids ? ", bfloat16 centroids" : "") << ", selectivity "
                << c.selectivity << ", nprobe " << c.nprobe << ", dense_below "
                << c.dense_below << (c.share_group ? "" : ", a choice per head")
                << (c.attend_dense ? "" : ", far keys alone");
@@ -233,6 +238,32 @@ inline std::vector<AdapterCase> adapter_cases() {
         c.heads_kv = 3;
         c.union_of_two = c.second_alike = true;
     });
+    add("bfloat16 centroids", [](C c) { c.bf16_centroids = true; });
+    add("bfloat16 centroids, d 96, L2 queries, a few tokens at a time", [](C c) {
+        c.bf16_centroids = true;
+        c.query = QueryKind::l2;
+        c.d = 96;
+        c.chunk = 20;
+        c.lengths = {300};
+    });
+    add("bfloat16 centroids, d 128, llama group, token by token", [](C c) {
+        c.bf16_centroids = true;
+        c.d = 128;
+        c.heads_q = 8;
+        c.heads_kv = 2;
+        c.ncell = 100;
+        c.chunk = 1470;
+    });
+    add("bfloat16 centroids, perceptron as wide as d 128", [](C c) {
+        c.bf16_centroids = true;
+        c.query = QueryKind::perceptron;
+        c.d = c.width = 128;
+        c.chunk = 1470;
+    });
+    add("bfloat16 centroids, more rows than processors", [&](C c) {
+        many(c);
+        c.bf16_centroids = true;
+    });
     return cases;
 }
 
@@ -270,6 +301,7 @@ inline AdapterCase random_case(Random& random) {
             QueryKind::classifier,
             QueryKind::perceptron,
             QueryKind::blend);
+    c.bf16_centroids = coin();
     c.union_of_two = coin();
     c.share_group = coin();
     c.attend_dense = coin();
@@ -335,6 +367,19 @@ struct CaseWorld {
         return x;
     }
 
+    /// The same with representatives of cells that bfloat16 holds.
+    std::shared_ptr<const CellAssigner> in_bfloat16(const CellAssigner& from) const {
+        const auto& quantizer =
+                dynamic_cast<const QuantizerAssigner&>(from).quantizer;
+        const auto& flat = dynamic_cast<const faiss::IndexFlat&>(*quantizer);
+        std::vector<float> x(flat.get_xb(), flat.get_xb() + flat.ntotal * c.d);
+        round_to(DType::bfloat16, static_cast<int64_t>(x.size()), x.data());
+        auto to = std::make_shared<faiss::IndexFlat>(c.d, flat.metric_type);
+        to->add(flat.ntotal, x.data());
+        return std::make_shared<QuantizerAssigner>(
+                to, static_cast<RoutingNeeds>(from.needs));
+    }
+
     Partition partition(
             Random& random,
             const std::vector<float>& train,
@@ -347,6 +392,10 @@ struct CaseWorld {
                 space,
                 {},
                 rope);
+        if (c.bf16_centroids) {
+            p.key = in_bfloat16(*p.key);
+            p.query = in_bfloat16(*p.query);
+        }
         const int group = c.heads_q / c.heads_kv;
         const auto classifier = [&](int depth, bool share_input) {
             ClassifierShape shape;

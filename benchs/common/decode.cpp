@@ -82,7 +82,7 @@ HeadPartitions centre_partitions(
         const DecodeOptions& o,
         const std::vector<std::vector<float>>& centres) {
     HeadPartitions heads;
-    const DType dtype = o.bf16_centroids ? DType::bfloat16 : DType::float32;
+    const DType dtype = o.fp32_centroids ? DType::float32 : DType::bfloat16;
     for (std::vector<float> c : centres) {
         round_to(dtype, static_cast<int64_t>(c.size()), c.data());
         Partition p;

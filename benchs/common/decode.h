@@ -19,7 +19,7 @@ struct DecodeOptions : CacheOptions {
     double selectivity = 0.05, buffer_gib = 2;
     /// Sequences have tokens * (1 - ragged) to tokens * (1 + ragged), in equal steps.
     double ragged = 0;
-    bool bf16_centroids = false;     ///< rounded so that bfloat16 holds them
+    bool fp32_centroids = false;     ///< not rounded so that bfloat16 holds them
     std::vector<std::string> stages; ///< that are timed; empty: all
     std::string json;
 

@@ -68,11 +68,11 @@ class Partition:
         with safe_open(path, "numpy") as file:
             self.metadata = file.metadata()
             self.about = json.loads(self.metadata[self.prefix])
-            self.centroids = file.get_tensor(f"{self.prefix}.centroids").astype(np.float64)
             self.bias = {
                 name: file.get_tensor(f"{self.prefix}.{name}.bias").astype(np.float64)
                 for name in ("in", "out")
             }
+        self.centroids = read_bfloat16(path, f"{self.prefix}.centroids")
         self.weight = {name: read_bfloat16(path, f"{self.prefix}.{name}.weight") for name in self.bias}
 
     def cells(self, keys):
