@@ -2,9 +2,9 @@
 /// block. Device code.
 ///
 /// Most of them need no order: those of the bins of masses that are within the limits
-/// together are taken as they come. The best of the others are candidates, of which
-/// each warp for itself takes what fits, best first. What still fits then is looked for
-/// among all that are left.
+/// together are taken as they come, which makes them the first ones. The best of the
+/// others are candidates, of which what fits is taken, best first. What still fits then is
+/// looked for among all that are left.
 #pragma once
 
 #include "bin_counts.cuh"
@@ -26,8 +26,12 @@ struct CellChoice {
     int candidate_keys[kCandidates];
     uint8_t in_order[kWarps][kCandidates]; ///< candidates from the best one on
     int ncandidate;
+    unsigned long long candidates_end; ///< candidates are above; 0: they are all others
     unsigned long long best[2][kWarps];
-    int cells, keys; ///< that are taken
+    /// Cells, and in y keys, that are taken: as they come; the same, where others are, as
+    /// those who take them know it; and in all.
+    int2 taken[3];
+    static constexpr int kFirst = 0, kBeforeOthers = 1, kAll = 2;
 };
 
 /// Calls what is to be done with each of four cells: their number, order and keys.
@@ -55,11 +59,12 @@ struct WeighedCells {
     __device__ __forceinline__ int4 keys_at(int c) const {
         return *reinterpret_cast<const int4*>(keys + c);
     }
-    /// for_four_cells of all; by all that choose.
-    template <class Each>
+    /// for_four_cells of all; by some warps of a block.
+    template <int kFirstWarp = 0, int kOfThem = kWarps, class Each>
     __device__ __forceinline__ void for_each(const Each& each) const {
+        const int thread = static_cast<int>(threadIdx.x) - 32 * kFirstWarp;
 #pragma unroll 1
-        for (int c = 4 * threadIdx.x; c < n; c += 4 * kThreads) {
+        for (int c = 4 * thread; c < n; c += 4 * 32 * kOfThem) {
             for_four_cells(masses_at(c), keys_at(c), c, each);
         }
     }
@@ -179,19 +184,21 @@ __device__ __forceinline__ ChoiceEnds find_ends(
     }
 }
 
-/// The best cell below `below` that has at most `keys` keys; 0: none. By all that choose;
-/// `round` counts the calls.
+/// The best cell below `below` that has at most `keys` keys; 0: none. By some warps of a
+/// block; `round` counts the calls.
+template <int kFirstWarp, int kOfThem, class Sync>
 __device__ __forceinline__ unsigned long long best_that_fits(
         CellChoice& s,
         const WeighedCells& all,
         int keys,
         unsigned long long below,
-        int round) {
+        int round,
+        const Sync& sync) {
     unsigned long long best = 0;
-    all.for_each([&](int, unsigned long long order, int n) {
+    all.for_each<kFirstWarp, kOfThem>([&](int, unsigned long long order, int n) {
         best = n && n <= keys && order < below ? max(best, order) : best;
     });
-    return largest_of_block(s.best, best, round, [] { sync_choosers(); });
+    return largest_of_warps<kFirstWarp, kOfThem>(s.best, best, round, sync);
 }
 
 struct CellCandidate {
@@ -200,8 +207,9 @@ struct CellCandidate {
 
 /// The candidate of a lane, if they are put in order, the best one first; without keys:
 /// none. By each warp for itself.
-__device__ __forceinline__ CellCandidate candidate_of_lane(CellChoice& s) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+/// @param warp  among those that do
+__device__ __forceinline__ CellCandidate candidate_of_lane(CellChoice& s, int warp) {
+    const int lane = threadIdx.x % 32;
     const int n = s.ncandidate;
     const unsigned long long mine = lane < n ? s.candidate[lane] : 0;
     int rank = 0;
@@ -218,20 +226,43 @@ __device__ __forceinline__ CellCandidate candidate_of_lane(CellChoice& s) {
             lane < n ? s.candidate_keys[from] : 0};
 }
 
-/// Chooses cells; of the best one at least it takes all keys, if there is any. How many
-/// cells and keys are taken is in `s` after the next barrier.
+/// The cells that are taken as they come: how many they and their keys are, and the keys of
+/// the smallest other one.
+struct FirstCells {
+    int cells, keys, least;
+
+    /// Of all warps. By each warp for itself, after take_first() has counted.
+    __device__ __forceinline__ static FirstCells of(const int4& of_warp) {
+        return {__reduce_add_sync(0xffffffffu, of_warp.x),
+                __reduce_add_sync(0xffffffffu, of_warp.y),
+                __reduce_min_sync(0xffffffffu, of_warp.z)};
+    }
+    __device__ __forceinline__ static FirstCells of(const CellChoice& s) {
+        return of(of_lane(s));
+    }
+    /// What the warp that has a lane's number has counted.
+    __device__ __forceinline__ static int4 of_lane(const CellChoice& s) {
+        const int lane = threadIdx.x % 32;
+        return lane < kWarps ? s.of_warp[lane] : make_int4(0, 0, INT32_MAX, 0);
+    }
+};
+
+/// Takes the cells that are taken as they come. How many cells and keys these are is in
+/// `s` after the next barrier. By all that choose.
 /// @param bins         in which the cells have been counted; a barrier has followed
 /// @param cells, keys  that may be taken
+/// @param counted      called by all when what take_others() needs is in `s`
 /// @param take         take(i, cell, n, begin) is called for each cell that is taken, the
 ///                     i-th one, whose n keys are the row's from `begin` on; by any
 ///                     thread, the same for the same cells in all blocks
-template <class Take>
-__device__ __forceinline__ void choose_cells(
+template <class Counted, class Take>
+__device__ __forceinline__ FirstCells take_first(
         CellChoice& s,
         const WeighedCells& all,
         const CellBins& bins,
         int cells,
         int keys,
+        const Counted& counted,
         const Take& take) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const ChoiceEnds ends = find_ends(s, all, bins, cells, keys);
@@ -258,14 +289,17 @@ __device__ __forceinline__ void choose_cells(
     if (lane == 0) {
         s.of_warp[warp] = make_int4(mine.x, mine.y, mine.z, 0);
     }
+    if (threadIdx.x == 0) {
+        s.candidates_end = ends.candidates;
+    }
     sync_choosers();
-    const int4 other =
-            lane < kWarps ? s.of_warp[lane] : make_int4(0, 0, INT32_MAX, 0);
-    int ncell = __reduce_add_sync(0xffffffffu, other.x);
-    int nkey = __reduce_add_sync(0xffffffffu, other.y);
-    const int least = __reduce_min_sync(0xffffffffu, other.z);
-
-    // Those that are taken as they come, in the order of warps, lanes and cells.
+    const int4 other = FirstCells::of_lane(s);
+    const FirstCells all_of_them = FirstCells::of(other);
+    if (threadIdx.x == 0) {
+        s.taken[CellChoice::kFirst] = make_int2(all_of_them.cells, all_of_them.keys);
+    }
+    counted();
+    // In the order of warps, lanes and cells.
     int at = __reduce_add_sync(0xffffffffu, lane < warp ? other.x : 0);
     int begin = __reduce_add_sync(0xffffffffu, lane < warp ? other.y : 0);
 #pragma unroll 1
@@ -298,9 +332,28 @@ __device__ __forceinline__ void choose_cells(
         at += __shfl_sync(0xffffffffu, end.x, 31);
         begin += __shfl_sync(0xffffffffu, end.y, 31);
     }
+    return all_of_them;
+}
 
+/// Takes the others; the best cell of all has all its keys taken, if there is any. How many
+/// cells and keys are taken in all is in `s` after the next barrier. By some warps of a
+/// block, after take_first() has counted.
+/// @param first              those that were
+/// @param cells, keys, take  as for take_first()
+/// @param sync               a barrier of these warps
+template <int kFirstWarp, int kOfThem, class Take, class Sync>
+__device__ __forceinline__ void take_others(
+        CellChoice& s,
+        const WeighedCells& all,
+        const FirstCells& first,
+        int cells,
+        int keys,
+        const Take& take,
+        const Sync& sync) {
+    const int warp = threadIdx.x / 32 - kFirstWarp, lane = threadIdx.x % 32;
+    int ncell = first.cells, nkey = first.keys;
     // Candidates, in order, a lane's each: those that fit one after the other.
-    const CellCandidate mine_of = candidate_of_lane(s);
+    const CellCandidate mine_of = candidate_of_lane(s, warp);
     int left = keys - nkey, to = -1, to_begin = 0;
     unsigned open = __ballot_sync(0xffffffffu, mine_of.keys > 0);
 #pragma unroll 1
@@ -322,24 +375,24 @@ __device__ __forceinline__ void choose_cells(
     if (warp == 0 && to >= 0) {
         take(to, mine_of.cell, mine_of.keys, to_begin);
     }
-    unsigned long long below = ends.candidates + 1;
+    unsigned long long below = s.candidates_end + 1;
 #pragma unroll 1
-    for (int round = 0; ends.candidates && ncell < cells && least <= left; round++) {
-        below = best_that_fits(s, all, left, below, round);
+    for (int round = 0; below > 1 && ncell < cells && first.least <= left; round++) {
+        below = best_that_fits<kFirstWarp, kOfThem>(s, all, left, below, round, sync);
         if (!below) {
             break;
         }
         const int cell = cell_of_scored(below), n = all.keys[cell];
-        if (threadIdx.x == 0) {
+        if (warp == 0 && lane == 0) {
             take(ncell, cell, n, nkey);
         }
         ncell++;
         nkey += n;
         left -= n;
     }
-    if (threadIdx.x == 0) {
-        s.cells = ncell;
-        s.keys = nkey;
+    if (warp == 0 && lane == 0) {
+        s.taken[CellChoice::kBeforeOthers] = make_int2(first.cells, first.keys);
+        s.taken[CellChoice::kAll] = make_int2(ncell, nkey);
     }
 }
 

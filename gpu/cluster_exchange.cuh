@@ -100,6 +100,11 @@ class ClusterExchange {
 #endif
     }
 
+    /// Goes on after so many exchanges, for threads that have not waited for them.
+    __device__ __forceinline__ void go_on_after(uint32_t exchanges) {
+        number = exchanges;
+    }
+
     /// How many bytes this block gets in this exchange, its own included. By one thread,
     /// at any time before it ends.
     __device__ __forceinline__ void expect(int bytes) const {

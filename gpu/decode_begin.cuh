@@ -63,6 +63,10 @@ struct SequenceReading {
     __device__ __forceinline__ bool seeks(const DecodeParams& p) const {
         return leaving(p) >= 0 && leaving(p) >= assigned;
     }
+    /// Whether those of later ones are, as far as there are warps for that.
+    __device__ __forceinline__ bool seeks_later(const DecodeParams& p) const {
+        return leaving(p) >= 0 && leaving(p) + 1 == assigned;
+    }
 };
 
 /// Which row the block has, and what may be behind of its sequence. Makes ready what must
@@ -83,7 +87,7 @@ __device__ __forceinline__ SequenceReading read_row(DecodeBlock& b) {
     if (threadIdx.x == 0) {
         BulkCopies(&s.weights_there).begin();
         s.refused_by = s.bad_page = 0;
-        s.leaving_at = -1;
+        s.leaving_at[0] = s.leaving_at[1] = -1;
     }
     __syncthreads();
     return SequenceReading::of(*s.row.sequence);
@@ -176,7 +180,8 @@ __device__ __forceinline__ void send_for_weights(
             if (b.lane == 0) {
                 s.products[layer] = product;
             }
-        } else if (layer <= layers || early.seeks(p)) {
+        } else if (layer <= layers || early.seeks(p) ||
+                   (b.window_warps && early.seeks_later(p))) {
             prefetch_products(product);
         }
     }
@@ -308,7 +313,7 @@ __device__ __forceinline__ DecodeStep step_of(
         const auto there = static_cast<int>(before.length - step.leaving); // keys
         if (step.leaving >= 0 && step.leaving >= before.assigned) {
             step.finds = max(1, min(most_ahead, there));
-        } else if (step.leaving >= 0 && step.leaving + 1 >= before.assigned && finds_later) {
+        } else if (finds_later && before.seeks_later(p)) {
             step.finds_later = min(most_ahead, there - 1);
         }
     }

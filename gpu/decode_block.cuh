@@ -55,7 +55,10 @@ struct DecodeShared : DecodeRow {
     int bad_page;               ///< a key's page was not there
     int leaving_cell;           ///< that the leaving key joins; -1: none
     int found[kMostAhead];      ///< cells of the keys that were sought
-    int leaving_at;             ///< its number among the far keys taken; -1: not taken
+    unsigned long long found_later[kMostAhead]; ///< the block's best for those of later
+    /// Its number among the far keys taken, where its cell is one of those taken as they
+    /// come, or one of the others; -1: it is not.
+    int leaving_at[2];
     CellChoice choice;
     float factors[kMostBlocks * kWarps]; ///< of the exponentials, by part and head
     /// Sum and largest of sink and window by each warp that attends.
@@ -163,6 +166,10 @@ struct DecodeBlock {
     /// taken. Few rows read little of all of them.
     __device__ __forceinline__ bool asks_for_all_extents() const {
         return blocks >= 8;
+    }
+    /// Whether cells are chosen.
+    __device__ __forceinline__ bool takes_cells() const {
+        return s.step.attends && s.step.far > 0 && (s.step.takes_all || p.share != 0);
     }
     /// What is wrong with the step; after the new keys have been checked.
     __device__ __forceinline__ Fault refused() const {

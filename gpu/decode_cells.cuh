@@ -319,36 +319,105 @@ __device__ __forceinline__ void weigh_cells(DecodeBlock& b, const CellBins& bins
     sync_choosers();
 }
 
-/// Takes cells within the policy's limits; every block takes the same ones.
-__device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
+/// Cells and keys that the policy lets the row take.
+struct CellLimits {
+    int cells, keys;
+
+    __device__ __forceinline__ explicit CellLimits(const DecodeBlock& b) {
+        const DecodeParams& p = b.p;
+        const bool all = b.s.step.takes_all;
+        const int far = b.s.step.attends ? b.s.step.far : 0;
+        cells = all ? b.s.list.query.ncell : p.nprobe;
+        keys = key_limit(p.max_keys, p.max_selectivity, p.share, far, all);
+    }
+};
+
+/// Notes a cell that is taken, and its keys' numbers.
+/// @param others  it is not one of those that are taken as they come
+__device__ __forceinline__ void note_cell(
+        const DecodeBlock& b,
+        int others,
+        int i,
+        int cell,
+        int keys,
+        int begin) {
     DecodeShared& s = b.s;
-    const DecodeParams& p = b.p;
-    const bool all = s.step.takes_all;
-    const int far = s.step.attends ? s.step.far : 0;
-    const int limit = key_limit(p.max_keys, p.max_selectivity, p.share, far, all);
-    const CellBins bins = CellBins::of_masses(b.layout.group, limit);
+    b.taken()[i] = make_int2(cell, begin);
+    const int own = cell - s.first;
+    if (own >= 0 && own < s.own && !b.asks_for_all_extents()) {
+        prefetch(s.list.extents + int64_t(cell) * kExtents);
+    }
+    if (cell == s.leaving_cell) { // its newest key
+        s.leaving_at[others] = begin + keys - 1;
+    }
+}
+
+/// Lets the warps for sink and window go on, where there are any: what a choice depends on
+/// is known, and every block has told all before the results.
+__device__ __forceinline__ void tell_window_warps(const DecodeBlock& b) {
+    if (b.window_warps) {
+        tell_others(32 * b.window_warps);
+    }
+}
+
+/// Takes cells within the policy's limits; every block takes the same ones. Where there
+/// are warps for sink and window, these take all but the first ones.
+__device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
+    CellChoice& choice = b.s.choice;
+    const CellLimits limits(b);
+    const CellBins bins = CellBins::of_masses(b.layout.group, limits.keys);
     weigh_cells(b, bins);
-    if (far > 0 && (all || p.share != 0)) {
-        choose_cells(
-                s.choice,
+    if (b.takes_cells()) {
+        const FirstCells first = take_first(
+                choice,
                 b.weighed_cells(),
                 bins,
-                all ? s.list.query.ncell : p.nprobe,
-                limit,
+                limits.cells,
+                limits.keys,
+                [&] { tell_window_warps(b); },
                 [&](int i, int cell, int keys, int begin) {
-                    b.taken()[i] = make_int2(cell, begin);
-                    const int own = cell - s.first;
-                    if (own >= 0 && own < s.own && !b.asks_for_all_extents()) {
-                        prefetch(s.list.extents + int64_t(cell) * kExtents);
-                    }
-                    if (cell == s.leaving_cell) { // its newest key
-                        s.leaving_at = begin + keys - 1;
-                    }
+                    note_cell(b, 0, i, cell, keys, begin);
                 });
-    } else if (threadIdx.x == 0) {
-        s.choice.cells = s.choice.keys = 0;
+        if (b.window_warps == 0) {
+            take_others<0, kWarps>(
+                    choice,
+                    b.weighed_cells(),
+                    first,
+                    limits.cells,
+                    limits.keys,
+                    [&](int i, int cell, int keys, int begin) {
+                        note_cell(b, 0, i, cell, keys, begin);
+                    },
+                    [] { sync_choosers(); });
+            if (threadIdx.x == 0) { // attended to like the first ones
+                choice.taken[CellChoice::kFirst] = choice.taken[CellChoice::kAll];
+            }
+        }
+    } else {
+        if (threadIdx.x == 0) {
+            choice.taken[CellChoice::kFirst] = choice.taken[CellChoice::kAll] =
+                    make_int2(0, 0);
+        }
+        tell_window_warps(b);
     }
     sync_choosers();
+}
+
+/// Takes the others. By the warps for sink and window.
+__device__ __forceinline__ void take_other_cells(const DecodeBlock& b) {
+    constexpr int kOthers = 32 * kWindowWarps;
+    const CellLimits limits(b);
+    take_others<kWarps, kWindowWarps>(
+            b.s.choice,
+            b.weighed_cells(),
+            FirstCells::of(b.s.choice),
+            limits.cells,
+            limits.keys,
+            [&](int i, int cell, int keys, int begin) {
+                note_cell(b, 1, i, cell, keys, begin);
+            },
+            [] { sync_others(kOthers); });
+    sync_others(kOthers);
 }
 
 } // namespace

@@ -2,9 +2,9 @@
 ///
 /// A cluster of blocks has a row: a KV head of one sequence. Each block scores its share
 /// of the cells, and all tell each other what they found. So each block takes the same cells
-/// and attends to its share of the keys; sink and window are read meanwhile, by warps of
-/// their own or while the blocks wait for each other. At the end they exchange their
-/// results.
+/// and attends to its share of the keys; sink and window are read meanwhile, while the
+/// blocks wait for each other or by warps of their own, which then choose the last few
+/// cells while the others go on with the first. At the end they exchange their results.
 #pragma once
 
 #include "decode_begin.cuh"
@@ -77,7 +77,7 @@ __device__ __forceinline__ void attend_to_row(DecodeBlock& b) {
         if (far) {
             take_cells_of_row(b);
         }
-        KeySlots slots(b, far);
+        KeySlots slots(b, far ? KeyRange::far : KeyRange::dense);
         const TileRange mine = tiles_of_block(b, slots.count());
         const WarpTiles tiles(mine, b.warp, b.layout.tile_warps);
         if (far && mine.begin < mine.end) {
@@ -104,8 +104,8 @@ __device__ __forceinline__ void attend_to_row(DecodeBlock& b) {
     keep_results(b, stream);
 }
 
-/// Attends to the block's share of sink and window, or of the cells that are taken. Not
-/// inlined, as warps do either: the code is there once, and what is around it does not
+/// Attends to the block's share of a range of keys; to the others after sink and window,
+/// by the same warps. Not inlined: the code is there once, and what is around it does not
 /// change how well it is compiled.
 template <class T, int D>
 static __device__ __noinline__ void attend_to_keys(
@@ -113,24 +113,28 @@ static __device__ __noinline__ void attend_to_keys(
         const DecodeLayout& layout,
         DecodeShared& s,
         char* shared,
-        int far) {
+        KeyRange range) {
     const DecodeBlock b(p, layout, s, shared, kWindowWarps);
     auto stream = begin_stream<T, D>(b);
-    KeySlots slots(b, far);
+    KeySlots slots(b, range);
+    const bool far = range == KeyRange::far;
     const TileRange mine = tiles_of_block(b, slots.count());
     const WarpTiles tiles(
             mine, far ? b.warp : b.warp - kWarps, far ? layout.tile_warps : kWindowWarps);
+    stream.clear();
+    if (range == KeyRange::others) {
+        take_up_results(b, stream);
+    }
     if (far && mine.begin < mine.end) {
         slots.go_to(mine.begin * kStreamKeys);
     }
     bool bad_page = start(stream, tiles, slots);
-    stream.clear();
     stream.load_queries(shared_address(shared) + layout.queries);
     bad_page |= stream.attend(tiles.first, tiles.end, tiles.step, slots);
     if (p.out.stats && b.place() >= 0) {
         if (far) {
             no_dense_sums(b);
-        } else {
+        } else if (range == KeyRange::dense) {
             keep_dense_sums(b, stream);
         }
     }
@@ -181,9 +185,11 @@ __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 :
         score_cells<D>(block);
         tell_cells(block);
         take_cells_of_row(block);
-        attend_to_keys<T, D>(arguments.params, arguments.layout, fixed, shared, 1);
+        attend_to_keys<T, D>(
+                arguments.params, arguments.layout, fixed, shared, KeyRange::far);
     } else {
-        attend_to_keys<T, D>(arguments.params, arguments.layout, fixed, shared, 0);
+        attend_to_keys<T, D>(
+                arguments.params, arguments.layout, fixed, shared, KeyRange::dense);
         if (block.p.appends && fixed.step.refused == Fault::none) {
             check_new_keys(
                     block, fixed.step.length - 1, block.warp - kWarps, WindowWarps);
@@ -191,6 +197,18 @@ __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 :
         if (fixed.step.finds_later) {
             find_cells_for_later<D>(
                     arguments.params, arguments.layout, fixed, shared);
+        }
+        await_choosers(32 * WindowWarps);
+        if (fixed.step.finds_later) {
+            tell_found_later(block);
+        }
+        if (block.takes_cells()) {
+            take_other_cells(block);
+            const int2* taken = fixed.choice.taken;
+            if (taken[CellChoice::kAll].y > taken[CellChoice::kBeforeOthers].y) {
+                attend_to_keys<T, D>(
+                        arguments.params, arguments.layout, fixed, shared, KeyRange::others);
+            }
         }
     }
     __syncthreads();

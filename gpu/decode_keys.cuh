@@ -20,36 +20,58 @@ __device__ __forceinline__ TileRange tiles_of_block(const DecodeBlock& b, int n)
     return {begin, min(tiles, begin + each)};
 }
 
-/// Slots of a row's keys, by their number: first of sink and window, then of the cells
-/// that are taken. A lane asks for ascending numbers, so it walks the cells once.
+/// Keys of a row: sink and window; of the cells that are taken, or of those taken as they
+/// come where the others are not known yet; of these.
+enum class KeyRange : int { dense, far, others };
+
+/// Slots of a range of keys, by their number. A lane asks for ascending numbers, so it
+/// walks the cells once.
 struct KeySlots {
     const DecodeBlock& b;
-    const int far;
-    int at = 0;            ///< the lane's cell, among those that are taken
-    int first_at_hand = 0; ///< the first cell of DecodeLayout::extents, among them
+    const KeyRange range;
+    int at;            ///< the lane's cell, among those that are taken
+    int first_at_hand; ///< the first cell of DecodeLayout::extents, among them
 
-    __device__ __forceinline__ KeySlots(const DecodeBlock& b, int far) : b(b), far(far) {}
+    __device__ __forceinline__ KeySlots(const DecodeBlock& b, KeyRange range)
+            : b(b),
+              range(range),
+              at(others() ? b.s.choice.taken[CellChoice::kBeforeOthers].x : 0),
+              first_at_hand(0) {}
 
+    /// Whether these are the range. The compiler knows that they are not where no warps are
+    /// for them.
+    __device__ __forceinline__ bool others() const {
+        return b.window_warps && range == KeyRange::others;
+    }
+    /// Where their cells end among those that are taken.
+    __device__ __forceinline__ int cells_end() const {
+        return ends().x;
+    }
+    /// The number among the far keys of the first one.
+    __device__ __forceinline__ int first() const {
+        return others() ? b.s.choice.taken[CellChoice::kBeforeOthers].y : 0;
+    }
     /// Numbers of keys that there are.
     __device__ __forceinline__ int count() const {
-        return far ? b.s.choice.keys : b.s.step.dense;
+        return range == KeyRange::dense ? b.s.step.dense
+                                        : ends().y - first();
     }
 
     /// Goes to the cells of the block's keys, the first of which is `begin`, before it is
-    /// asked for any. By a block.
+    /// asked for any. By all that choose.
     __device__ __forceinline__ void go_to(int begin) {
         int before = 0; // cells that begin at or before it
 #pragma unroll 1
-        for (int i0 = 0; i0 < b.s.choice.cells; i0 += 32) {
+        for (int i0 = 0; i0 < cells_end(); i0 += 32) {
             const int i = i0 + b.lane;
             before += __popc(__ballot_sync(
-                    0xffffffffu, i < b.s.choice.cells && b.taken()[i].y <= begin));
+                    0xffffffffu, i < cells_end() && b.taken()[i].y <= begin));
             if (before < i0 + 32) {
                 break;
             }
         }
         at = first_at_hand = before - 1;
-        const int n = min(kCellsAtHand, b.s.choice.cells - first_at_hand);
+        const int n = min(kCellsAtHand, cells_end() - first_at_hand);
 #pragma unroll 1
         for (int i = threadIdx.x; i < n * kExtentsAtHand; i += kThreads) {
             const int cell = b.taken()[first_at_hand + i / kExtentsAtHand].x;
@@ -62,30 +84,36 @@ struct KeySlots {
     /// -1: there is no such key.
     __device__ __forceinline__ int operator()(int i) {
         const DecodeStep& step = b.s.step;
-        if (!far) {
+        if (range == KeyRange::dense) {
             return i >= step.dense ? -1
                     : i < step.sinks ? i
                                      : step.window_begin + i - step.sinks;
         }
-        if (i >= b.s.choice.keys) {
+        i += first();
+        if (i >= ends().y) {
             return -1;
         }
-        if (i == b.s.leaving_at) { // it may not be listed yet
+        if (i == b.s.leaving_at[others()]) { // it may not be listed yet
             return step.leaving;
         }
-        while (at + 1 < b.s.choice.cells && b.taken()[at + 1].y <= i) {
+        while (at + 1 < cells_end() && b.taken()[at + 1].y <= i) {
             at++;
         }
         const int2 cell = b.taken()[at];
         const auto entry = static_cast<uint32_t>(i - cell.y);
         const int e = extent_of(entry), near = at - first_at_hand;
-        const uint32_t extent = e < kExtentsAtHand && near < kCellsAtHand
+        const uint32_t extent =
+                e < kExtentsAtHand && near < kCellsAtHand && !others()
                 ? extents()[near * kExtentsAtHand + e]
                 : __ldcg(b.s.list.extents + int64_t(cell.x) * kExtents + e);
         return __ldcg(b.s.list.slots + extent + (entry - extent_begin(e)));
     }
 
    private:
+    /// Where the range ends. One load: what others of the block write is not read.
+    __device__ __forceinline__ const int2& ends() const {
+        return b.s.choice.taken[others() ? CellChoice::kAll : CellChoice::kFirst];
+    }
     __device__ __forceinline__ uint32_t* extents() const {
         return reinterpret_cast<uint32_t*>(b.shared + b.layout.extents);
     }

@@ -71,6 +71,32 @@ __device__ __forceinline__ void keep_results(
     }
 }
 
+/// What a warp has kept, to go on from there.
+template <class T, int D>
+__device__ __forceinline__ void take_up_results(
+        const DecodeBlock& b,
+        TileStream<T, D>& stream) {
+    const int place = b.place();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int q = b.lane % 4 * 2 + i;
+        if (q >= b.layout.group) {
+            continue;
+        }
+        const float2 of_query = sums_of_warp<T, D>(b, place)[q];
+        stream.sum[i] = b.lane < 4 ? of_query.x : 0; // over the lanes
+        stream.largest[i] = of_query.y;
+        const float* from =
+                results_of_warp<T, D>(b, place) + q * kResultStride<D> + b.lane / 4;
+#pragma unroll
+        for (int j = 0; j < D / 16; j++) {
+            stream.o[j][i] = from[16 * j];
+            stream.o[j][2 + i] = from[16 * j + 8];
+        }
+    }
+    __syncwarp(); // tiles come there
+}
+
 /// Weighs the warps' results of each query, in place of their sums, and tells all blocks
 /// their sum and largest.
 template <class T, int D>
@@ -147,7 +173,8 @@ __device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
     if (threadIdx.x == 0) {
         const int own = max(0, min(each, pieces - b.rank * each));
         const int kinds = b.p.out.stats ? 2 : 1;
-        b.exchange.expect(b.blocks * (16 * own + 8 * layout.group * kinds));
+        const int found = b.rank == 0 ? b.s.step.finds_later : 0;
+        b.exchange.expect(b.blocks * (16 * own + 8 * (layout.group * kinds + found)));
     }
 }
 
@@ -231,8 +258,8 @@ __device__ __forceinline__ void weigh_results(const DecodeBlock& b, float lse) {
             const float mass = sum_of_warp(exp2f(dense.y - shift) * dense.x);
             if (lane == 0) {
                 AttendStats& stats = out.stats[b.first_head() + q];
-                stats.cells = s.choice.cells;
-                stats.keys_read = s.choice.keys;
+                stats.cells = s.choice.taken[CellChoice::kAll].x;
+                stats.keys_read = s.choice.taken[CellChoice::kAll].y;
                 stats.far_keys = s.step.far;
                 stats.dense_mass = each * mass;
                 stats.keys_ranked = 0;

@@ -15,6 +15,14 @@ __device__ __forceinline__ void sync_choosers() {
     asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
+/// These let the `n` others go on, who wait for that. By all of both.
+__device__ __forceinline__ void tell_others(int n) {
+    asm volatile("bar.arrive 3, %0;" ::"r"(kThreads + n) : "memory");
+}
+__device__ __forceinline__ void await_choosers(int n) {
+    asm volatile("bar.sync 3, %0;" ::"r"(kThreads + n) : "memory");
+}
+
 /// A barrier of all other threads, `n` of them.
 __device__ __forceinline__ void sync_others(int n) {
     asm volatile("bar.sync 2, %0;" ::"r"(n) : "memory");

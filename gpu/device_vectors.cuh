@@ -251,18 +251,19 @@ __device__ inline unsigned long long largest_of_warp(unsigned long long x) {
     return static_cast<unsigned long long>(most) << 32 | low;
 }
 
-/// The same over kWarps warps of a block, from its first one on.
+/// The same over kWarps warps of a block, from its kFirstWarp-th one on.
 /// @param room   in shared memory; its halves take turns, so that the next call need not
 ///               wait until all have read this one's
 /// @param round  of the call
 /// @param sync   a barrier of these warps
-template <int kWarps, class Sync>
-__device__ __forceinline__ unsigned long long largest_of_block(
-        unsigned long long (&room)[2][kWarps],
+template <int kFirstWarp, int kWarps, int kRoom, class Sync>
+__device__ __forceinline__ unsigned long long largest_of_warps(
+        unsigned long long (&room)[2][kRoom],
         unsigned long long x,
         int round,
         const Sync& sync) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    static_assert(kWarps <= kRoom);
+    const int warp = threadIdx.x / 32 - kFirstWarp, lane = threadIdx.x % 32;
     x = largest_of_warp(x);
     if (lane == 0) {
         room[round & 1][warp] = x;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "decode_begin.cuh"
-#include "team.cuh"
 
 namespace faiss_saap::gpu {
 
@@ -33,8 +32,8 @@ __device__ __forceinline__ unsigned long long best_of_blocks(const DecodeBlock& 
             b.lane < b.blocks ? b.words(b.layout.found)[key * b.blocks + b.lane] : 0);
 }
 
-/// Finds the cells of keys that leave the window in later steps, and tells the first
-/// block. By the warps for sink and window, which have nothing else to do by then.
+/// Finds the block's best cells for keys that leave the window in later steps. By the warps
+/// for sink and window, before the others need them.
 template <int D>
 static __device__ __noinline__ void find_cells_for_later(
         const DecodeParams& p,
@@ -46,11 +45,6 @@ static __device__ __noinline__ void find_cells_for_later(
     const int warp = b.warp - kWarps;
     RowProducts product = s.products[s.layers + 1];
     product.n = static_cast<uint8_t>(s.step.finds_later);
-    prefetch_bytes(
-            static_cast<const char*>(product.rows),
-            product.bytes(),
-            32 * warp + b.lane,
-            32 * warps);
     load_sought<D>(
             b, s.step.leaving + 1, s.step.finds_later, 32 * warp + b.lane, 32 * warps);
     sync_others(32 * warps);
@@ -67,11 +61,24 @@ static __device__ __noinline__ void find_cells_for_later(
     for (int k = warp; k < s.step.finds_later; k += warps) {
         const unsigned long long best = best_of_block(b, k);
         if (b.lane == 0) {
-            store_in_block(place_of_best(b, k), 0, best);
+            s.found_later[k] = best;
         }
     }
-    // Results come later from this block, and all this with them.
-    fence_team();
+}
+
+/// Tells the first block, with the results. By the warps for sink and window, after the
+/// others have told what they choose by: so no block is further back.
+__device__ __forceinline__ void tell_found_later(DecodeBlock& b) {
+    uint32_t before = 1; // exchanges: what the choice depends on, and some hidden layers
+#pragma unroll 1
+    for (int layer = 0; layer < b.s.layers; layer++) {
+        before += !b.s.products[layer].everywhere;
+    }
+    b.exchange.go_on_after(before);
+    const int k = static_cast<int>(threadIdx.x) - kThreads;
+    if (k < b.s.step.finds_later) {
+        b.exchange.send(place_of_best(b, k), 0, b.s.found_later[k]);
+    }
 }
 
 } // namespace

@@ -348,7 +348,7 @@ __device__ inline unsigned long long best_that_fits(
             mine = max(mine, key);
         }
     }
-    return largest_of_block(s.best, mine, round, [] { __syncthreads(); });
+    return largest_of_warps<0, kSelectWarps>(s.best, mine, round, [] { __syncthreads(); });
 }
 
 /// take_cells from s.listed, which holds the best cells down to some score: they are put

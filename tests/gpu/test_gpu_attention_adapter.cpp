@@ -304,8 +304,7 @@ TEST_F(GpuAdapter, AStepIsAppendThenAttend) {
 
 /// A step finds the cells of keys that leave the window later. Where these are dropped and
 /// others come in their place, in this sequence or a fork of it, theirs count.
-TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
-    AdapterCase c;
+void expect_steps_after_a_truncation_to_list_what_is_there(AdapterCase c) {
     c.name = "";
     c.lengths = {600};
     Pair p(c, 600);
@@ -360,6 +359,14 @@ TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
     p.device.reset(p.on_device);
     replace_keys(0);
     step_to(c.window + 40);
+}
+
+TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
+    AdapterCase c;
+    expect_steps_after_a_truncation_to_list_what_is_there(c);
+    c.query = QueryKind::classifier; // blocks tell each other of its hidden layers
+    c.width = 196;
+    expect_steps_after_a_truncation_to_list_what_is_there(c);
 }
 
 /// A paged sequence of 600 tokens, and what a step of the next one takes.
