@@ -79,6 +79,7 @@ def compare(torch, library, tokens, sequences, selectivities, repeat):
     layers = max(2, min(math.ceil(ROTATION / step), fit))
     room = tokens + 8 * (repeat + 8)
     centres = torch.randn(HEADS_KV, NCELL, D, device="cuda", generator=generator)
+    centres = centres.bfloat16().float()  # as training rounds them
     data = [caches(torch, tokens, room, sequences, centres, generator) for _ in range(layers)]
     q = torch.randn(sequences, HEADS_Q, D, device="cuda", generator=generator).bfloat16()
     # In one sequence length for all, so that torch needs no nested tensors.

@@ -305,7 +305,6 @@ TEST_F(GpuAdapter, AStepIsAppendThenAttend) {
 /// A step finds the cells of keys that leave the window later. Where these are dropped and
 /// others come in their place, in this sequence or a fork of it, theirs count.
 void expect_steps_after_a_truncation_to_list_what_is_there(AdapterCase c) {
-    c.name = "";
     c.lengths = {600};
     Pair p(c, 600);
     const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
@@ -363,6 +362,7 @@ void expect_steps_after_a_truncation_to_list_what_is_there(AdapterCase c) {
 
 TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
     AdapterCase c;
+    c.name = "";
     expect_steps_after_a_truncation_to_list_what_is_there(c);
     c.query = QueryKind::classifier; // blocks tell each other of its hidden layers
     c.width = 196;
