@@ -28,10 +28,11 @@ struct CellChoice {
     int ncandidate;
     unsigned long long candidates_end; ///< candidates are above; 0: they are all others
     unsigned long long best[2][kWarps];
-    /// Cells, and in y keys, that are taken: as they come; the same, where others are, as
-    /// those who take them know it; and in all.
-    int2 taken[3];
-    static constexpr int kFirst = 0, kBeforeOthers = 1, kAll = 2;
+    /// Cells, and in y keys, before and with those that are taken as they come, and before
+    /// and with the others. Where other warps take these, each side has its own.
+    int2 taken[2][2];
+    static constexpr int kFirst = 0, kOthers = 1; ///< of the first index
+    static constexpr int kBefore = 0, kWith = 1;  ///< of the second
 };
 
 /// Calls what is to be done with each of four cells: their number, order and keys.
@@ -107,6 +108,7 @@ __device__ __forceinline__ void clear_choice(CellChoice& s) {
     s.bins.clear();
     if (threadIdx.x == 0) {
         s.ncandidate = 0;
+        s.taken[CellChoice::kFirst][CellChoice::kBefore] = make_int2(0, 0);
     }
 }
 
@@ -296,7 +298,8 @@ __device__ __forceinline__ FirstCells take_first(
     const int4 other = FirstCells::of_lane(s);
     const FirstCells all_of_them = FirstCells::of(other);
     if (threadIdx.x == 0) {
-        s.taken[CellChoice::kFirst] = make_int2(all_of_them.cells, all_of_them.keys);
+        s.taken[CellChoice::kFirst][CellChoice::kWith] =
+                make_int2(all_of_them.cells, all_of_them.keys);
     }
     counted();
     // In the order of warps, lanes and cells.
@@ -391,8 +394,9 @@ __device__ __forceinline__ void take_others(
         left -= n;
     }
     if (warp == 0 && lane == 0) {
-        s.taken[CellChoice::kBeforeOthers] = make_int2(first.cells, first.keys);
-        s.taken[CellChoice::kAll] = make_int2(ncell, nkey);
+        s.taken[CellChoice::kOthers][CellChoice::kBefore] =
+                make_int2(first.cells, first.keys);
+        s.taken[CellChoice::kOthers][CellChoice::kWith] = make_int2(ncell, nkey);
     }
 }
 

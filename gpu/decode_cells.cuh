@@ -390,13 +390,14 @@ __device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
                     },
                     [] { sync_choosers(); });
             if (threadIdx.x == 0) { // attended to like the first ones
-                choice.taken[CellChoice::kFirst] = choice.taken[CellChoice::kAll];
+                choice.taken[CellChoice::kFirst][CellChoice::kWith] =
+                        choice.taken[CellChoice::kOthers][CellChoice::kWith];
             }
         }
     } else {
         if (threadIdx.x == 0) {
-            choice.taken[CellChoice::kFirst] = choice.taken[CellChoice::kAll] =
-                    make_int2(0, 0);
+            choice.taken[CellChoice::kFirst][CellChoice::kWith] =
+                    choice.taken[CellChoice::kOthers][CellChoice::kWith] = make_int2(0, 0);
         }
         tell_window_warps(b);
     }

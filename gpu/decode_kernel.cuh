@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 :
         }
         if (block.takes_cells()) {
             take_other_cells(block);
-            const int2* taken = fixed.choice.taken;
-            if (taken[CellChoice::kAll].y > taken[CellChoice::kBeforeOthers].y) {
+            const auto& others = fixed.choice.taken[CellChoice::kOthers];
+            if (others[CellChoice::kWith].y > others[CellChoice::kBefore].y) {
                 attend_to_keys<T, D>(
                         arguments.params, arguments.layout, fixed, shared, KeyRange::others);
             }

@@ -33,28 +33,16 @@ struct KeySlots {
     int first_at_hand; ///< the first cell of DecodeLayout::extents, among them
 
     __device__ __forceinline__ KeySlots(const DecodeBlock& b, KeyRange range)
-            : b(b),
-              range(range),
-              at(others() ? b.s.choice.taken[CellChoice::kBeforeOthers].x : 0),
-              first_at_hand(0) {}
+            : b(b), range(range), at(before().x), first_at_hand(0) {}
 
     /// Whether these are the range. The compiler knows that they are not where no warps are
     /// for them.
     __device__ __forceinline__ bool others() const {
         return b.window_warps && range == KeyRange::others;
     }
-    /// Where their cells end among those that are taken.
-    __device__ __forceinline__ int cells_end() const {
-        return ends().x;
-    }
-    /// The number among the far keys of the first one.
-    __device__ __forceinline__ int first() const {
-        return others() ? b.s.choice.taken[CellChoice::kBeforeOthers].y : 0;
-    }
     /// Numbers of keys that there are.
     __device__ __forceinline__ int count() const {
-        return range == KeyRange::dense ? b.s.step.dense
-                                        : ends().y - first();
+        return range == KeyRange::dense ? b.s.step.dense : ends().y - before().y;
     }
 
     /// Goes to the cells of the block's keys, the first of which is `begin`, before it is
@@ -62,16 +50,16 @@ struct KeySlots {
     __device__ __forceinline__ void go_to(int begin) {
         int before = 0; // cells that begin at or before it
 #pragma unroll 1
-        for (int i0 = 0; i0 < cells_end(); i0 += 32) {
+        for (int i0 = 0; i0 < ends().x; i0 += 32) {
             const int i = i0 + b.lane;
             before += __popc(__ballot_sync(
-                    0xffffffffu, i < cells_end() && b.taken()[i].y <= begin));
+                    0xffffffffu, i < ends().x && b.taken()[i].y <= begin));
             if (before < i0 + 32) {
                 break;
             }
         }
         at = first_at_hand = before - 1;
-        const int n = min(kCellsAtHand, cells_end() - first_at_hand);
+        const int n = min(kCellsAtHand, ends().x - first_at_hand);
 #pragma unroll 1
         for (int i = threadIdx.x; i < n * kExtentsAtHand; i += kThreads) {
             const int cell = b.taken()[first_at_hand + i / kExtentsAtHand].x;
@@ -89,14 +77,14 @@ struct KeySlots {
                     : i < step.sinks ? i
                                      : step.window_begin + i - step.sinks;
         }
-        i += first();
+        i += before().y;
         if (i >= ends().y) {
             return -1;
         }
         if (i == b.s.leaving_at[others()]) { // it may not be listed yet
             return step.leaving;
         }
-        while (at + 1 < cells_end() && b.taken()[at + 1].y <= i) {
+        while (at + 1 < ends().x && b.taken()[at + 1].y <= i) {
             at++;
         }
         const int2 cell = b.taken()[at];
@@ -110,9 +98,14 @@ struct KeySlots {
     }
 
    private:
-    /// Where the range ends. One load: what others of the block write is not read.
-    __device__ __forceinline__ const int2& ends() const {
-        return b.s.choice.taken[others() ? CellChoice::kAll : CellChoice::kFirst];
+    /// Cells and keys before the range, and with it. What other warps write is not read, as
+    /// it would be by a choice between two places.
+    __device__ __forceinline__ int2 before() const {
+        return b.window_warps ? b.s.choice.taken[others()][CellChoice::kBefore]
+                              : make_int2(0, 0);
+    }
+    __device__ __forceinline__ int2 ends() const {
+        return b.s.choice.taken[others()][CellChoice::kWith];
     }
     __device__ __forceinline__ uint32_t* extents() const {
         return reinterpret_cast<uint32_t*>(b.shared + b.layout.extents);

@@ -258,8 +258,8 @@ __device__ __forceinline__ void weigh_results(const DecodeBlock& b, float lse) {
             const float mass = sum_of_warp(exp2f(dense.y - shift) * dense.x);
             if (lane == 0) {
                 AttendStats& stats = out.stats[b.first_head() + q];
-                stats.cells = s.choice.taken[CellChoice::kAll].x;
-                stats.keys_read = s.choice.taken[CellChoice::kAll].y;
+                stats.cells = s.choice.taken[CellChoice::kOthers][CellChoice::kWith].x;
+                stats.keys_read = s.choice.taken[CellChoice::kOthers][CellChoice::kWith].y;
                 stats.far_keys = s.step.far;
                 stats.dense_mass = each * mass;
                 stats.keys_ranked = 0;
