@@ -188,7 +188,6 @@ TEST(TrainPartition, CentroidsInBfloat16TakeHalfTheFile) {
     tests::Random random;
     auto params = small_params();
     params.steps = 1;
-    params.centroid_dtype = DType::bfloat16;
     const auto texts = tests::planted_texts(random, 2);
     PartitionSet set;
     set.partitions = {train(texts, params)};

@@ -335,6 +335,8 @@ def test_training_files_and_decoding_with_them(trained, tmp_path):
     trace, params, partition, steps = trained
     assert [s[0] for s in steps] == list(range(1, 21)) and all(np.isfinite(s[1]) for s in steps)
     assert len(partition.heads) == 3 and 0 < partition.heads[0].recall <= 1.05
+    assert params.centroid_dtype == params.dtype == "bfloat16"
+    assert not (partition.partition.key.centroids.view(np.uint32) & 0xFFFF).any()
     path = str(tmp_path / "p.saap")
     fs.write_partitions(fs.PartitionSet([partition], model="m", sink=16, window=512, texts=["t"]), path)
     read = fs.read_partitions(path)
@@ -401,6 +403,7 @@ def test_what_a_callback_raises_ends_the_training(trained):
         (lambda i, x: fs.KvView.token_major(x[:, None], x[:2, None]), "v has the shape (2, 1, 16), expected (4, 1,"),
         (lambda i, x: fs.KvView.token_major(x[:, None], x[:, None], 5), "length = 5, the arrays hold 4 tokens"),
         (lambda i, x: fs.TrainingParams(cells=3), "no field 'cells'"),
+        (lambda i, x: fs.TrainingParams(centroid_dtype="float16"), "centroid_dtype = 'float16'"),
         (lambda i, x: fs.CellMeanAssigner(D, 3).scores(post_rope=x), "stat"),
     ],
 )

@@ -114,6 +114,16 @@ AnyArray array_of(nb::handle object, const char* name) {
     return array;
 }
 
+DType stored_dtype(const char* argument, const std::string& text) {
+    for (DType type : {DType::float32, DType::bfloat16}) {
+        if (text == name(type)) {
+            return type;
+        }
+    }
+    FAISS_THROW_FMT(
+            "%s = '%s', must be float32 or bfloat16", argument, text.c_str());
+}
+
 DType dtype_of(const AnyArray& x, const char* name) {
     const auto code = static_cast<nb::dlpack::dtype_code>(x.dtype().code);
     const int bits = x.dtype().bits;

@@ -53,6 +53,10 @@ AnyArray array_anywhere(nb::handle object, const char* name);
 /// The same, in main memory alone.
 AnyArray array_of(nb::handle object, const char* name);
 
+/// Of what partitions store: float32 or bfloat16, by its name.
+/// @throws faiss::FaissException naming the argument
+DType stored_dtype(const char* argument, const std::string& text);
+
 /// float32, float16 and bfloat16, and uint16 as the bits of bfloat16.
 /// @throws faiss::FaissException for other types
 DType dtype_of(const AnyArray& x, const char* name);

@@ -83,16 +83,6 @@ RoutingNeeds space_of(unsigned space) {
     return static_cast<RoutingNeeds>(space);
 }
 
-DType weights_dtype(const std::string& text) {
-    for (DType type : {DType::float32, DType::bfloat16}) {
-        if (text == name(type)) {
-            return type;
-        }
-    }
-    FAISS_THROW_FMT(
-            "dtype = '%s', must be float32 or bfloat16", text.c_str());
-}
-
 } // namespace
 
 void bind_assigners(nb::module_& m) {
@@ -357,7 +347,7 @@ void bind_assigners(nb::module_& m) {
                                 "parameters",
                                 {parameter_count(s)});
                         new (self) QueryClassifier(
-                                s, parameters.data(), weights_dtype(dtype));
+                                s, parameters.data(), stored_dtype("dtype", dtype));
                     },
                     "parameters"_a,
                     "d"_a,

@@ -118,6 +118,20 @@ void bind_training(nb::module_& m) {
             .def_rw("share_trunk",
                     &TrainingParams::share_trunk,
                     "They share what follows.")
+            .def_prop_rw(
+                    "dtype",
+                    [](const TrainingParams& p) { return name(p.dtype); },
+                    [](TrainingParams& p, const std::string& text) {
+                        p.dtype = stored_dtype("dtype", text);
+                    },
+                    "Of the weights in the result, bfloat16 or float32.")
+            .def_prop_rw(
+                    "centroid_dtype",
+                    [](const TrainingParams& p) { return name(p.centroid_dtype); },
+                    [](TrainingParams& p, const std::string& text) {
+                        p.centroid_dtype = stored_dtype("centroid_dtype", text);
+                    },
+                    "What centroids are rounded to, bfloat16 or float32 (not at all).")
             .def_rw("steps", &TrainingParams::steps, "Mini-batches at most.")
             .def_rw("batch", &TrainingParams::batch, "Tokens of a mini-batch.")
             .def_rw("warmup", &TrainingParams::warmup)
