@@ -108,7 +108,6 @@ __device__ __forceinline__ void clear_choice(CellChoice& s) {
     s.bins.clear();
     if (threadIdx.x == 0) {
         s.ncandidate = 0;
-        s.taken[CellChoice::kFirst][CellChoice::kBefore] = make_int2(0, 0);
     }
 }
 

@@ -15,7 +15,8 @@ namespace faiss_saap::gpu {
 /// A barrier in shared memory counts them, so that nobody waits for what else is on its
 /// way, as at a barrier of the cluster, whose fence waits for all loads of the block.
 ///
-/// A block alone, which is no cluster, writes and waits for its threads that choose.
+/// A block alone, which is no cluster, writes and waits for its threads that choose. What
+/// its others write is seen after the block's next barrier.
 ///
 /// A block may be one exchange ahead of another, as it has had what the other sent in the
 /// one before: so two barriers take turns, and each block sends to each in every one.

@@ -88,6 +88,7 @@ __device__ __forceinline__ SequenceReading read_row(DecodeBlock& b) {
         BulkCopies(&s.weights_there).begin();
         s.refused_by = s.bad_page = 0;
         s.leaving_at[0] = s.leaving_at[1] = -1;
+        s.choice.taken[CellChoice::kFirst][CellChoice::kBefore] = make_int2(0, 0);
     }
     __syncthreads();
     return SequenceReading::of(*s.row.sequence);
@@ -313,7 +314,7 @@ __device__ __forceinline__ DecodeStep step_of(
         const auto there = static_cast<int>(before.length - step.leaving); // keys
         if (step.leaving >= 0 && step.leaving >= before.assigned) {
             step.finds = max(1, min(most_ahead, there));
-        } else if (finds_later && before.seeks_later(p)) {
+        } else if (step.leaving >= 0 && finds_later && before.seeks_later(p)) {
             step.finds_later = min(most_ahead, there - 1);
         }
     }

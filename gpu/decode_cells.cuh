@@ -406,7 +406,7 @@ __device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
 
 /// Takes the others. By the warps for sink and window.
 __device__ __forceinline__ void take_other_cells(const DecodeBlock& b) {
-    constexpr int kOthers = 32 * kWindowWarps;
+    constexpr int kWindowThreads = 32 * kWindowWarps;
     const CellLimits limits(b);
     take_others<kWarps, kWindowWarps>(
             b.s.choice,
@@ -417,8 +417,8 @@ __device__ __forceinline__ void take_other_cells(const DecodeBlock& b) {
             [&](int i, int cell, int keys, int begin) {
                 note_cell(b, 1, i, cell, keys, begin);
             },
-            [] { sync_others(kOthers); });
-    sync_others(kOthers);
+            [] { sync_others(kWindowThreads); });
+    sync_others(kWindowThreads);
 }
 
 } // namespace

@@ -20,9 +20,11 @@ __device__ __forceinline__ TileRange tiles_of_block(const DecodeBlock& b, int n)
     return {begin, min(tiles, begin + each)};
 }
 
-/// Keys of a row: sink and window; of the cells that are taken, or of those taken as they
-/// come where the others are not known yet; of these.
-enum class KeyRange : int { dense, far, others };
+enum class KeyRange : int {
+    dense, ///< sink and window
+    far,   ///< of the cells that are taken, or of the first of them where others follow
+    others ///< of the cells that the warps for sink and window take
+};
 
 /// Slots of a range of keys, by their number. A lane asks for ascending numbers, so it
 /// walks the cells once.

@@ -38,7 +38,7 @@ struct DecodeLayout {
     int head_stride = 0; ///< query heads, in fours
     int cell_stride = 0; ///< cells of a head's scores, which spreads the banks
     int tile_warps = 0;  ///< of those that choose: that attend
-    int window_warps = 0; ///< that attend to sink and window; 0: the others do, too
+    int window_warps = 0; ///< for sink and window (kWindowWarps); 0: the others do that
     int ahead = 0;       ///< keys whose cells are found at once
     int queries = 0;     ///< as the cache's type, for the tensor cores
     int rotations = 0;   ///< back, of pairs of components: cosine and sine

@@ -5,9 +5,10 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-/// That choose cells and attend to their keys.
+/// That choose cells and attend to their keys, but for the last cells where others do that.
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-/// That attend to sink and window meanwhile, in blocks that have warps for that.
+/// That attend to sink and window meanwhile, and then choose the last cells and attend to
+/// those, in blocks that have warps for that.
 constexpr int kWindowWarps = 4;
 
 /// A barrier of the first kThreads threads of a block.

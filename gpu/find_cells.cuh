@@ -33,7 +33,7 @@ __device__ __forceinline__ unsigned long long best_of_blocks(const DecodeBlock& 
 }
 
 /// Finds the block's best cells for keys that leave the window in later steps. By the warps
-/// for sink and window, before the others need them.
+/// for sink and window, before they are wanted for the last cells.
 template <int D>
 static __device__ __noinline__ void find_cells_for_later(
         const DecodeParams& p,
