@@ -19,6 +19,9 @@ namespace faiss_saap {
 /// cells it does not return score -infinity.
 struct QuantizerAssigner : CellAssigner {
     std::shared_ptr<const faiss::Index> quantizer; ///< ncell vectors
+    /// Those of a flat quantizer, size ncell * d, where bfloat16 holds all of them
+    /// exactly, else empty: half the bytes to read for each query.
+    std::vector<uint16_t> bfloat16_vectors;
 
     /// @param quantizer  trained, with at least one vector, all finite
     /// @param space      NEEDS_PRE_ROPE or NEEDS_POST_ROPE
@@ -39,9 +42,6 @@ struct QuantizerAssigner : CellAssigner {
             float*) const;
 
     std::vector<float> half_norm; ///< |c|^2 / 2, for a flat L2 quantizer
-    /// The vectors of a flat quantizer, if bfloat16 holds all of them exactly: half the
-    /// bytes to read for each query.
-    std::vector<uint16_t> bfloat16_vectors;
 };
 
 } // namespace faiss_saap

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 namespace faiss_saap {
 
@@ -26,8 +25,5 @@ void from_float(DType type, const float* source, int64_t n, void* target);
 
 /// Rounds n floats to what the type holds, in place.
 void round_to(DType type, int64_t n, float* x);
-
-/// n floats as bfloat16 where it holds every one exactly, else empty.
-std::vector<uint16_t> exact_bfloat16(int64_t n, const float* x);
 
 } // namespace faiss_saap

@@ -6,7 +6,6 @@
 #include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
-#include <faiss_saap/dtype.h>
 
 namespace faiss_saap::gpu {
 
@@ -41,15 +40,12 @@ struct Lowering {
                                             : RowInput::post_rope;
         a.padded_cols = a.d;
         const float* x = index->get_xb();
-        // Rows of bfloat16 are read by 16 bytes.
-        const int64_t size = int64_t(a.ncell) * a.d;
-        const auto halves =
-                a.d % 8 ? std::vector<uint16_t>() : exact_bfloat16(size, x);
-        a.bf16 = !halves.empty();
+        const std::vector<uint16_t>& halves = q->bfloat16_vectors;
+        a.bf16 = !halves.empty() && a.d % 8 == 0; // rows are read by 16 bytes
         if (a.bf16) {
             a.rows = upload(halves.data(), halves.size());
         } else {
-            a.rows = upload(x, size);
+            a.rows = upload(x, size_t(a.ncell) * a.d);
         }
         if (index->metric_type == faiss::METRIC_L2) {
             std::vector<float> bias(a.ncell);

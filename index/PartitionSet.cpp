@@ -1,8 +1,6 @@
 #include <faiss_saap/PartitionSet.h>
 
-#include <algorithm>
 #include <cmath>
-#include <list>
 #include <set>
 
 #include <faiss/IndexFlat.h>
@@ -54,17 +52,16 @@ std::string shape_text(const std::vector<int64_t>& shape) {
     return text + ")";
 }
 
-const faiss::IndexFlat& flat_of(const TrainedPartition& p) {
+/// The key assigner, over a faiss::IndexFlat.
+const QuantizerAssigner& quantizer_of(const TrainedPartition& p) {
     const auto* key =
             dynamic_cast<const QuantizerAssigner*>(p.partition.key.get());
-    const auto* flat = key
-            ? dynamic_cast<const faiss::IndexFlat*>(key->quantizer.get())
-            : nullptr;
     FAISS_THROW_IF_NOT_FMT(
-            flat && key->needs == NEEDS_PRE_ROPE,
+            key && dynamic_cast<const faiss::IndexFlat*>(key->quantizer.get()) &&
+                    key->needs == NEEDS_PRE_ROPE,
             "%s: the key assigner is no flat quantizer of de-rotated keys",
             prefix_of(p.layer, p.kv_head).c_str());
-    return *flat;
+    return *key;
 }
 
 const QueryClassifier& classifier_of(const TrainedPartition& p) {
@@ -92,7 +89,7 @@ json describe(const TrainedPartition& p) {
             {"share_input", s.share_input},
             {"share_trunk", s.share_trunk},
             {"spherical",
-             flat_of(p).metric_type == faiss::METRIC_INNER_PRODUCT},
+             quantizer_of(p).quantizer->metric_type == faiss::METRIC_INNER_PRODUCT},
             {"keys", p.balance.keys},
             {"largest_cell", p.balance.largest},
             {"empty_cells", p.balance.empty},
@@ -442,7 +439,6 @@ void PartitionSet::check_rope(const RopeParams& other) const {
 
 void write_partitions(const PartitionSet& set, const std::string& path) {
     std::map<std::string, TensorView> tensors;
-    std::list<std::vector<uint16_t>> narrowed; // what views point to
     json heads = json::array();
     std::map<std::string, std::string> metadata = {
             {"format", kFormat},
@@ -480,21 +476,14 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
                 p.layer,
                 p.kv_head);
         const QueryClassifier& classifier = classifier_of(p);
-        const faiss::IndexFlat& flat = flat_of(p);
+        const QuantizerAssigner& key = quantizer_of(p);
+        const auto& flat = static_cast<const faiss::IndexFlat&>(*key.quantizer);
         heads.push_back({p.layer, p.kv_head});
         metadata[prefix] = describe(p).dump();
-        auto halves = exact_bfloat16(flat.ntotal * flat.d, flat.get_xb());
-        if (halves.empty()) {
-            tensors[prefix + ".centroids"] =
-                    view("F32", {flat.ntotal, flat.d}, flat.get_xb(), 4);
-        } else {
-            narrowed.push_back(std::move(halves));
-            tensors[prefix + ".centroids"] =
-                    view("BF16",
-                         {flat.ntotal, flat.d},
-                         narrowed.back().data(),
-                         2);
-        }
+        const std::vector<uint16_t>& halves = key.bfloat16_vectors;
+        tensors[prefix + ".centroids"] = halves.empty()
+                ? view("F32", {flat.ntotal, flat.d}, flat.get_xb(), 4)
+                : view("BF16", {flat.ntotal, flat.d}, halves.data(), 2);
         if (!p.blend.empty()) {
             p.blended(); // checks the weights
             tensors[prefix + ".blend"] =

@@ -22,6 +22,18 @@ float to_score(faiss::MetricType metric, float distance) {
     return metric == faiss::METRIC_L2 ? -0.5f * distance : distance;
 }
 
+/// n floats as bfloat16 where it holds every one exactly, else empty.
+std::vector<uint16_t> exact_bfloat16(int64_t n, const float* x) {
+    std::vector<uint16_t> held(n);
+    from_float(DType::bfloat16, x, n, held.data());
+    std::vector<float> back(n);
+    to_float(DType::bfloat16, held.data(), n, back.data());
+    if (!std::equal(back.begin(), back.end(), x)) {
+        held.clear();
+    }
+    return held;
+}
+
 // Arguments of a base's constructor are evaluated in any order: each of them
 // checks the pointer.
 const faiss::Index& not_null(const std::shared_ptr<const faiss::Index>& q) {

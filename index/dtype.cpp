@@ -1,7 +1,7 @@
 #include <faiss_saap/dtype.h>
 
-#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include <faiss/utils/fp16.h>
 
@@ -103,17 +103,6 @@ void round_to(DType type, int64_t n, float* x) {
     std::vector<char> held(n * element_size(type));
     from_float(type, x, n, held.data());
     to_float(type, held.data(), n, x);
-}
-
-std::vector<uint16_t> exact_bfloat16(int64_t n, const float* x) {
-    std::vector<uint16_t> held(n);
-    from_float(DType::bfloat16, x, n, held.data());
-    std::vector<float> back(n);
-    to_float(DType::bfloat16, held.data(), n, back.data());
-    if (!std::equal(back.begin(), back.end(), x)) {
-        held.clear();
-    }
-    return held;
 }
 
 } // namespace faiss_saap

@@ -20,6 +20,16 @@ namespace faiss_saap::python {
 
 namespace {
 
+auto dtype_reader(DType TrainingParams::*field) {
+    return [field](const TrainingParams& p) { return name(p.*field); };
+}
+
+auto dtype_writer(const char* argument, DType TrainingParams::*field) {
+    return [argument, field](TrainingParams& p, const std::string& text) {
+        p.*field = stored_dtype(argument, text);
+    };
+}
+
 using ReadHead = std::vector<float> (Trace::*)(int, int) const;
 
 auto head_reader(ReadHead read) {
@@ -120,17 +130,13 @@ void bind_training(nb::module_& m) {
                     "They share what follows.")
             .def_prop_rw(
                     "dtype",
-                    [](const TrainingParams& p) { return name(p.dtype); },
-                    [](TrainingParams& p, const std::string& text) {
-                        p.dtype = stored_dtype("dtype", text);
-                    },
+                    dtype_reader(&TrainingParams::dtype),
+                    dtype_writer("dtype", &TrainingParams::dtype),
                     "Of the weights in the result, bfloat16 or float32.")
             .def_prop_rw(
                     "centroid_dtype",
-                    [](const TrainingParams& p) { return name(p.centroid_dtype); },
-                    [](TrainingParams& p, const std::string& text) {
-                        p.centroid_dtype = stored_dtype("centroid_dtype", text);
-                    },
+                    dtype_reader(&TrainingParams::centroid_dtype),
+                    dtype_writer("centroid_dtype", &TrainingParams::centroid_dtype),
                     "What centroids are rounded to, bfloat16 or float32 (not at all).")
             .def_rw("steps", &TrainingParams::steps, "Mini-batches at most.")
             .def_rw("batch", &TrainingParams::batch, "Tokens of a mini-batch.")
