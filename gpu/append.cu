@@ -13,7 +13,7 @@ constexpr int kThreads = 256;
 constexpr int kCells = 64; ///< of a block: eight for each warp
 
 __device__ int64_t bytes_of_row(const DeviceAssigner& a) {
-    return int64_t(a.padded_cols) * (a.bf16 ? 2 : 4);
+    return int64_t(a.padded_cols) * a.element();
 }
 
 /// Best cells of the leaving tokens begin .. begin + n - 1 among a block's kCells

@@ -98,7 +98,7 @@ __device__ __forceinline__ SequenceReading read_row(DecodeBlock& b) {
 /// the cells. By the warps that prepare, before they find out which ones the block has.
 __device__ __forceinline__ void prefetch_weights(const DecodeBlock& b) {
     const DeviceAssigner& a = b.s.list.query;
-    const int element = a.bf16 ? 2 : 4;
+    const int element = a.element();
     const auto prefetch_share = [&](const void* rows, int bytes) {
         const int each = DecodeLayout::share(bytes, b.blocks);
         const int first = min(bytes, b.rank * each);

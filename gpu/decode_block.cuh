@@ -56,8 +56,8 @@ struct DecodeShared : DecodeRow {
     int leaving_cell;           ///< that the leaving key joins; -1: none
     int found[kMostAhead];      ///< cells of the keys that were sought
     unsigned long long found_later[kMostAhead]; ///< the block's best for those of later
-    /// Its number among the far keys taken, where its cell is one of those taken as they
-    /// come, or one of the others; -1: it is not.
+    /// Its number among the far keys taken, where its cell is one of CellChoice::kFirst, or
+    /// of kOthers as those who choose these have them; -1: it is not.
     int leaving_at[2];
     CellChoice choice;
     float factors[kMostBlocks * kWarps]; ///< of the exponentials, by part and head

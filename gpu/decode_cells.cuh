@@ -333,10 +333,10 @@ struct CellLimits {
 };
 
 /// Notes a cell that is taken, and its keys' numbers.
-/// @param others  it is not one of those that are taken as they come
+/// @param of  CellChoice::kFirst or kOthers, as those who choose it have the latter
 __device__ __forceinline__ void note_cell(
         const DecodeBlock& b,
-        int others,
+        int of,
         int i,
         int cell,
         int keys,
@@ -348,7 +348,7 @@ __device__ __forceinline__ void note_cell(
         prefetch(s.list.extents + int64_t(cell) * kExtents);
     }
     if (cell == s.leaving_cell) { // its newest key
-        s.leaving_at[others] = begin + keys - 1;
+        s.leaving_at[of] = begin + keys - 1;
     }
 }
 
@@ -367,6 +367,9 @@ __device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
     const CellLimits limits(b);
     const CellBins bins = CellBins::of_masses(b.layout.group, limits.keys);
     weigh_cells(b, bins);
+    const auto take = [&](int i, int cell, int keys, int begin) {
+        note_cell(b, CellChoice::kFirst, i, cell, keys, begin);
+    };
     if (b.takes_cells()) {
         const FirstCells first = take_first(
                 choice,
@@ -375,9 +378,7 @@ __device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
                 limits.cells,
                 limits.keys,
                 [&] { tell_window_warps(b); },
-                [&](int i, int cell, int keys, int begin) {
-                    note_cell(b, 0, i, cell, keys, begin);
-                });
+                take);
         if (b.window_warps == 0) {
             take_others<0, kWarps>(
                     choice,
@@ -385,9 +386,7 @@ __device__ __forceinline__ void take_cells_of_row(DecodeBlock& b) {
                     first,
                     limits.cells,
                     limits.keys,
-                    [&](int i, int cell, int keys, int begin) {
-                        note_cell(b, 0, i, cell, keys, begin);
-                    },
+                    take,
                     [] { sync_choosers(); });
             if (threadIdx.x == 0) { // attended to like the first ones
                 choice.taken[CellChoice::kFirst][CellChoice::kWith] =
@@ -415,7 +414,7 @@ __device__ __forceinline__ void take_other_cells(const DecodeBlock& b) {
             limits.cells,
             limits.keys,
             [&](int i, int cell, int keys, int begin) {
-                note_cell(b, 1, i, cell, keys, begin);
+                note_cell(b, CellChoice::kOthers, i, cell, keys, begin);
             },
             [] { sync_others(kWindowThreads); });
     sync_others(kWindowThreads);

@@ -118,7 +118,7 @@ __device__ __noinline__ void run_layer(
         float* to) {
     const bool per_head = (layer ? a.networks : a.inputs) > 1;
     const int cols = layer == 0 ? a.padded_d : a.padded_width;
-    const size_t bytes = size_t(cols) * (a.bf16 ? 2 : 4);
+    const size_t bytes = size_t(cols) * a.element();
     const int heads = per_head ? team.group : team.padded_group / 4;
     const int blocks = (a.width + kRows - 1) / kRows;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -220,7 +220,7 @@ __device__ __noinline__ void score_cells(
         const DeviceAssigner& a,
         const float* x) {
     const int cols = a.padded_cols, ncell = a.ncell;
-    const size_t bytes = size_t(cols) * (a.bf16 ? 2 : 4);
+    const size_t bytes = size_t(cols) * a.element();
     const bool per_head = a.networks > 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int blocks = (ncell + kRows - 1) / kRows;
@@ -295,7 +295,7 @@ __device__ __noinline__ void prefetch_by_team(const void* from, int64_t bytes) {
 /// Brings what an assigner multiplies with nearer. Weights never change: this may be
 /// done before the kernels before have ended.
 __device__ __noinline__ void prefetch_weights(const DeviceAssigner& a) {
-    const int64_t element = a.bf16 ? 2 : 4;
+    const int64_t element = a.element();
     if (a.rows) {
         prefetch_by_team(a.rows, element * a.networks * a.ncell * a.padded_cols);
     }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include <faiss_saap/gpu/extents.h>
+#include <faiss_saap/host_device.h>
 
 namespace faiss_saap::gpu {
 
@@ -33,6 +34,10 @@ struct DeviceAssigner {
     RowInput input = RowInput::none;
     int bf16 = 0;                ///< rows are bfloat16, else float
     const void* rows = nullptr;  ///< networks * ncell * padded_cols
+    /// Bytes of a row's element, and of a layer's.
+    FAISS_SAAP_HOST_DEVICE int element() const {
+        return bf16 ? 2 : 4;
+    }
     const float* bias = nullptr; ///< networks * ncell; may be null
     int padded_cols = 0;
     int networks = 1; ///< 1 or one for each query head of the group

@@ -22,19 +22,8 @@ __device__ __forceinline__ void team_sync() {
     __syncthreads();
 }
 
-/// What the thread has written in the team's memory comes before what it writes there
-/// from now on.
-__device__ __forceinline__ void fence_team() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.acq_rel.cluster;" ::: "memory");
-#else
-    __threadfence_block();
-#endif
-}
-
 /// Writes a value to where `at` lies in this block's shared memory, but in that of
-/// the team's block `block`; all have begun, and read it after a team_sync, or after
-/// what this block sends them behind a fence_team.
+/// the team's block `block`; all have begun, and read it after a team_sync.
 template <class T>
 __device__ __forceinline__ void store_in_block(T* at, unsigned block, T value) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8);
