@@ -302,29 +302,36 @@ int64_t CellLists::mark_slots(
         int32_t n;      ///< slots in this one
     };
     const SlotPool& pool = *pool_;
+    // A block is two cache lines. First ones are asked for together, as a
+    // prefetch whose address must be translated holds up what follows it.
     std::vector<Part> parts, previous;
-    const auto fetch = [&pool](uint32_t block, int32_t left) {
+    const auto first_line = [&pool](uint32_t block, int32_t left) {
         __builtin_prefetch(&pool[block]);
-        __builtin_prefetch(&pool[block].slots[kPerBlock - 1]);
         const int32_t before = (left - 1) / kPerBlock * kPerBlock;
         return Part{&pool[block], before, left - before};
     };
+    const auto other_lines = [](const std::vector<Part>& of) {
+        for (const Part& part : of) {
+            __builtin_prefetch(&part.block->slots[kPerBlock - 1]);
+        }
+    };
     for (int32_t cell : cells) {
         if (count_[cell] > 0) {
-            parts.push_back(fetch(tail_[cell], count_[cell]));
+            parts.push_back(first_line(tail_[cell], count_[cell]));
         }
     }
+    other_lines(parts);
     // Chains side by side, as following one is waiting for the memory; all are
-    // followed a step before any slot is looked at, as a prefetch whose
-    // address must be translated holds up what follows it.
+    // followed a step before any slot is looked at.
     int64_t marked = 0;
     while (!parts.empty()) {
         previous.clear();
         for (const Part& part : parts) {
             if (part.before > 0) {
-                previous.push_back(fetch(part.block->previous, part.before));
+                previous.push_back(first_line(part.block->previous, part.before));
             }
         }
+        other_lines(previous);
         for (const Part& part : parts) {
             for (int j = 0; j < part.n; j++) {
                 const int32_t slot = part.block->slots[j];

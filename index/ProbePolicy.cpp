@@ -1,8 +1,10 @@
 #include <faiss_saap/ProbePolicy.h>
 
 #include <algorithm>
+#include <array>
 #include <cinttypes>
 #include <cmath>
+#include <numeric>
 #include <string>
 
 #include <faiss_saap/ordered_float.h>
@@ -141,45 +143,62 @@ std::vector<int32_t> take_cells(
         int nprobe,
         int64_t key_limit,
         bool at_least_one) {
-    // Integers are compared without a branch or a look at the scores; smaller ones
-    // are better, and ties go to the lower cell.
-    const auto cell_of = [](uint64_t key) {
-        return static_cast<int32_t>(SelectionKey::id(key));
-    };
-    std::vector<uint64_t> rest;
-    rest.reserve(ncell);
+    // Into bins by falling score; of a bin, what still fits is sorted when the
+    // bin is reached, which is nothing for most of them.
+    constexpr int kBins = 128;
+    std::vector<int32_t> cells(ncell); // those that may be taken
+    int n = 0;
+    float highest = -INFINITY, lowest = INFINITY;
     for (int32_t c = 0; c < ncell; c++) {
-        if (counts[c] > 0 && scores[c] > -INFINITY) {
-            rest.push_back(SelectionKey::make(
-                    scores[c], static_cast<uint32_t>(c), /*largest=*/true));
-        }
+        const bool there = counts[c] > 0 && scores[c] > -INFINITY;
+        cells[n] = c;
+        n += there;
+        highest = std::max(highest, there ? scores[c] : -INFINITY);
+        lowest = std::min(lowest, there ? scores[c] : INFINITY);
     }
+    // Equal or too far apart: one bin holds all.
+    const float per_score = (kBins - 1) / (highest - lowest);
+    const float factor = per_score < INFINITY ? per_score : 0.0f;
+    std::vector<uint8_t> bin_of(n);
+    std::array<int32_t, kBins + 1> end{};
+    for (int i = 0; i < n; i++) {
+        const float bin = (highest - scores[cells[i]]) * factor;
+        bin_of[i] = static_cast<uint8_t>(bin < kBins - 1 ? bin : kBins - 1);
+        end[bin_of[i] + 1]++;
+    }
+    std::partial_sum(end.begin(), end.end(), end.begin());
+    std::vector<int32_t> by_bin(n);
+    for (int i = 0; i < n; i++) {
+        by_bin[end[bin_of[i]]++] = cells[i];
+    }
+
     std::vector<int32_t> taken;
     int64_t keys = 0;
-    // The best ones are sorted, then twice as many: most are never looked at.
-    for (size_t sorted = 64; !rest.empty(); sorted *= 2) {
-        const auto end = rest.begin() + std::min(sorted, rest.size());
-        std::nth_element(rest.begin(), end - 1, rest.end());
-        std::sort(rest.begin(), end);
-        for (auto key = rest.begin(); key != end; ++key) {
+    const auto may_take = [&](int32_t c) {
+        return (at_least_one && taken.empty()) || keys + counts[c] <= key_limit;
+    };
+    std::vector<uint64_t> best_first; // of a bin
+    for (int bin = 0, i = 0; i < n; bin++) {
+        best_first.clear();
+        for (; i < end[bin]; i++) {
+            const int32_t c = by_bin[i];
+            if (may_take(c)) { // what does not fit now will not fit later
+                best_first.push_back(SelectionKey::make(
+                        scores[c], static_cast<uint32_t>(c), /*largest=*/true));
+            }
+        }
+        std::sort(best_first.begin(), best_first.end());
+        for (uint64_t key : best_first) {
             if (static_cast<int>(taken.size()) >= nprobe ||
                 (!taken.empty() && keys >= key_limit)) {
                 return taken;
             }
-            const int32_t c = cell_of(*key);
-            const bool must = at_least_one && taken.empty();
-            if (must || keys + counts[c] <= key_limit) {
+            const auto c = static_cast<int32_t>(SelectionKey::id(key));
+            if (may_take(c)) {
                 taken.push_back(c);
                 keys += counts[c];
             }
         }
-        // What does not fit now will not fit later.
-        const auto fit =
-                std::remove_if(end, rest.end(), [&](uint64_t key) {
-                    return keys + counts[cell_of(key)] > key_limit;
-                });
-        rest.erase(fit, rest.end());
-        rest.erase(rest.begin(), end);
     }
     return taken;
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <memory>
 
 #include <omp.h>
 
@@ -394,7 +395,9 @@ void AttentionAdapter::attend_preassigned(
     }
     const int d_v = ntoken ? tokens[0].from->kv.d_v : 0;
     const int64_t results = params_.heads_q; // of a piece
-    std::vector<float> part(pieces.size() * results * d_v);
+    // Not a vector, which would fill it with zeros first.
+    const std::unique_ptr<float[]> part(
+            new float[pieces.size() * results * d_v]);
     std::vector<float> part_lse(pieces.size() * results);
     parallel_for(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
         const Piece& piece = pieces[i];
@@ -421,49 +424,43 @@ void AttentionAdapter::attend_preassigned(
             p.begin = piece.begin;
             p.end = piece.end;
         }
-        p.output = part.data() + i * results * d_v;
+        p.output = part.get() + i * results * d_v;
         p.lse = part_lse.data() + i * results;
         attend_kernel(p);
     });
 
-    parallel_for(ntoken, [&](int64_t t) {
-        const int64_t first_row = t * params_.heads_q;
-        float* output = out.output + first_row * d_v;
-        std::vector<float> lse(params_.heads_q, -INFINITY);
-        std::vector<float> dense(params_.heads_q, -INFINITY);
+    parallel_for(ntoken * params_.heads_kv, [&](int64_t task) {
+        const int64_t t = task / params_.heads_kv;
+        const int64_t row = task * group_; // the first of a group
+        const int64_t of_piece = row - t * results;
+        float* output = out.output + row * d_v;
+        std::vector<float> lse(group_, -INFINITY), dense(group_, -INFINITY);
         if (out.merge) {
-            std::copy_n(out.lse + first_row, params_.heads_q, lse.data());
+            std::copy_n(out.lse + row, group_, lse.data());
         } else {
-            std::fill_n(output, int64_t(params_.heads_q) * d_v, 0.0f);
+            std::fill_n(output, int64_t(group_) * d_v, 0.0f);
         }
         for (int64_t i = first_piece[t]; i < first_piece[t + 1]; i++) {
-            const Piece& piece = pieces[i];
-            const float* l = part_lse.data() + i * results;
+            const int64_t from = i * results + of_piece;
+            const float* l = part_lse.data() + from;
             merge_states(
-                    params_.heads_q,
-                    d_v,
-                    output,
-                    lse.data(),
-                    part.data() + i * results * d_v,
-                    l);
-            for (int h = 0; !piece.far && h < params_.heads_q; h++) {
-                dense[h] = merge_weights(dense[h], l[h]).lse;
+                    group_, d_v, output, lse.data(), part.get() + from * d_v, l);
+            for (int g = 0; !pieces[i].far && g < group_; g++) {
+                dense[g] = merge_weights(dense[g], l[g]).lse;
             }
         }
-        for (int h = 0; h < params_.heads_q; h++) {
-            if (out.stats) {
-                AttendStats& stats = out.stats[first_row + h];
-                const FarKeys& keys = far[(first_row + h) / nq];
-                stats.cells = keys.cells;
-                stats.keys_ranked = keys.ranked;
-                stats.keys_read = static_cast<int64_t>(keys.slots.size());
-                stats.far_keys = tokens[t].far_keys();
-                stats.dense_mass =
-                        lse[h] == -INFINITY ? 0 : std::exp(dense[h] - lse[h]);
-            }
+        for (int g = 0; out.stats && g < group_; g++) {
+            AttendStats& stats = out.stats[row + g];
+            const FarKeys& keys = far[(row + g) / nq];
+            stats.cells = keys.cells;
+            stats.keys_ranked = keys.ranked;
+            stats.keys_read = static_cast<int64_t>(keys.slots.size());
+            stats.far_keys = tokens[t].far_keys();
+            stats.dense_mass =
+                    lse[g] == -INFINITY ? 0 : std::exp(dense[g] - lse[g]);
         }
         if (out.lse) {
-            std::copy_n(lse.data(), params_.heads_q, out.lse + first_row);
+            std::copy_n(lse.data(), group_, out.lse + row);
         }
     });
 }
@@ -503,9 +500,9 @@ std::vector<int32_t> AttentionAdapter::far_slots(
         n += head[p].lists.mark_slots(
                 of_partition[p], token.window_begin, bits.data());
     }
-    // Eight at a time without a branch for each, as most words hold a few: what
+    // Five at a time without a branch for each, as most words hold a few: what
     // is not there is overwritten.
-    constexpr int kAtOnce = 8;
+    constexpr int kAtOnce = 5;
     std::vector<int32_t> slots(n + 1);
     int32_t* to = slots.data();
     for (size_t w = 0; w < bits.size(); w++) {

@@ -743,9 +743,10 @@ void inner_products_of(
             row[r] = rows + (begin + std::min<int64_t>(r, count - 1)) * d;
         }
         // The hardware's own prefetch stops at the end of a page, which holds
-        // but eight vectors of 128 components. Those behind the last are not
-        // there, but a prefetch may ask for any address.
-        constexpr int kAhead = 8;
+        // but eight vectors of 128 components; so far ahead that enough lines
+        // are under way. Those behind the last vector are not there, but a
+        // prefetch may ask for any address.
+        constexpr int kAhead = 24;
         const auto ahead = reinterpret_cast<uintptr_t>(rows) +
                 (begin + kAhead) * d * sizeof(T);
         for (size_t b = 0; b < kRows * d * sizeof(T); b += 64) {

@@ -53,6 +53,11 @@ TEST(TakeCells, AsOneCellAfterTheOther) {
             counts[c] = 1 + random.below(30);
             order[c] = c;
         }
+        if (round % 4) { // farther apart than a float can say
+            const float far = round % 4 == 1 ? 3e38f : INFINITY;
+            scores[random.below(ncell)] = far;
+            scores[random.below(ncell)] = round % 4 == 3 ? far : -3e38f;
+        }
         std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
             return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
         });
