@@ -108,10 +108,14 @@ __device__ Share find_share(int rows, int least, const TilesOf& tiles_of) {
     const int each = (rows + 31) / 32;
     const int first = min(rows, lane * each);
     const int last = min(rows, first + each);
+    // Few rows are one for each lane. It is looked at once, as that takes two trips to
+    // memory.
+    const int2 of_first = first < last ? tiles_of(first) : make_int2(0, 0);
+    const auto tiles_at = [&](int r) { return r == first ? of_first : tiles_of(r); };
     int mine = 0;
 #pragma unroll 1
     for (int r = first; r < last; r++) {
-        mine += tiles_of(r).x;
+        mine += tiles_at(r).x;
     }
     const int total = __reduce_add_sync(0xffffffffu, mine);
     Share share;
@@ -119,7 +123,7 @@ __device__ Share find_share(int rows, int least, const TilesOf& tiles_of) {
     int units = 0, other = 0;
 #pragma unroll 1
     for (int r = first; r < last; r++) {
-        const int2 tiles = tiles_of(r);
+        const int2 tiles = tiles_at(r);
         units += share.units(tiles.x);
         other += tiles.y;
     }
@@ -129,7 +133,7 @@ __device__ Share find_share(int rows, int least, const TilesOf& tiles_of) {
     int r = first;
 #pragma unroll 1
     for (; here; r++) {
-        const int2 tiles = tiles_of(r);
+        const int2 tiles = tiles_at(r);
         if (at + share.units(tiles.x) > begin) {
             break;
         }
