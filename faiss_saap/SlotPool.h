@@ -22,12 +22,12 @@ class SlotPool {
     static constexpr int kSlotsPerBlock = 30;
     static constexpr uint32_t kNone = UINT32_MAX; ///< no block
 
-    struct Block {
+    struct alignas(64) Block {
         uint32_t previous; ///< the block before it, or kNone
         uint32_t users;    ///< lists and blocks that refer to it
         int32_t slots[kSlotsPerBlock];
     };
-    static_assert(sizeof(Block) == 128, "two cache lines");
+    static_assert(sizeof(Block) == 128, "two cache lines, as it begins on one");
 
     Block& operator[](uint32_t block) {
         return slabs_[block / kBlocksPerSlab][block % kBlocksPerSlab];
