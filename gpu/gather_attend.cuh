@@ -108,8 +108,8 @@ __device__ Share find_share(int rows, int least, const TilesOf& tiles_of) {
     const int each = (rows + 31) / 32;
     const int first = min(rows, lane * each);
     const int last = min(rows, first + each);
-    // Few rows are one for each lane. It is looked at once, as that takes two trips to
-    // memory.
+    // Up to 32 rows are one for each lane. It is looked at once, as that takes one or two
+    // trips to memory.
     const int2 of_first = first < last ? tiles_of(first) : make_int2(0, 0);
     const auto tiles_at = [&](int r) { return r == first ? of_first : tiles_of(r); };
     int mine = 0;

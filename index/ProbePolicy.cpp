@@ -156,7 +156,8 @@ std::vector<int32_t> take_cells(
         highest = std::max(highest, there ? scores[c] : -INFINITY);
         lowest = std::min(lowest, there ? scores[c] : INFINITY);
     }
-    // Equal or too far apart: one bin holds all.
+    // Equal, or farther apart than a float can say: the first and the last bin hold
+    // all, as 0 * infinity is no number below the last.
     const float per_score = (kBins - 1) / (highest - lowest);
     const float factor = per_score < INFINITY ? per_score : 0.0f;
     std::vector<uint8_t> bin_of(n);
@@ -178,7 +179,8 @@ std::vector<int32_t> take_cells(
         return (at_least_one && taken.empty()) || keys + counts[c] <= key_limit;
     };
     std::vector<uint64_t> best_first; // of a bin
-    for (int bin = 0, i = 0; i < n; bin++) {
+    for (int bin = 0, i = 0; i < n && (taken.empty() || keys < key_limit);
+         bin++) {
         best_first.clear();
         for (; i < end[bin]; i++) {
             const int32_t c = by_bin[i];
@@ -189,8 +191,7 @@ std::vector<int32_t> take_cells(
         }
         std::sort(best_first.begin(), best_first.end());
         for (uint64_t key : best_first) {
-            if (static_cast<int>(taken.size()) >= nprobe ||
-                (!taken.empty() && keys >= key_limit)) {
+            if (static_cast<int>(taken.size()) >= nprobe) {
                 return taken;
             }
             const auto c = static_cast<int32_t>(SelectionKey::id(key));

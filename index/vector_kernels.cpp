@@ -744,13 +744,14 @@ void inner_products_of(
         }
         // The hardware's own prefetch stops at the end of a page, which holds
         // but eight vectors of 128 components; so far ahead that enough lines
-        // are under way. Those behind the last vector are not there, but a
-        // prefetch may ask for any address.
-        constexpr int kAhead = 24;
-        const auto ahead = reinterpret_cast<uintptr_t>(rows) +
-                (begin + kAhead) * d * sizeof(T);
-        for (size_t b = 0; b < kRows * d * sizeof(T); b += 64) {
-            __builtin_prefetch(reinterpret_cast<const void*>(ahead + b));
+        // are under way.
+        constexpr int64_t kAhead = 6144; // bytes
+        const auto* all = reinterpret_cast<const char*>(rows);
+        const auto row_bytes = static_cast<int64_t>(d * sizeof(T));
+        const int64_t ahead = begin * row_bytes + kAhead;
+        const int64_t end = std::min(ahead + kRows * row_bytes, n * row_bytes);
+        for (int64_t b = ahead; b < end; b += 64) {
+            __builtin_prefetch(all + b);
         }
         inner_products_of_rows<NQ, false>(row, 1, d, q, products);
         for (int h = 0; h < NQ; h++) {
