@@ -138,7 +138,7 @@ struct GpuBatch::State {
 
     /// One launch can serve it.
     bool decodes(const ProbePolicy& policy) const {
-        return decode.row_blocks > 0 && policy.share_group;
+        return decode.grid.row_blocks > 0 && policy.share_group;
     }
     /// Some device and some policy let it.
     bool may_decode() const {
@@ -301,7 +301,7 @@ size_t place(std::vector<ListState>& lists, int64_t capacity, int d, char* base)
         l.count = layout.take<int32_t>(l.ncell);
         l.newest = layout.take<int32_t>(l.ncell);
         l.extents = layout.take<uint32_t>(int64_t(l.ncell) * kExtents);
-        l.used = layout.take<uint32_t>(1);
+        l.progress = layout.take<ListProgress>(1);
         l.cells = layout.take<uint16_t>(capacity);
         l.means = means ? layout.take<float>(int64_t(l.ncell) * d) : nullptr;
         l.slots = layout.take<int32_t>(arena_size(capacity, l.ncell));
@@ -318,7 +318,7 @@ void clear(const std::vector<ListState>& lists, int d, cudaStream_t stream) {
         set(l.count, 0, l.ncell * sizeof(int32_t));
         set(l.newest, -1, l.ncell * sizeof(int32_t));
         set(l.extents, -1, size_t(l.ncell) * kExtents * sizeof(uint32_t));
-        set(l.used, 0, sizeof(uint32_t));
+        set(l.progress, 0, sizeof(ListProgress));
         if (l.means) {
             set(l.means, 0, size_t(l.ncell) * d * sizeof(float));
         }
@@ -344,7 +344,7 @@ void copy_lists(
         array(b.count, a.count, a.ncell);
         array(b.newest, a.newest, a.ncell);
         array(b.extents, a.extents, int64_t(a.ncell) * kExtents);
-        array(b.used, a.used, 1);
+        array(b.progress, a.progress, 1);
         array(b.cells, a.cells, capacity);
         array(b.slots, a.slots, arena_size(capacity, a.ncell));
         if (a.means) {
@@ -487,7 +487,7 @@ void GpuAttentionAdapter::reset(int64_t sequence, cudaStream_t stream) {
     Sequence& s = at(sequence);
     DeviceScope scope(device_);
     clear(s.lists, params_.d, stream);
-    static_assert(offsetof(SequenceState, assigned) == sizeof(int64_t));
+    static_assert(offsetof(SequenceState, capacity) == 2 * sizeof(int64_t));
     FAISS_SAAP_CUDA_CHECK(cudaMemsetAsync(s.state(), 0, 2 * sizeof(int64_t), stream));
     s.length = 0;
     s.length_known = true;
@@ -874,8 +874,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
                          params_.policy.max_keys,
                          static_cast<int64_t>(params_.policy.max_selectivity * far)));
     }
-    d.row_blocks = b.may_decode() ? decode_blocks(d) : 0;
-    if (d.row_blocks > 0) {
+    d.grid = b.may_decode() ? decode_grid(d) : DecodeGrid();
+    if (d.grid.row_blocks > 0) {
         // By the device, as a copy of so much would wait for the stream.
         FAISS_SAAP_CUDA_CHECK(describe_rows(
                 d.nrow, b.d_rows, b.d_items, b.d_decode_rows, stream));

@@ -92,7 +92,7 @@ __device__ void list_slots(
                      e++) {
                     // After a truncation the cell may have it still.
                     if (extents[e] == kNoExtent) {
-                        extents[e] = atomicAdd(list.used, extent_size(e));
+                        extents[e] = atomicAdd(&list.progress->used, extent_size(e));
                     }
                 }
                 list.count[cell] = count + size;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) truncate_list(TruncateParams p) {
         list.count[c] = 0;
     }
     if (threadIdx.x == 0) {
-        *list.used = 0;
+        list.progress->used = 0;
     }
     __syncthreads();
     if (threadIdx.x < 32) {
@@ -270,7 +270,8 @@ __global__ void __launch_bounds__(kThreads) truncate_list(TruncateParams p) {
 
 __global__ void end_truncate(TruncateParams p) {
     p.sequence->length = p.length;
-    p.sequence->assigned = min(p.sequence->assigned, p.length);
+    p.sequence->assigned = min(p.sequence->assigned, static_cast<int32_t>(p.length));
+    p.sequence->sought_parts = 0; // other keys may come
 }
 
 } // namespace

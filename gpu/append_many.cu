@@ -259,7 +259,7 @@ __global__ void place_pieces(AppendParams p, int npiece) {
     for (int e = extent_of(before); e <= extent_of(sum - 1); e++) {
         // After a truncation the cell may have it still.
         if (extents[e] == kNoExtent) {
-            extents[e] = atomicAdd(list.used, extent_size(e));
+            extents[e] = atomicAdd(&list.progress->used, extent_size(e));
         }
     }
     list.count[cell] = sum;

@@ -36,6 +36,14 @@ __device__ inline Fault fault_of_key(const char* key, int d, int bf16) {
     return !key ? Fault::append_page : finite ? Fault::none : Fault::append_key;
 }
 
+/// Notes up to where cells are known, and the parts of them that the next keys have been
+/// compared with: as one word, as others read it meanwhile.
+__device__ inline void note_assigned(SequenceState& sequence, int assigned, int parts) {
+    static_assert(offsetof(SequenceState, sought_parts) ==
+                  offsetof(SequenceState, assigned) + sizeof(int32_t));
+    __stcg(reinterpret_cast<int2*>(&sequence.assigned), make_int2(assigned, parts));
+}
+
 /// Lists the slot as the newest of a cell. By one thread.
 __device__ inline void list_one(
         const ListState& list,
@@ -47,7 +55,7 @@ __device__ inline void list_one(
     uint32_t* at = list.extents + int64_t(cell) * kExtents + e;
     uint32_t extent = __ldcg(at);
     if (extent == kNoExtent) { // else the cell has it from before a truncation
-        extent = atomicAdd(list.used, extent_size(e));
+        extent = atomicAdd(&list.progress->used, extent_size(e));
         *at = extent;
     }
     list.slots[extent + (entry - extent_begin(e))] = slot;

@@ -42,13 +42,13 @@ auto with_type(const DecodeParams& p, const F& f, const Else& otherwise) {
 
 } // namespace
 
-int decode_blocks(const DecodeParams& p) {
+DecodeGrid decode_grid(const DecodeParams& p) {
     return with_type(
             p,
             [&](auto zero, auto d) {
-                return decode_row_blocks<decltype(zero), decltype(d)::value>(p);
+                return decode_row_grid<decltype(zero), decltype(d)::value>(p);
             },
-            0);
+            DecodeGrid());
 }
 
 cudaError_t describe_rows(

@@ -1,4 +1,4 @@
-/// decode_rows() and decode_row_blocks(). Included by the files that instantiate them for
+/// decode_rows() and decode_row_grid(). Included by the files that instantiate them for
 /// one head dimension.
 #pragma once
 
@@ -59,9 +59,11 @@ struct DecodeShape {
         if (alone && p.sink + p.window <= kLargeWindow) {
             shape.layout = DecodeLayout::of<T, D>(p, blocks, kWarps, kWindowWarps);
             if (shape.layout.bytes <= device.room) {
-                shape.kernel = decode_kernel<T, D, kWindowWarps>;
+                shape.kernel = p.grid.seekers ? decode_kernel<T, D, kWindowWarps, true>
+                                              : decode_kernel<T, D, kWindowWarps>;
                 shape.threads = kThreads + 32 * kWindowWarps;
-                shape.bytes = shape.layout.bytes;
+                shape.bytes = std::max<int>(
+                        shape.layout.bytes, kSeekGroups * sizeof(SeekGroup<D>));
                 return shape;
             }
         }
@@ -82,10 +84,16 @@ struct DecodeShape {
 
 template <class T, int D>
 cudaError_t allow_decode(const DecodeDevice& device) {
-    const cudaError_t error = allow(decode_kernel<T, D, 0>, device.room, kMostBlocks);
-    return error != cudaSuccess
-            ? error
-            : allow(decode_kernel<T, D, kWindowWarps>, device.room, kMostBlocks);
+    for (const auto kernel :
+         {decode_kernel<T, D, 0>,
+          decode_kernel<T, D, kWindowWarps>,
+          decode_kernel<T, D, kWindowWarps, true>}) {
+        const cudaError_t error = allow(kernel, device.room, kMostBlocks);
+        if (error != cudaSuccess) {
+            return error;
+        }
+    }
+    return cudaSuccess;
 }
 
 } // namespace
@@ -101,8 +109,28 @@ inline bool leaves_too_much_idle(const DecodeParams& p, int blocks, int processo
             bytes / (kOfProcessor * processors) + kBeside;
 }
 
+/// Clusters that seek cells for later steps, as many as there is room for beside those of
+/// rows. None where they would take longer than the step, as measured on an H100
+/// (docs/gpu-performance.md): then rows' warps do that.
+inline int seekers_beside(
+        const DecodeParams& p,
+        const DecodeShape& shape,
+        int blocks,
+        int clusters_at_once) {
+    constexpr double kOfRow = 20, kBeside = 20; // us: of a group's row, of a step
+    constexpr double kOfProcessors = 2.5e6;     // bytes a us
+    const int groups = kSeekGroups * blocks;
+    const int n = std::min(
+            DecodeLayout::share(p.nrow, groups), clusters_at_once - p.nrow);
+    if (shape.layout.window_warps == 0 || n <= 0) {
+        return 0;
+    }
+    const double us = kOfRow * DecodeLayout::share(p.nrow, n * groups);
+    return us <= kBeside + static_cast<double>(p.bytes) / kOfProcessors ? n : 0;
+}
+
 template <class T, int D>
-int decode_row_blocks(const DecodeParams& p) {
+DecodeGrid decode_row_grid(const DecodeParams& p) {
     const DecodeDevice device = DecodeDevice::of<T, D>();
     bool clusters = false;
     if (p.heads_q / p.heads_kv > kStreamQueries ||
@@ -110,7 +138,7 @@ int decode_row_blocks(const DecodeParams& p) {
                 reinterpret_cast<const void*>(decode_kernel<T, D, 0>), clusters) !=
                 cudaSuccess ||
         !clusters || device.room == 0 || allow_decode<T, D>(device) != cudaSuccess) {
-        return 0;
+        return {};
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
     // is made of, the largest one that lets all rows run at once. But of clusters of 9 nine
@@ -127,17 +155,21 @@ int decode_row_blocks(const DecodeParams& p) {
             continue;
         }
         fewest = blocks;
-        if (clusters_at_once(shape.kernel, blocks, shape.threads, shape.bytes) >= p.nrow) {
-            return leaves_too_much_idle(p, blocks, device.processors) ? 0 : blocks;
+        const int at_once =
+                clusters_at_once(shape.kernel, blocks, shape.threads, shape.bytes);
+        if (at_once >= p.nrow) {
+            return leaves_too_much_idle(p, blocks, device.processors)
+                    ? DecodeGrid()
+                    : DecodeGrid{blocks, seekers_beside(p, shape, blocks, at_once)};
         }
     }
-    return fewest;
+    return {fewest, 0};
 }
 
 template <class T, int D>
 cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     const DecodeDevice device = DecodeDevice::of<T, D>();
-    const auto shape = DecodeShape::of<T, D>(p, device, p.row_blocks);
+    const auto shape = DecodeShape::of<T, D>(p, device, p.grid.row_blocks);
     const DecodeArguments arguments = {p, shape.layout};
     const cudaError_t error = allow(shape.kernel, device.room, kMostBlocks);
     if (error != cudaSuccess) {
@@ -145,12 +177,12 @@ cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     }
     return launch(
             shape.kernel,
-            dim3(p.row_blocks, p.nrow),
+            dim3(p.grid.row_blocks, p.nrow + (p.appends ? p.grid.seekers : 0)),
             shape.threads,
             shape.bytes,
             stream,
             arguments,
-            p.row_blocks);
+            p.grid.row_blocks);
 }
 
 } // namespace faiss_saap::gpu

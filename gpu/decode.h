@@ -12,11 +12,17 @@
 
 namespace faiss_saap::gpu {
 
+/// Clusters of blocks that decode() is launched with.
+struct DecodeGrid {
+    int row_blocks = 0; ///< of each row; 0: other kernels are needed (route.h, attend.h)
+    int seekers = 0;    ///< clusters that find cells for later steps (seek_ahead.cuh)
+};
+
 struct DecodeParams {
     BatchItem* items = nullptr;
     const DecodeRow* rows = nullptr;
     int nrow = 0;
-    int row_blocks = 1; ///< of each row: decode_blocks()
+    DecodeGrid grid; ///< decode_grid()
     int64_t bytes = 0;  ///< of keys and values that all rows read, about
     int most_cells = 0; ///< of a partition
     /// floats per query head: of what rows are multiplied with first, of hidden layers
@@ -39,10 +45,10 @@ struct DecodeParams {
     FaultFlag* flag = nullptr;
 };
 
-/// DecodeParams::row_blocks for decode() with these parameters, whatever the policy. 0:
-/// this device, this head dimension, groups so large or what rows would keep in shared
-/// memory need the other kernels (route.h, attend.h).
-int decode_blocks(const DecodeParams& params);
+/// DecodeParams::grid for decode() with these parameters, whatever the policy. Without
+/// blocks where this device, this head dimension, groups so large or what rows would keep in
+/// shared memory need the other kernels.
+DecodeGrid decode_grid(const DecodeParams& params);
 
 /// Makes DecodeParams::rows of what the device knows of a batch.
 cudaError_t describe_rows(
@@ -56,10 +62,10 @@ cudaError_t describe_rows(
 /// query assigner reads no means and no newest keys, and cells are chosen for groups.
 cudaError_t decode(const DecodeParams& params, cudaStream_t stream);
 
-/// decode() and decode_blocks() for one type and head dimension.
+/// decode() and decode_grid() for one type and head dimension.
 template <class T, int D>
 cudaError_t decode_rows(const DecodeParams& params, cudaStream_t stream);
 template <class T, int D>
-int decode_row_blocks(const DecodeParams& params);
+DecodeGrid decode_row_grid(const DecodeParams& params);
 
 } // namespace faiss_saap::gpu

@@ -4,7 +4,7 @@ namespace faiss_saap::gpu {
 
 template cudaError_t decode_rows<__half, 64>(const DecodeParams&, cudaStream_t);
 template cudaError_t decode_rows<__nv_bfloat16, 64>(const DecodeParams&, cudaStream_t);
-template int decode_row_blocks<__half, 64>(const DecodeParams&);
-template int decode_row_blocks<__nv_bfloat16, 64>(const DecodeParams&);
+template DecodeGrid decode_row_grid<__half, 64>(const DecodeParams&);
+template DecodeGrid decode_row_grid<__nv_bfloat16, 64>(const DecodeParams&);
 
 } // namespace faiss_saap::gpu

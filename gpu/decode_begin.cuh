@@ -45,7 +45,9 @@ __device__ __forceinline__ RowProducts products_of(
 
 /// What steps, and the host between them, change of a sequence. While the kernels before still run, it may be behind.
 struct SequenceReading {
-    int64_t length, assigned, capacity;
+    int64_t length;
+    int32_t assigned;
+    int64_t capacity;
 
     __device__ __forceinline__ static SequenceReading of(const SequenceState& sequence) {
         return {__ldcg(&sequence.length),
@@ -182,7 +184,7 @@ __device__ __forceinline__ void send_for_weights(
                 s.products[layer] = product;
             }
         } else if (layer <= layers || early.seeks(p) ||
-                   (b.window_warps && early.seeks_later(p))) {
+                   (b.finds_later && early.seeks_later(p))) {
             prefetch_products(product);
         }
     }
@@ -352,10 +354,9 @@ static __device__ __noinline__ void prepare_step(
 
 /// Of n keys whose cells are to be found, those before the first hole of the page table.
 __device__ __forceinline__ int keys_that_are_there(
-        const DecodeBlock& b,
+        const DeviceView& kv,
         int first,
         int n) {
-    const DeviceView& kv = b.s.kv;
 #pragma unroll 1
     for (int i = n - 1; kv.page_table && i >= 0; i--) {
         const int32_t page = __ldcg(kv.page_table + (first + i) / kv.page_size);
@@ -385,33 +386,53 @@ __device__ __forceinline__ void check_new_keys(
     }
 }
 
-/// Keys whose cells are sought, as the key assigner wants them. By so many threads.
+/// Keys whose cells are sought, as the key assigner wants them, by split_float; a key whose
+/// page is not there is 0. By so many threads, each of which has a pair of components of
+/// several keys.
 /// @param first  slot
+/// @param to     n * D
 template <int D>
-__device__ __forceinline__ void load_sought(
-        const DecodeBlock& b,
+static __device__ __noinline__ void load_sought(
+        const DecodeParams& p,
+        const DecodeRow& row,
+        uint32_t* to,
         int first,
         int n,
         int thread,
         int threads) {
-    const ListState& list = b.s.list;
+    constexpr int kAtOnce = 4; // on their way
+    const ListState& list = row.list;
+    const int pair = thread % (D / 2), step = threads / (D / 2);
+    const int2 at = rotary_pair(list.rotary, D, pair);
+    const bool rotates =
+            list.key.input == RowInput::pre_rope && list.rotary.inverse_frequency;
+    const double frequency = rotates ? list.rotary.inverse_frequency[pair] : 0;
 #pragma unroll 1
-    for (int i = thread; i < n * (D / 2); i += threads) {
-        const int slot = first + i / (D / 2), pair = i % (D / 2);
-        float* to = b.floats(b.layout.sought) + i / (D / 2) * D;
-        load_vector(
-                list.rotary,
-                D,
-                slot + b.p.position_offset,
-                list.key.input == RowInput::pre_rope,
-                key_row(b.s.kv, b.s.row.kv_head, slot),
-                b.p.bf16,
-                pair,
-                D / 2,
-                to);
-        const int2 at = rotary_pair(list.rotary, D, pair); // its own
-        to[at.x] = __uint_as_float(split_float(to[at.x]));
-        to[at.y] = __uint_as_float(split_float(to[at.y]));
+    for (int k0 = thread / (D / 2); k0 < n && thread < step * (D / 2);
+         k0 += kAtOnce * step) {
+        float2 x[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            const int k = k0 + j * step;
+            const char* key =
+                    k < n ? key_row(row.kv, row.row.kv_head, first + k) : nullptr;
+            x[j] = key ? make_float2(element(key, p.bf16, at.x), element(key, p.bf16, at.y))
+                       : make_float2(0, 0);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            const int k = k0 + j * step;
+            if (rotates) {
+                const float2 r = rotation(frequency, first + k + p.position_offset);
+                x[j] = make_float2(
+                        list.rotary.shrink * (x[j].x * r.x + x[j].y * r.y),
+                        list.rotary.shrink * (x[j].y * r.x - x[j].x * r.y));
+            }
+            if (k < n) {
+                to[k * D + at.x] = split_float(x[j].x);
+                to[k * D + at.y] = split_float(x[j].y);
+            }
+        }
     }
 }
 
@@ -451,25 +472,31 @@ __device__ __forceinline__ void begin_step(
     copy_words<ListArrays>(&s.list, s.row.lists);      // where they lie by now
     send_for_counts(b);
     if (now != early) {
-        prepare_step<D>(b.p, b.layout, s, b.shared, now, b.window_warps > 0);
+        prepare_step<D>(b.p, b.layout, s, b.shared, now, b.finds_later);
     }
     wait_for_copies<1>(); // not for counts
     sync_choosers();
     rotate_queries<T, D>(b);
     DecodeStep& step = s.step;
-    if (step.finds || step.finds_later) {
+    if (step.finds || (b.finds_later && step.finds_later)) {
         // The first one that leaves now counts as 0 where its page is not there, as when it
         // is appended alone.
         const int one = step.finds ? 1 : 0, leaving = step.leaving;
         const int more = keys_that_are_there(
-                b, leaving + 1, step.finds ? step.finds - 1 : step.finds_later);
+                s.kv, leaving + 1, step.finds ? step.finds - 1 : step.finds_later);
         sync_choosers();
         if (threadIdx.x == 0) {
             (one ? step.finds : step.finds_later) = one + more;
         }
         if (one) {
             load_sought<D>(
-                    b, leaving, one + more, static_cast<int>(threadIdx.x), kThreads);
+                    b.p,
+                    s,
+                    b.sought_keys(),
+                    leaving,
+                    one + more,
+                    static_cast<int>(threadIdx.x),
+                    kThreads);
         }
     }
     BulkCopies(&s.weights_there).wait();

@@ -76,6 +76,8 @@ struct DecodeBlock {
     int blocks, rank;
     int warp, lane;
     int window_warps; ///< DecodeLayout::window_warps, known to the compiler
+    /// Whether these find cells for later steps, likewise: they do where no blocks seek them.
+    bool finds_later = false;
     ClusterExchange exchange;
 
     __device__ __forceinline__ DecodeBlock(
@@ -129,6 +131,10 @@ struct DecodeBlock {
     }
     __device__ __forceinline__ int32_t* ints(int at) const {
         return reinterpret_cast<int32_t*>(shared + at);
+    }
+    /// Keys whose cells are sought, by split_float.
+    __device__ __forceinline__ uint32_t* sought_keys() const {
+        return reinterpret_cast<uint32_t*>(shared + layout.sought);
     }
     /// A score and its cell, or two floats.
     __device__ __forceinline__ unsigned long long* words(int at) const {

@@ -74,7 +74,7 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
         const bool rectifies = up || s.layers == 1;
         uint32_t* y = up ? activated : hidden;
         if (of_key) {
-            x = reinterpret_cast<const uint32_t*>(b.ints(layout.sought));
+            x = b.sought_keys();
             stride = s.products[layer].cols;
         }
         const ProductRoom room = {

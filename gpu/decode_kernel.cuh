@@ -5,6 +5,7 @@
 /// and attends to its share of the keys; sink and window are read meanwhile, while the
 /// blocks wait for each other or by warps of their own, which then choose the last few
 /// cells while the others go on with the first. At the end they exchange their results.
+/// Beside the rows' blocks there may be some that find cells for later steps.
 #pragma once
 
 #include "decode_begin.cuh"
@@ -13,6 +14,7 @@
 #include "decode_results.cuh"
 #include "find_cells.cuh"
 #include "launch.h"
+#include "seek_ahead.cuh"
 
 namespace faiss_saap::gpu {
 
@@ -146,14 +148,22 @@ static __device__ __noinline__ void attend_to_keys(
 }
 
 /// @tparam WindowWarps  kWindowWarps, for blocks that are alone on a processor; or 0
-template <class T, int D, int WindowWarps>
+/// @tparam Seekers      whether blocks beside the rows' ones find cells for later steps
+template <class T, int D, int WindowWarps, bool Seekers = false>
 __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 : 2)
         decode_kernel(const __grid_constant__ DecodeArguments arguments) {
     let_next_begin();
     __shared__ __align__(16) char fixed_bytes[sizeof(DecodeShared)]; // none is constructed
     auto& fixed = *reinterpret_cast<DecodeShared*>(fixed_bytes);
     extern __shared__ __align__(16) char shared[];
+    if constexpr (Seekers) {
+        if (blockIdx.y >= arguments.params.nrow) {
+            seek_ahead<D>(arguments.params, shared);
+            return;
+        }
+    }
     DecodeBlock block(arguments.params, arguments.layout, fixed, shared, WindowWarps);
+    block.finds_later = WindowWarps > 0 && !Seekers;
     // While the kernels before still run: what no step changes, and hints.
     const SequenceReading early = read_row<T, D>(block);
     if (block.prepares()) {
@@ -165,7 +175,7 @@ __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 :
     }
     if (block.chooses()) {
         prepare_step<D>(
-                block.p, block.layout, fixed, shared, early, WindowWarps > 0);
+                block.p, block.layout, fixed, shared, early, block.finds_later);
         clear_padding<D>(block);
     }
     block.exchange.await_begin();
@@ -194,12 +204,12 @@ __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 :
             check_new_keys(
                     block, fixed.step.length - 1, block.warp - kWarps, WindowWarps);
         }
-        if (fixed.step.finds_later) {
+        if (block.finds_later && fixed.step.finds_later) {
             find_cells_for_later<D>(
                     arguments.params, arguments.layout, fixed, shared);
         }
         await_choosers(32 * WindowWarps);
-        if (fixed.step.finds_later) {
+        if (block.finds_later && fixed.step.finds_later) {
             tell_found_later(block);
         }
         if (block.takes_cells()) {

@@ -26,10 +26,6 @@ constexpr int kPartCells = 128;
 /// Cells, and extents of each, whose places a block keeps at hand.
 constexpr int kCellsAtHand = 64, kExtentsAtHand = 6;
 
-/// Keys whose cells are found at once, at most: those that leave the window next. So
-/// the key assigner's weights are read in one step of so many.
-constexpr int kMostAhead = 8;
-
 /// Where arrays begin, in bytes; alike in all blocks of a row, as they write into each
 /// other's.
 struct DecodeLayout {

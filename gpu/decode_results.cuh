@@ -173,7 +173,7 @@ __device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
     if (threadIdx.x == 0) {
         const int own = max(0, min(each, pieces - b.rank * each));
         const int kinds = b.p.out.stats ? 2 : 1;
-        const int found = b.rank == 0 ? b.s.step.finds_later : 0;
+        const int found = b.finds_later && b.rank == 0 ? b.s.step.finds_later : 0;
         b.exchange.expect(b.blocks * (16 * own + 8 * (layout.group * kinds + found)));
     }
 }
@@ -199,10 +199,11 @@ __device__ __forceinline__ void end_append(const DecodeBlock& b) {
         item.done = 0;
         if (!refused) {
             s.row.sequence->length = s.step.length;
-            if (s.step.finds) {
-                s.row.sequence->assigned = s.step.leaving + s.step.finds;
-            } else if (s.step.finds_later) {
-                s.row.sequence->assigned = s.step.leaving + 1 + s.step.finds_later;
+            const int known = s.step.finds ? s.step.finds
+                    : s.step.finds_later   ? 1 + s.step.finds_later
+                                           : 0;
+            if (known) {
+                note_assigned(*s.row.sequence, s.step.leaving + known, 0);
             }
         }
     }
@@ -315,7 +316,7 @@ __device__ __forceinline__ void end_row(DecodeBlock& b) {
     exchange_results<T, D>(b);
     end_append(b); // while the others' results are on their way
     b.exchange.wait();
-    if (b.rank == 0 && b.refused() == Fault::none) {
+    if (b.finds_later && b.rank == 0 && b.refused() == Fault::none) {
         note_found_later(b);
     }
     weigh_results(b, lse);

@@ -58,17 +58,20 @@ __device__ inline float element(const char* row, int bf16, int j) {
 
 /// Cosine and sine of a pair's angle. It is reduced in double precision: positions
 /// reach 10^12.
-__device__ inline float2 rotation(
-        const DeviceRotary& rotary,
-        int64_t position,
-        int pair) {
+__device__ inline float2 rotation(double inverse_frequency, int64_t position) {
     constexpr double kTurn = 6.283185307179586476925;
-    const double angle = position * rotary.inverse_frequency[pair];
+    const double angle = position * inverse_frequency;
     const auto reduced =
             static_cast<float>(angle - kTurn * rint(angle * (1 / kTurn)));
     float s, c;
     __sincosf(reduced, &s, &c); // within 5e-7, as |reduced| <= pi
     return make_float2(c, s);
+}
+__device__ inline float2 rotation(
+        const DeviceRotary& rotary,
+        int64_t position,
+        int pair) {
+    return rotation(rotary.inverse_frequency[pair], position);
 }
 
 /// The components that are rotated together, of which there are d / 2 pairs.

@@ -32,8 +32,9 @@ __device__ __forceinline__ unsigned long long best_of_blocks(const DecodeBlock& 
             b.lane < b.blocks ? b.words(b.layout.found)[key * b.blocks + b.lane] : 0);
 }
 
-/// Finds the block's best cells for keys that leave the window in later steps. By the warps
-/// for sink and window, before they are wanted for the last cells.
+/// Finds the block's best cells for keys that leave the window in later steps, where no
+/// blocks do that (seek_ahead.cuh). By the warps for sink and window, before they are wanted
+/// for the last cells.
 template <int D>
 static __device__ __noinline__ void find_cells_for_later(
         const DecodeParams& p,
@@ -46,11 +47,17 @@ static __device__ __noinline__ void find_cells_for_later(
     RowProducts product = s.products[s.layers + 1];
     product.n = static_cast<uint8_t>(s.step.finds_later);
     load_sought<D>(
-            b, s.step.leaving + 1, s.step.finds_later, 32 * warp + b.lane, 32 * warps);
+            p,
+            s,
+            b.sought_keys(),
+            s.step.leaving + 1,
+            s.step.finds_later,
+            32 * warp + b.lane,
+            32 * warps);
     sync_others(32 * warps);
-    multiply_rows<kWarps, kWindowWarps>(
+    multiply_rows<kWindowWarps>(
             product,
-            reinterpret_cast<const uint32_t*>(b.ints(layout.sought)),
+            b.sought_keys(),
             product.cols,
             ProductRoom(),
             [&](int v, int r, float value) {

@@ -214,8 +214,8 @@ struct ProductRoom {
 
 /// Calls `emit` with v, the row among the block's, and the product, for each tile that the
 /// warp has whole; else leaves the products of its pieces in `room`.
-/// @tparam FirstWarp, Warps  of the block
-template <bool Bf16, int FirstWarp, int Warps, class Emit>
+/// @tparam Warps  which share the tiles: so many of the block, from a multiple on
+template <bool Bf16, int Warps, class Emit>
 __device__ __forceinline__ void multiply_tiles(
         const RowProducts& p,
         const uint32_t* x,
@@ -224,7 +224,7 @@ __device__ __forceinline__ void multiply_tiles(
         const Emit& emit) {
     constexpr int kPieces = Bf16 ? 4 : 1; // on their way
     constexpr int kElement = Bf16 ? 2 : 4;
-    const int warp = threadIdx.x / 32 - FirstWarp;
+    const int warp = threadIdx.x / 32 % Warps;
     const int quad = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
     const int vectors = p.heads > 1 ? p.heads : p.n, rows = p.end - p.first;
     const uint32_t of_lane =
@@ -320,7 +320,7 @@ __device__ __forceinline__ void multiply_tiles(
 ///              zeros up to a multiple of kPieceColumns
 /// @param room  for as many vectors
 /// @param emit  called with v, r and the result
-template <int FirstWarp = 0, int Warps = kWarps, class Emit>
+template <int Warps = kWarps, class Emit>
 __device__ __forceinline__ void multiply_rows(
         const RowProducts p, // in registers, as what is written may lie anywhere
         const uint32_t* x,
@@ -333,11 +333,11 @@ __device__ __forceinline__ void multiply_rows(
         emit(v, p.first + row, value);
     };
     if (p.bf16) {
-        multiply_tiles<true, FirstWarp, Warps>(p, x, x_stride, room, add_bias);
+        multiply_tiles<true, Warps>(p, x, x_stride, room, add_bias);
     } else {
-        multiply_tiles<false, FirstWarp, Warps>(p, x, x_stride, room, add_bias);
+        multiply_tiles<false, Warps>(p, x, x_stride, room, add_bias);
     }
-    if (FirstWarp > 0 || p.log_warps == 0) {
+    if (Warps < kWarps || p.log_warps == 0) {
         return;
     }
     sync_choosers();

@@ -58,6 +58,17 @@ struct DeviceAssigner {
 
 // --- A sequence ------------------------------------------------------------
 
+/// Keys whose cells are found together, at most: those that leave the window next. So the
+/// key assigner's weights are read once for so many.
+constexpr int kMostAhead = 8;
+
+/// How far the lists of one KV head and one partition have come.
+struct ListProgress {
+    uint32_t used = 0; ///< entries of the arena given out
+    /// The best cell so far of each of the keys from SequenceState::assigned on.
+    unsigned long long sought[kMostAhead] = {};
+};
+
 /// Where lists lie: elsewhere, once there is room for more tokens.
 struct ListArrays {
     uint16_t* cells = nullptr;   ///< cell of each slot that has one, size capacity
@@ -65,7 +76,7 @@ struct ListArrays {
     int32_t* newest = nullptr;   ///< newest slot, size ncell; -1: none
     uint32_t* extents = nullptr; ///< where each begins, size ncell * kExtents
     int32_t* slots = nullptr;    ///< size arena_size(capacity, ncell)
-    uint32_t* used = nullptr;    ///< entries of the arena given out
+    ListProgress* progress = nullptr;
     float* means = nullptr;      ///< size ncell * d; null: not kept
 };
 
@@ -84,7 +95,9 @@ struct SequenceState {
     int64_t length = 0;
     /// The cells of far slots and of some that are still in the window, those before
     /// this one, are known: ListState::cells has them. May lag behind.
-    int64_t assigned = 0;
+    /// And kMostAhead keys from there on have been compared with so many parts of the cells
+    /// (seek_ahead.cuh). Read and written together.
+    int32_t assigned = 0, sought_parts = 0;
     int64_t capacity = 0; ///< tokens that the lists have room for
     ListState* lists = nullptr; ///< by KV head, then partition
 };
@@ -113,6 +126,7 @@ struct BatchItem {
     int first_token = 0; ///< of the batch's tokens
     int first_list = 0, nlist = 0; ///< of the batch's lists
     int done = 0;        ///< blocks of the append in progress, rows of the step
+    int sought = 0;      ///< rows that cells have been sought for in the step (seek_ahead.cuh)
     int bad = 0;         ///< it was refused
     int64_t begin = 0, end = 0; ///< slots that leave the window in it
 };

@@ -347,6 +347,8 @@ void expect_steps_after_a_truncation_to_list_what_is_there(AdapterCase c) {
         if (round % 3 == 2) {
             p.on_cpu = p.cpu.fork(p.on_cpu);
             p.on_device = p.device.fork(p.on_device);
+        } else if (round % 3 == 1) { // lists move
+            p.device.reserve(p.on_device, 2 * p.n + round);
         }
         const int64_t left = length - p.random.below(c.window);
         p.cpu.truncate(p.on_cpu, left, p.host.view(left));
@@ -367,6 +369,48 @@ TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
     c.query = QueryKind::classifier; // blocks tell each other of its hidden layers
     c.width = 196;
     expect_steps_after_a_truncation_to_list_what_is_there(c);
+    c.ncell = 1100; // of which a block has so many that each step takes a part of them
+    expect_steps_after_a_truncation_to_list_what_is_there(c);
+    c.heads_q = c.heads_kv = 8;
+    c.query = QueryKind::quantizer;
+    c.bf16_centroids = true;
+    c.window = 15; // too few keys to compare eight of them ahead
+    expect_steps_after_a_truncation_to_list_what_is_there(c);
+}
+
+/// Cells of later keys are sought over several steps, in which blocks share rows out
+/// differently.
+TEST_F(GpuAdapter, StepsInOtherBatchesListTheSame) {
+    AdapterCase c;
+    c.name = "";
+    c.ncell = 1100;
+    c.lengths = {600};
+    Pair p(c, 600);
+    constexpr int kOthers = 15;
+    const OnDevice<char> queries(
+            as_type(c.dtype, p.random.normal((kOthers + 1) * c.heads_q * c.d)));
+    OnDevice<float> output((kOthers + 1) * c.heads_q * c.d);
+    AttendOutput out;
+    out.output = output.data();
+    p.append(300);
+    const auto alone = p.device.plan({p.input(1, p.n)});
+    std::vector<SequenceInput> inputs = {p.input(1, p.n)};
+    for (int i = 0; i < kOthers; i++) {
+        inputs.push_back(inputs[0]);
+        inputs.back().sequence = p.device.create({}, 600);
+    }
+    const auto together = p.device.plan(inputs);
+    const auto two = p.device.plan({inputs[0], inputs[1]});
+    const gpu::GpuBatch* batches[] = {alone.get(), together.get(), two.get()};
+    const gpu::GpuBatch* batch = alone.get();
+    while (p.device.length(p.on_device) < p.n) {
+        if (p.random.below(6) == 0) {
+            batch = batches[p.random.below(3)];
+        }
+        p.device.step(*batch, queries.data(), out);
+    }
+    p.cpu.append(p.on_cpu, p.host.view(p.n));
+    p.expect_same(p.on_cpu, p.on_device);
 }
 
 /// A paged sequence of 600 tokens, and what a step of the next one takes.
