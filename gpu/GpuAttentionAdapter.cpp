@@ -134,6 +134,7 @@ struct GpuBatch::State {
     GpuProbedCells probed;
     RowWork work;
     float *part = nullptr, *part_lse = nullptr;
+    int32_t* row_done = nullptr; ///< blocks of each row, in a step of one launch
     DecodeParams decode; ///< what a policy adds to
 
     /// One launch can serve it.
@@ -810,6 +811,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             const int64_t pieces = 2 * (nrow + processors_) * group_;
             b.part = layout.take<float>(pieces * params_.d);
             b.part_lse = layout.take<float>(pieces);
+            b.row_done = layout.take<int32_t>(nrow);
         }
         return layout.size();
     };
@@ -865,7 +867,13 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     d.attend_dense = params_.attend_dense;
     d.bf16 = b.dtype == DType::bfloat16;
     d.flag = fault_->device;
+    d.pieces = b.part; // of twice as many as processors at most
+    d.piece_lse = b.part_lse;
+    d.row_done = b.row_done;
+    d.all_near = 1;
     for (int64_t length : b.view_length) {
+        d.most_keys = std::max(d.most_keys, length);
+        d.all_near &= length <= params_.sink + params_.window;
         const int64_t dense = std::min(length, params_.sink + params_.window);
         const auto far = static_cast<double>(length - dense);
         d.bytes += params_.heads_kv * 2 * params_.d * 2 *
@@ -876,6 +884,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     }
     d.grid = b.may_decode() ? decode_grid(d) : DecodeGrid();
     if (d.grid.row_blocks > 0) {
+        FAISS_SAAP_CUDA_CHECK(
+                cudaMemsetAsync(b.row_done, 0, nrow * sizeof(int32_t), stream));
         // By the device, as a copy of so much would wait for the stream.
         FAISS_SAAP_CUDA_CHECK(describe_rows(
                 d.nrow, b.d_rows, b.d_items, b.d_decode_rows, stream));

@@ -2,6 +2,7 @@
 /// for it (decode.h). Device code.
 #pragma once
 
+#include "decode.h"
 #include "device_vectors.cuh"
 #include "sequence_state.h"
 
@@ -34,6 +35,29 @@ __device__ inline Fault fault_of_key(const char* key, int d, int bf16) {
     const bool finite =
             (__ballot_sync(0xffffffffu, isfinite(norm)) & half) == half;
     return !key ? Fault::append_page : finite ? Fault::none : Fault::append_key;
+}
+
+/// Looks at the new key of each KV head, in every block, so that all agree.
+/// @param warp, warps  this one of so many
+/// @param worst        the worst Fault so far
+__device__ __forceinline__ void check_new_keys(
+        const DecodeParams& p,
+        const DeviceView& kv,
+        int64_t slot,
+        int warp,
+        int warps,
+        int* worst) {
+#pragma unroll 1
+    for (int h0 = 2 * (warps - 1 - warp); h0 < p.heads_kv; h0 += 2 * warps) {
+        const int h = h0 + static_cast<int>(threadIdx.x) % 32 / 16;
+        const bool is = h < p.heads_kv;
+        const Fault fault =
+                fault_of_key(is ? key_row(kv, h, slot) : nullptr, p.d, p.bf16);
+        if (is && fault != Fault::none) {
+            // The worse one of two, whoever is first.
+            atomicMax(worst, static_cast<int>(fault));
+        }
+    }
 }
 
 /// Notes up to where cells are known, and the parts of them that the next keys have been

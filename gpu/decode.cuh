@@ -6,6 +6,7 @@
 
 #include "decode.h"
 #include "decode_kernel.cuh"
+#include "dense_rows.cuh"
 #include "launch.h"
 
 namespace faiss_saap::gpu {
@@ -99,7 +100,7 @@ cudaError_t allow_decode(const DecodeDevice& device) {
 } // namespace
 
 /// Whether rows are so few, and read so much, that they are better shared out over all
-/// processors by the other kernels: dense attention of one or two KV heads. Bytes a
+/// processors by the other kernels: most keys of one or two KV heads. Bytes a
 /// microsecond of a block and of one processor of all, and what those kernels cost
 /// beside, as measured on an H100 (docs/gpu-performance.md).
 inline bool leaves_too_much_idle(const DecodeParams& p, int blocks, int processors) {
@@ -140,6 +141,9 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
         !clusters || device.room == 0 || allow_decode<T, D>(device) != cudaSuccess) {
         return {};
     }
+    if (const int blocks = p.all_near ? dense_blocks(p, device.processors) : 0) {
+        return {blocks, /*dense=*/1, 0};
+    }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
     // is made of, the largest one that lets all rows run at once. But of clusters of 9 nine
     // run at once, of 8 fifteen: where little is read, it is better that nearly all rows of
@@ -160,14 +164,17 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
         if (at_once >= p.nrow) {
             return leaves_too_much_idle(p, blocks, device.processors)
                     ? DecodeGrid()
-                    : DecodeGrid{blocks, seekers_beside(p, shape, blocks, at_once)};
+                    : DecodeGrid{blocks, 0, seekers_beside(p, shape, blocks, at_once)};
         }
     }
-    return {fewest, 0};
+    return {fewest, 0, 0};
 }
 
 template <class T, int D>
 cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
+    if (p.grid.dense) {
+        return attend_densely<T, D>(p, stream);
+    }
     const DecodeDevice device = DecodeDevice::of<T, D>();
     const auto shape = DecodeShape::of<T, D>(p, device, p.grid.row_blocks);
     const DecodeArguments arguments = {p, shape.layout};

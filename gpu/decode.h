@@ -12,9 +12,10 @@
 
 namespace faiss_saap::gpu {
 
-/// Clusters of blocks that decode() is launched with.
+/// Blocks that decode() is launched with.
 struct DecodeGrid {
     int row_blocks = 0; ///< of each row; 0: other kernels are needed (route.h, attend.h)
+    int dense = 0;      ///< by the kernel for keys in sink and window alone (dense_rows.cuh)
     int seekers = 0;    ///< clusters that find cells for later steps (seek_ahead.cuh)
 };
 
@@ -24,6 +25,8 @@ struct DecodeParams {
     int nrow = 0;
     DecodeGrid grid; ///< decode_grid()
     int64_t bytes = 0;  ///< of keys and values that all rows read, about
+    int64_t most_keys = 0; ///< slots of a cache
+    int all_near = 0;      ///< sink and window have all of them
     int most_cells = 0; ///< of a partition
     /// floats per query head: of what rows are multiplied with first, of hidden layers
     int most_cols = 0, most_width = 0;
@@ -43,6 +46,11 @@ struct DecodeParams {
     double share = 1; ///< of the budget for the head's only partition
     AttendOutput out;
     FaultFlag* flag = nullptr;
+    // Of DecodeGrid::dense: normalised results of each row's blocks, group * d, and
+    // logarithms to the base 2 of their sums; and how many there are, 0 before and after.
+    float* pieces = nullptr;
+    float* piece_lse = nullptr;
+    int32_t* row_done = nullptr;
 };
 
 /// DecodeParams::grid for decode() with these parameters, whatever the policy. Without

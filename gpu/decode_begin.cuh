@@ -365,27 +365,6 @@ __device__ __forceinline__ int keys_that_are_there(
     return n;
 }
 
-/// Looks at the new key of each KV head, in every block, so that all agree.
-/// @param warp, warps  this one of so many
-__device__ __forceinline__ void check_new_keys(
-        const DecodeBlock& b,
-        int64_t slot,
-        int warp,
-        int warps) {
-    const DecodeParams& p = b.p;
-#pragma unroll 1
-    for (int h0 = 2 * (warps - 1 - warp); h0 < p.heads_kv; h0 += 2 * warps) {
-        const int h = h0 + b.lane / 16;
-        const bool is = h < p.heads_kv;
-        const Fault fault =
-                fault_of_key(is ? key_row(b.s.kv, h, slot) : nullptr, p.d, p.bf16);
-        if (is && fault != Fault::none) {
-            // The worse one of two, whoever is first.
-            atomicMax(&b.s.refused_by, static_cast<int>(fault));
-        }
-    }
-}
-
 /// Keys whose cells are sought, as the key assigner wants them, by split_float; a key whose
 /// page is not there is 0. By so many threads, each of which has a pair of components of
 /// several keys.

@@ -89,7 +89,8 @@ __device__ __forceinline__ void attend_to_row(DecodeBlock& b) {
         if (!far) {
             tell_cells(b);
             if (b.p.appends && b.s.step.refused == Fault::none) {
-                check_new_keys(b, b.s.step.length - 1, b.warp, kWarps);
+                check_new_keys(
+                        b.p, b.s.kv, b.s.step.length - 1, b.warp, kWarps, &b.s.refused_by);
             }
             stream.clear();
             stream.load_queries(shared_address(b.shared) + b.layout.queries);
@@ -202,7 +203,12 @@ __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 :
                 arguments.params, arguments.layout, fixed, shared, KeyRange::dense);
         if (block.p.appends && fixed.step.refused == Fault::none) {
             check_new_keys(
-                    block, fixed.step.length - 1, block.warp - kWarps, WindowWarps);
+                    block.p,
+                    fixed.kv,
+                    fixed.step.length - 1,
+                    block.warp - kWarps,
+                    WindowWarps,
+                    &fixed.refused_by);
         }
         if (block.finds_later && fixed.step.finds_later) {
             find_cells_for_later<D>(

@@ -264,6 +264,31 @@ inline std::vector<AdapterCase> adapter_cases() {
         many(c);
         c.bf16_centroids = true;
     });
+    // Nothing is far.
+    add("a window for all", [](C c) { c.window = 2000; });
+    add("a window for all, ragged batch, d 128, llama group", [](C c) {
+        c.window = 2000;
+        c.lengths = {1200, 1, 45, 600, 3};
+        c.d = 128;
+        c.heads_q = 8;
+        c.heads_kv = 2;
+    });
+    add("a window for all, float16, d 96, paged, token by token", [](C c) {
+        c.window = 1500;
+        c.sink = 0;
+        c.dtype = DType::float16;
+        c.d = 96;
+        c.layout = CacheLayout::paged;
+        c.chunk = 1490;
+    });
+    add("a window for all, which is the caller's", [](C c) {
+        c.window = 2000;
+        c.attend_dense = false;
+    });
+    add("a window for all, more rows than a device has processors", [&](C c) {
+        many(c);
+        c.window = 200;
+    });
     return cases;
 }
 

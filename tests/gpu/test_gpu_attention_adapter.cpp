@@ -421,14 +421,15 @@ struct PagedStep {
     AttendOutput out;
     std::unique_ptr<gpu::GpuBatch> plan;
 
-    static AdapterCase of() {
+    static AdapterCase of(int64_t window) {
         AdapterCase c;
         c.name = "";
         c.layout = CacheLayout::paged;
+        c.window = window;
         return c;
     }
-    PagedStep()
-            : p(of(), 700),
+    explicit PagedStep(int64_t window)
+            : p(of(window), 700),
               queries(as_type(p.c.dtype, p.world.queries())),
               output(p.c.heads_q * p.c.d),
               lse(p.c.heads_q) {
@@ -449,8 +450,12 @@ struct PagedStep {
     }
 };
 
-TEST_F(GpuAdapter, AStepThatIsRefusedChangesNothing) {
-    PagedStep s;
+/// Windows of steps that have far keys, and of those that have none.
+class GpuAdapterWindows : public GpuAdapter, public ::testing::WithParamInterface<int> {};
+INSTANTIATE_TEST_SUITE_P(Windows, GpuAdapterWindows, ::testing::Values(40, 1500));
+
+TEST_P(GpuAdapterWindows, AStepThatIsRefusedChangesNothing) {
+    PagedStep s(GetParam());
     Pair& p = s.p;
     const auto refused = [&](const char* sentence) {
         s.step();
@@ -504,8 +509,8 @@ TEST_F(GpuAdapter, AStepThatIsRefusedChangesNothing) {
     cudaStreamDestroy(stream);
 }
 
-TEST_F(GpuAdapter, AStepThatReadsAHoleAppendsAllTheSame) {
-    PagedStep s;
+TEST_P(GpuAdapterWindows, AStepThatReadsAHoleAppendsAllTheSame) {
+    PagedStep s(GetParam());
     Pair& p = s.p;
     const int page = 600 / CaseWorld::kPage - 1; // in the window, not the new token's
     const int32_t hole = -1;
