@@ -870,7 +870,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     d.pieces = b.part; // of twice as many as processors at most
     d.piece_lse = b.part_lse;
     d.row_done = b.row_done;
-    d.all_near = 1;
+    d.all_near = nrow > 0;
     for (int64_t length : b.view_length) {
         d.most_keys = std::max(d.most_keys, length);
         d.all_near &= length <= params_.sink + params_.window;
