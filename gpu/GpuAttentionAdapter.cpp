@@ -867,7 +867,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     d.attend_dense = params_.attend_dense;
     d.bf16 = b.dtype == DType::bfloat16;
     d.flag = fault_->device;
-    d.pieces = b.part; // of twice as many as processors at most
+    // The blocks of all rows are 2 * processors_ at most (dense_blocks): there is room.
+    d.pieces = b.part;
     d.piece_lse = b.part_lse;
     d.row_done = b.row_done;
     d.all_near = nrow > 0;

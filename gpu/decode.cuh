@@ -123,7 +123,8 @@ inline int seekers_beside(
     const int groups = kSeekGroups * blocks;
     const int n = std::min(
             DecodeLayout::share(p.nrow, groups), clusters_at_once - p.nrow);
-    if (shape.layout.window_warps == 0 || n <= 0) {
+    // A smaller window does not have the keys early enough for all parts.
+    if (shape.layout.window_warps == 0 || n <= 0 || p.window <= kMostAhead + kSeekParts) {
         return 0;
     }
     const double us = kOfRow * DecodeLayout::share(p.nrow, n * groups);

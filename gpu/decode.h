@@ -25,7 +25,7 @@ struct DecodeParams {
     int nrow = 0;
     DecodeGrid grid; ///< decode_grid()
     int64_t bytes = 0;  ///< of keys and values that all rows read, about
-    int64_t most_keys = 0; ///< slots of a cache
+    int64_t most_keys = 0; ///< of the longest cache view
     int all_near = 0;      ///< sink and window have all of them
     int most_cells = 0; ///< of a partition
     /// floats per query head: of what rows are multiplied with first, of hidden layers

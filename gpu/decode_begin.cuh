@@ -290,7 +290,7 @@ __device__ __forceinline__ void send_for_counts(const DecodeBlock& b) {
 
 /// What the step is about, but for what is wrong with the new keys and with pages.
 /// @param most_ahead   DecodeLayout::ahead
-/// @param finds_later  whether there are warps for that
+/// @param finds_later  whether the rows' warps do that (DecodeBlock::finds_later)
 __device__ __forceinline__ DecodeStep step_of(
         const DecodeParams& p,
         const BatchRow& row,

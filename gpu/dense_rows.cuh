@@ -1,12 +1,13 @@
 /// decode()'s kernel where all keys lie in sink and window: no cell is scored and none
-/// taken, so a row's blocks need not tell each other anything before the end, and any number
-/// of them can share it.
+/// taken, so a row's blocks need not tell each other anything before the end, and up
+/// to kMostDenseBlocks of them can share it.
 #pragma once
+
+#include <algorithm>
 
 #include "append_one.cuh"
 #include "decode.h"
 #include "device_vectors.cuh"
-#include "far_keys.cuh"
 #include "last_block.cuh"
 #include "launch.h"
 #include "tile_stream.cuh"
@@ -287,11 +288,11 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocksAtOnce)
 }
 
 /// Blocks of each row, so that all run at once and each has keys for all its warps, if there
-/// are so many; 0: rows are too many.
+/// are so many; 0: there are no rows, or too many.
 inline int dense_blocks(const DecodeParams& p, int processors) {
     constexpr int kLeastKeys = 2 * kDenseWarps * kStreamKeys;
     const int64_t of_keys = (p.most_keys + kLeastKeys - 1) / kLeastKeys;
-    const int64_t at_once = kDenseBlocksAtOnce * processors / p.nrow;
+    const int64_t at_once = p.nrow ? kDenseBlocksAtOnce * processors / p.nrow : 0;
     return static_cast<int>(std::min<int64_t>(
             at_once, std::clamp<int64_t>(of_keys, 1, kMostDenseBlocks)));
 }

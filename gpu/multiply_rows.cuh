@@ -214,7 +214,7 @@ struct ProductRoom {
 
 /// Calls `emit` with v, the row among the block's, and the product, for each tile that the
 /// warp has whole; else leaves the products of its pieces in `room`.
-/// @tparam Warps  which share the tiles: so many of the block, from a multiple on
+/// @tparam Warps  which share the tiles: so many in a row, the first a multiple of that
 template <bool Bf16, int Warps, class Emit>
 __device__ __forceinline__ void multiply_tiles(
         const RowProducts& p,

@@ -2,13 +2,14 @@
 /// window in later steps. Device code.
 ///
 /// When the last of kMostAhead keys whose cells are known has left, those of the next ones
-/// must be. Steps compare them with the cells one part after the other, so that none has
+/// must be known. Steps compare them with the cells one part after the other, so that none has
 /// more to do than others; of a sequence for which they did not come that far, the rows'
 /// blocks find the cells when they need them (find_cells.cuh).
 ///
-/// Rows of the same step may read and change the sequence meanwhile. What is decided here
-/// holds for its length before the step and after it, or else not all KV heads take part
-/// and it is done again.
+/// Rows of the same step may read and change the sequence meanwhile. Where cells are sought
+/// here, the rows of the step find none and leave `assigned` alone, or have changed it before
+/// it was read, as one word with the parts; and the keys are older than the step's token. A
+/// part that not all KV heads have been through is done again, with the same outcome.
 #pragma once
 
 #include "decode_begin.cuh"

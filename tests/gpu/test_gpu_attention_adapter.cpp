@@ -369,12 +369,12 @@ TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
     c.query = QueryKind::classifier; // blocks tell each other of its hidden layers
     c.width = 196;
     expect_steps_after_a_truncation_to_list_what_is_there(c);
-    c.ncell = 1100; // of which a block has so many that each step takes a part of them
+    c.ncell = 1100; // so many that no part of them is empty
     expect_steps_after_a_truncation_to_list_what_is_there(c);
     c.heads_q = c.heads_kv = 8;
     c.query = QueryKind::quantizer;
     c.bf16_centroids = true;
-    c.window = 15; // too few keys to compare eight of them ahead
+    c.window = 15; // too few keys for all parts
     expect_steps_after_a_truncation_to_list_what_is_there(c);
 }
 
