@@ -63,8 +63,11 @@ struct DecodeShape {
                 shape.kernel = p.grid.seekers ? decode_kernel<T, D, kWindowWarps, true>
                                               : decode_kernel<T, D, kWindowWarps>;
                 shape.threads = kThreads + 32 * kWindowWarps;
-                shape.bytes = std::max<int>(
-                        shape.layout.bytes, kSeekGroups * sizeof(SeekGroup<D>));
+                // Blocks that seek have their rows where others have tiles.
+                static_assert(
+                        kSeekGroups * sizeof(SeekGroup<D>) <=
+                        (kWarps + kWindowWarps) * 2 * sizeof(T) * TileStream<T, D>::kTile);
+                shape.bytes = shape.layout.bytes;
                 return shape;
             }
         }

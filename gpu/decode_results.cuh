@@ -153,10 +153,7 @@ __device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
             const auto x = *reinterpret_cast<const float4*>(
                     results_of_warp<T, D>(b, w) + q * kResultStride<D> +
                     4 * (clamped % (D / 4)));
-            o.x += weight * x.x;
-            o.y += weight * x.y;
-            o.z += weight * x.z;
-            o.w += weight * x.w;
+            add_scaled(o, weight, x);
         }
         const float a = half ? o.x : o.z, c = half ? o.y : o.w; // of the other lane
         const float x = (half ? o.z : o.x) + __shfl_xor_sync(0xffffffffu, a, 1);
@@ -296,10 +293,7 @@ __device__ __forceinline__ void write_output(const DecodeBlock& b) {
 #pragma unroll 4
         for (int block = 0; block < blocks; block++) {
             const float4 y = results[block * each + i];
-            o.x += weights[block] * y.x;
-            o.y += weights[block] * y.y;
-            o.z += weights[block] * y.z;
-            o.w += weights[block] * y.w;
+            add_scaled(o, weights[block], y);
         }
         *to = o;
     }

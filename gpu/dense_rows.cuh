@@ -119,10 +119,7 @@ __device__ __forceinline__ void write_piece(
             const auto x =
                     *reinterpret_cast<const float4*>(s.of_warp[w].results[q] + j);
             sum += weight * of_warp.x;
-            o.x += weight * x.x;
-            o.y += weight * x.y;
-            o.z += weight * x.z;
-            o.w += weight * x.w;
+            add_scaled(o, weight, x);
         }
         const float each = sum > 0 ? 1 / sum : 0.0f;
         reinterpret_cast<float4*>(p.pieces + piece * group * D)[i] =
@@ -183,14 +180,8 @@ __device__ __forceinline__ void merge_row(
         const float* weights = s.weights[i / (D / 4)];
         auto* to = reinterpret_cast<float4*>(p.out.output + head * D) + i;
         float4 o = make_float4(0, 0, 0, 0);
-        const auto add = [&](float weight, const float4& x) {
-            o.x += weight * x.x;
-            o.y += weight * x.y;
-            o.z += weight * x.z;
-            o.w += weight * x.w;
-        };
         if (weights[n] > 0) { // else it may hold anything
-            add(weights[n], *to);
+            add_scaled(o, weights[n], *to);
         }
 #pragma unroll 1
         for (int b0 = 0; b0 < n; b0 += kAtOnce) {
@@ -206,7 +197,7 @@ __device__ __forceinline__ void merge_row(
 #pragma unroll
             for (int k = 0; k < kAtOnce; k++) {
                 if (b0 + k < n) {
-                    add(weights[b0 + k], x[k]);
+                    add_scaled(o, weights[b0 + k], x[k]);
                 }
             }
         }

@@ -80,6 +80,13 @@ __device__ inline int2 rotary_pair(const DeviceRotary& rotary, int d, int pair) 
                               : make_int2(pair, pair + d / 2);
 }
 
+__device__ __forceinline__ void add_scaled(float4& sum, float weight, const float4& x) {
+    sum.x += weight * x.x;
+    sum.y += weight * x.y;
+    sum.z += weight * x.z;
+    sum.w += weight * x.w;
+}
+
 /// A row as floats, before its rotation if `derotates`; by threads that take every
 /// `step`-th pair from `first` on. A null row is 0. A step's kernels run once and
 /// wait for their code as for data: what they use in several places is not inlined.

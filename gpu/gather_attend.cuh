@@ -265,21 +265,15 @@ __device__ void merge_pieces(
         const float* w = weights + i / p.d * (n + 1);
         auto* to = reinterpret_cast<float4*>(p.out.output + first_out * p.d + i);
         float4 o = make_float4(0, 0, 0, 0);
-        const auto add = [&](float weight, const float4& x) {
-            o.x += weight * x.x;
-            o.y += weight * x.y;
-            o.z += weight * x.z;
-            o.w += weight * x.w;
-        };
         if (w[n] > 0) { // else it may hold anything
-            add(w[n], *to);
+            add_scaled(o, w[n], *to);
         }
 #pragma unroll 1
         for (int first = 0; first < n; first += kAtOnce) {
 #pragma unroll
             for (int k = 0; k < kAtOnce; k++) {
                 if (first + k < n) {
-                    add(w[first + k], parts[k]);
+                    add_scaled(o, w[first + k], parts[k]);
                 }
             }
             load_parts(first + kAtOnce, i);
@@ -574,10 +568,7 @@ __device__ __forceinline__ void attend_tiles(
             const float weight = exp2f(all_m[at] - shift);
             total += weight * all_sum[at];
             const auto y = *reinterpret_cast<const float4*>(all_o + at * D + j);
-            x.x += weight * y.x;
-            x.y += weight * y.y;
-            x.z += weight * y.z;
-            x.w += weight * y.w;
+            add_scaled(x, weight, y);
         }
         const float each = total > 0 ? 1 / total : 0.0f;
         *reinterpret_cast<float4*>(p.part + (piece * nq + q) * D + j) =
