@@ -51,6 +51,9 @@ constexpr int kQueries = 2;
 #else
 constexpr int kQueries = 4;
 #endif
+/// Products of kRows rows with kQueries queries, row by row for each query in turn: whole
+/// vectors, whatever the instruction set.
+constexpr int kBlock = kQueries * kRows;
 
 HWY_INLINE V load(D d, const float* p) {
     return hn::LoadU(d, p);
@@ -144,78 +147,98 @@ HWY_INLINE void store_quarters(DV d, VV v, float* to) {
 }
 #endif
 
-/// Stores the sums of the lanes of four vectors.
-HWY_INLINE void store_sums(V a, V b, V c, V e, float* to) {
-#if HWY_TARGET == HWY_SCALAR
-    to[0] = hn::GetLane(a);
-    to[1] = hn::GetLane(b);
-    to[2] = hn::GetLane(c);
-    to[3] = hn::GetLane(e);
-#else
+#if HWY_TARGET != HWY_SCALAR
+/// Within each four lanes, the sums of those of four vectors: a transposition that adds on its
+/// way.
+HWY_INLINE V add_quarters(const V (&x)[kRows]) {
     const D d;
-    // Within blocks of four lanes, a transposition that adds on its way.
     const hn::Repartition<uint64_t, D> pairs;
     const auto ab = hn::BitCast(
             pairs,
-            hn::Add(hn::InterleaveLower(d, a, b),
-                    hn::InterleaveUpper(d, a, b)));
+            hn::Add(hn::InterleaveLower(d, x[0], x[1]),
+                    hn::InterleaveUpper(d, x[0], x[1])));
     const auto ce = hn::BitCast(
             pairs,
-            hn::Add(hn::InterleaveLower(d, c, e),
-                    hn::InterleaveUpper(d, c, e)));
-    const V sums = hn::Add(
+            hn::Add(hn::InterleaveLower(d, x[2], x[3]),
+                    hn::InterleaveUpper(d, x[2], x[3])));
+    return hn::Add(
             hn::BitCast(d, hn::InterleaveLower(pairs, ab, ce)),
             hn::BitCast(d, hn::InterleaveUpper(pairs, ab, ce)));
-    store_quarters(d, sums, to);
+}
+#endif
+
+/// Stores the sums of the lanes as a block; zeros for queries that are not there.
+template <int NQ>
+HWY_INLINE void store_block(const V (&sum)[NQ][kRows], float* to) {
+#if HWY_TARGET == HWY_SCALAR
+    for (int i = 0; i < kBlock; i++) {
+        to[i] = i < NQ * kRows ? hn::GetLane(sum[i / kRows][i % kRows]) : 0.0f;
+    }
+#else
+    const D d;
+    V rows[kQueries];
+    for (int h = 0; h < kQueries; h++) {
+        rows[h] = h < NQ ? add_quarters(sum[std::min(h, NQ - 1)]) : hn::Zero(d);
+    }
+    if constexpr (hn::MaxLanes(D()) == kBlock && kBlock == 16) {
+        // Quarters of all queries at once.
+        const auto add_halves = [&](V x, V y) HWY_ATTR {
+            return hn::Add(
+                    hn::ConcatLowerLower(d, y, x), hn::ConcatUpperUpper(d, y, x));
+        };
+        const V even = add_halves(rows[0], rows[2]), odd = add_halves(rows[1], rows[3]);
+        const V quarters = hn::Add(
+                hn::OddEvenBlocks(hn::SwapAdjacentBlocks(odd), even),
+                hn::OddEvenBlocks(odd, hn::SwapAdjacentBlocks(even)));
+        hn::StoreU(quarters, d, to);
+    } else {
+        for (int h = 0; h < kQueries; h++) {
+            store_quarters(d, rows[h], to + h * kRows);
+        }
+    }
 #endif
 }
 
-/// Rows to ask the memory for while others are at work, a few after each step
-/// of the arithmetic. The lines of a row go together: one by one between the
-/// arithmetic, a gather takes twice as long (measured).
+/// Asks the memory for the lines of a row, all together: one by one between the arithmetic, a
+/// gather takes twice as long (measured).
 /// @tparam kLocality  that of `__builtin_prefetch`: 3 for the first cache, 2
 ///                    for the second
-template <int kLocality, class T>
-class RowsAhead {
-   public:
-    RowsAhead() = default;
-    RowsAhead(const std::vector<const T*>& rows, int width)
-            : rows_(rows.data()),
-              n_(static_cast<int>(rows.size())),
-              bytes_(width * static_cast<int>(sizeof(T))) {}
+template <int kLocality>
+HWY_INLINE void ask_for(const void* row, int bytes) {
+    const auto* at = static_cast<const char*>(row);
+    int b = 0;
+    // Unrolled for the reason that `inner_products_of_rows` is.
+    for (; b + 256 <= bytes; b += 256) {
+        __builtin_prefetch(at + b, 0, kLocality);
+        __builtin_prefetch(at + b + 64, 0, kLocality);
+        __builtin_prefetch(at + b + 128, 0, kLocality);
+        __builtin_prefetch(at + b + 192, 0, kLocality);
+    }
+    for (; b < bytes; b += 64) {
+        __builtin_prefetch(at + b, 0, kLocality);
+    }
+}
 
-    /// Asks for the next `count` rows, as far as there are any.
-    HWY_INLINE void fetch(int count) {
-        for (const int end = std::min(n_, next_ + count); next_ < end; next_++) {
-            const auto* row = reinterpret_cast<const char*>(rows_[next_]);
-            int b = 0;
-            // Unrolled for the reason that `inner_products_of_rows` is.
-            for (; b + 256 <= bytes_; b += 256) {
-                __builtin_prefetch(row + b, 0, kLocality);
-                __builtin_prefetch(row + b + 64, 0, kLocality);
-                __builtin_prefetch(row + b + 128, 0, kLocality);
-                __builtin_prefetch(row + b + 192, 0, kLocality);
-            }
-            for (; b < bytes_; b += 64) {
-                __builtin_prefetch(row + b, 0, kLocality);
+/// Rows that are needed later and asked for while others are at work, one of each kind with
+/// each of those: more at once wait for each other, and the arithmetic for them.
+template <class T>
+struct RowsAhead {
+    const T* const* far = nullptr; ///< into the second cache; null: none of either kind
+    int far_bytes = 0;
+    const T* const* near = nullptr; ///< from there into the first; null: none
+    int near_bytes = 0;
+
+    HWY_INLINE void ask(int row) const {
+        if (far) {
+            ask_for<2>(far[row], far_bytes);
+            if (near) {
+                ask_for<3>(near[row], near_bytes);
             }
         }
     }
-    void fetch_rest() {
-        fetch(n_ - next_);
+    HWY_INLINE RowsAhead after(int rows) const {
+        return {far ? far + rows : nullptr, far_bytes, near ? near + rows : nullptr, near_bytes};
     }
-    /// Asks for the first line of every row: a prefetch whose address must be
-    /// translated holds up all that follows it, so translations had better
-    /// overlap.
-    void translate() const {
-        for (int i = 0; i < n_; i++) {
-            __builtin_prefetch(rows_[i], 0, kLocality);
-        }
-    }
-
-   private:
-    const T* const* rows_ = nullptr;
-    int n_ = 0, next_ = 0, bytes_ = 0;
 };
 
 /// q.k of kRows rows and NQ queries.
@@ -227,13 +250,15 @@ class RowsAhead {
 /// @param kScattered  rows do not follow each other in the memory
 /// @param rows      kRows pointers, `stride` apart
 /// @param q         size NQ * width, in the order of `load_half`
-/// @param products  output, NQ times kRows entries, kTile apart
+/// @param ahead     kRows of each kind
+/// @param products  output, a block
 template <int NQ, bool kScattered, class T>
 HWY_INLINE void inner_products_of_rows(
         const T* const* rows,
         int stride,
         int width,
         const float* q,
+        const RowsAhead<T>& ahead,
         float* products) {
     const D d;
     const int lanes = static_cast<int>(hn::Lanes(d));
@@ -257,6 +282,7 @@ HWY_INLINE void inner_products_of_rows(
     };
     int c = 0;
     V k[kRows];
+    int asked = 0;
     const auto add_block = [&](int column) HWY_ATTR {
         for (int r = 0; r < kRows; r++) {
             k[r] = load_half<0>(d, row[r] + column);
@@ -266,6 +292,9 @@ HWY_INLINE void inner_products_of_rows(
             k[r] = load_half<1>(d, row[r] + column);
         }
         add(column + lanes, k);
+        if (asked < kRows) {
+            ahead.ask(asked++);
+        }
     };
     if constexpr (kScattered) {
         for (; c + 8 * lanes <= width; c += 8 * lanes) {
@@ -278,79 +307,120 @@ HWY_INLINE void inner_products_of_rows(
     for (; c + 2 * lanes <= width; c += 2 * lanes) {
         add_block(c);
     }
+    while (asked < kRows) {
+        ahead.ask(asked++);
+    }
     for (; c + lanes <= width; c += lanes) {
         for (int r = 0; r < kRows; r++) {
             k[r] = load(d, row[r] + c);
         }
         add(c, k);
     }
-    for (int h = 0; h < NQ; h++) {
-        store_sums(
-                sum[h][0],
-                sum[h][1],
-                sum[h][2],
-                sum[h][3],
-                products + h * kTile);
-    }
+    store_block<NQ>(sum, products);
     for (; c < width; c++) {
         for (int h = 0; h < NQ; h++) {
             for (int r = 0; r < kRows; r++) {
-                products[h * kTile + r] +=
+                products[h * kRows + r] +=
                         to_scalar(row[r] + c) * q[h * width + c];
             }
         }
     }
 }
 
-/// x <- factor * x over the n rows of a tile, and -infinity up to a whole
-/// vector; returns the maximum.
-/// @param poison  becomes NaN when a result is not finite: neither the maximum
-///                nor Highway's exponential lets a NaN through
-HWY_INLINE float scale_tile(float factor, int n, float* x, float& poison) {
-    const D d;
-    const int lanes = static_cast<int>(hn::Lanes(d));
-    const V f = hn::Set(d, factor), none = hn::Set(d, -INFINITY);
-    V zeros = hn::Zero(d);
-    V best = none;
-    for (int i = 0; i < n; i += lanes) {
-        const auto there = hn::FirstN(d, n - i);
-        const V product = hn::Mul(f, hn::LoadU(d, x + i));
-        zeros = hn::MulAdd(
-                hn::IfThenElseZero(there, product), hn::Zero(d), zeros);
-        const V logit = hn::IfThenElse(there, product, none);
-        best = hn::Max(best, logit);
-        hn::StoreU(logit, d, x + i);
-    }
-    poison += hn::GetLane(hn::SumOfLanes(d, zeros));
-    return hn::GetLane(hn::MaxOfLanes(d, best));
-}
+/// What an online softmax knows of a query.
+struct SoftmaxState {
+    float maximum = -INFINITY;
+    float sum = 0; ///< of exp(logit - maximum)
+    /// Becomes NaN when a logit is not finite: neither the maximum nor Highway's exponential
+    /// lets a NaN through.
+    float poison = 0;
+};
 
-/// weights <- exp(weights - maximum) for the n rows of a tile; returns their
-/// sum.
-HWY_INLINE float exponentiate(float maximum, int n, float* weights) {
+/// Turns products of a tile into weights exp(scale * product - maximum).
+/// @param n       rows; the last block may have more, whose weights become 0
+/// @param x       blocks
+/// @param state   size NQ
+/// @param shrink  output, size NQ: what weights so far are worth under the new maximum
+template <int NQ>
+HWY_INLINE void weigh_tile(
+        float scale,
+        int n,
+        float* x,
+        SoftmaxState* state,
+        float* shrink) {
     const D d;
-    const V shift = hn::Set(d, maximum);
-    V sum = hn::Zero(d);
-    for (int i = 0; i < n; i += static_cast<int>(hn::Lanes(d))) {
-        const V w = hn::Exp(d, hn::Sub(hn::LoadU(d, weights + i), shift));
-        hn::StoreU(w, d, weights + i);
-        sum = hn::Add(sum, w);
+    constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
+    constexpr int kVectors = kBlock / kLanes;
+    const int end = (n + kRows - 1) / kRows * kBlock;
+    V best[kVectors], zeros[kVectors];
+    for (int j = 0; j < kVectors; j++) {
+        best[j] = hn::Set(d, -INFINITY);
+        zeros[j] = hn::Zero(d);
     }
-    return hn::GetLane(hn::SumOfLanes(d, sum));
+    const V factor = hn::Set(d, scale);
+    for (int i = 0; i < end; i += kBlock) {
+        for (int j = 0; j < kVectors; j++) {
+            float* at = x + i + j * kLanes;
+            const V logit = hn::Mul(factor, hn::LoadU(d, at));
+            zeros[j] = hn::MulAdd(logit, hn::Zero(d), zeros[j]);
+            best[j] = hn::Max(best[j], logit);
+            hn::StoreU(logit, d, at);
+        }
+    }
+    alignas(64) float of_rows[kBlock], shift[kBlock] = {};
+    const auto each_row = [&](const V* v, const auto& add) HWY_ATTR {
+        for (int j = 0; j < kVectors; j++) {
+            hn::StoreU(v[j], d, of_rows + j * kLanes);
+        }
+        for (int i = 0; i < NQ * kRows; i++) {
+            add(state[i / kRows], of_rows[i]);
+        }
+    };
+    for (int h = 0; h < NQ; h++) {
+        shrink[h] = state[h].maximum;
+    }
+    each_row(zeros, [](SoftmaxState& s, float z) { s.poison += z; });
+    each_row(best, [](SoftmaxState& s, float b) { s.maximum = std::max(s.maximum, b); });
+    for (int h = 0; h < NQ; h++) {
+        const float top = state[h].maximum;
+        // exp(-inf - -inf) would be NaN
+        shrink[h] = shrink[h] == top ? 1.0f : std::exp(shrink[h] - top);
+        state[h].sum *= shrink[h];
+        std::fill_n(shift + h * kRows, kRows, top == -INFINITY ? 0.0f : top);
+        for (int i = n; i % kRows; i++) {
+            x[i / kRows * kBlock + h * kRows + i % kRows] = -INFINITY;
+        }
+    }
+    V sum[kVectors];
+    for (int j = 0; j < kVectors; j++) {
+        sum[j] = hn::Zero(d);
+    }
+    for (int i = 0; i < end; i += kBlock) {
+        for (int j = 0; j < kVectors; j++) {
+            float* at = x + i + j * kLanes;
+            const V w = hn::Exp(
+                    d, hn::Sub(hn::LoadU(d, at), hn::LoadU(d, shift + j * kLanes)));
+            hn::StoreU(w, d, at);
+            sum[j] = hn::Add(sum[j], w);
+        }
+    }
+    each_row(sum, [](SoftmaxState& s, float w) { s.sum += w; });
 }
 
 /// output <- output * shrink + sum of weight * row over NV vectors of n rows,
 /// for NQ queries; two vectors make a block, one is what is left of a row.
-/// @param rows     n pointers, `stride` apart
-/// @param ask      ask(fetch) is called for each kRows of these
+/// @param rows     n pointers, `stride` apart, and those that stand in for missing ones up
+///                 to a multiple of kRows
+/// @param weights  blocks
+/// @param asks     bits of those of kRows with which a row ahead is asked for
 /// @param output   in the order of `load_half`
-template <int NQ, int NV, class T, class Ask>
+template <int NQ, int NV, class T>
 HWY_INLINE void add_value_columns(
         const T* const* rows,
         int stride,
         int n,
-        const Ask& ask,
-        int fetch,
+        RowsAhead<T> ahead,
+        unsigned asks,
         int column,
         int width,
         const float* weights,
@@ -366,26 +436,31 @@ HWY_INLINE void add_value_columns(
             sum[h][j] = hn::Mul(hn::LoadU(d, o), factor);
         }
     }
-    for (int i = 0; i < n; i++) {
-        if (i % kRows == 0) {
-            ask(fetch);
-        }
-        const T* row = rows[i * stride] + column;
-        V v[NV];
-        if constexpr (NV == 1) {
-            v[0] = load(d, row);
-        } else {
-            for (int j = 0; j < NV; j += 2) {
-                v[j] = load_half<0>(d, row + j * lanes);
-                v[j + 1] = load_half<1>(d, row + j * lanes);
+    for (int i = 0; i < n; i += kRows) {
+        for (int r = 0; r < kRows; r++) {
+            if (asks >> r & 1) {
+                ahead.ask(r);
+            }
+            const T* row = rows[r * stride] + column;
+            V v[NV];
+            if constexpr (NV == 1) {
+                v[0] = load(d, row);
+            } else {
+                for (int j = 0; j < NV; j += 2) {
+                    v[j] = load_half<0>(d, row + j * lanes);
+                    v[j + 1] = load_half<1>(d, row + j * lanes);
+                }
+            }
+            for (int h = 0; h < NQ; h++) {
+                const V w = hn::Set(d, weights[h * kRows + r]);
+                for (int j = 0; j < NV; j++) {
+                    sum[h][j] = hn::MulAdd(w, v[j], sum[h][j]);
+                }
             }
         }
-        for (int h = 0; h < NQ; h++) {
-            const V w = hn::Set(d, weights[h * kTile + i]);
-            for (int j = 0; j < NV; j++) {
-                sum[h][j] = hn::MulAdd(w, v[j], sum[h][j]);
-            }
-        }
+        rows += kRows * stride;
+        weights += kBlock;
+        ahead = ahead.after(kRows);
     }
     for (int h = 0; h < NQ; h++) {
         for (int j = 0; j < NV; j++) {
@@ -398,16 +473,14 @@ HWY_INLINE void add_value_columns(
 }
 
 /// The same over whole rows.
-/// @param weights  NQ times n entries, kTile apart
-/// @param ask      asks for rows ahead, `fetch` for kRows of these
+/// @param ahead    n of each kind, up to a multiple of kRows
 /// @param output   size NQ * width
-template <int NQ, class T, class Ask>
+template <int NQ, class T>
 HWY_INLINE void add_values(
         const T* const* rows,
         int stride,
         int n,
-        const Ask& ask,
-        int fetch,
+        const RowsAhead<T>& ahead,
         int width,
         const float* weights,
         const float* shrink,
@@ -415,15 +488,19 @@ HWY_INLINE void add_values(
     const int lanes = static_cast<int>(hn::Lanes(D()));
     const int vectors = width / lanes;
     const int passes = vectors / 4 + vectors % 4 / 2 + vectors % 2;
-    const int fetch_in_pass = (fetch + passes - 1) / std::max(passes, 1);
-    int c = 0;
+    int c = 0, pass = 0;
     const auto add = [&](auto count) HWY_ATTR {
+        unsigned asks = 0; // with each row in one of the passes
+        for (int r = 0; r < kRows; r++) {
+            asks |= unsigned(r % passes == pass) << r;
+        }
+        pass++;
         add_value_columns<NQ, count>(
                 rows,
                 stride,
                 n,
-                ask,
-                fetch_in_pass,
+                ahead,
+                asks,
                 c,
                 width,
                 weights,
@@ -445,7 +522,8 @@ HWY_INLINE void add_values(
             float& o = output[h * width + c];
             o *= shrink[h];
             for (int i = 0; i < n; i++) {
-                o += weights[h * kTile + i] * to_scalar(rows[i * stride] + c);
+                o += weights[i / kRows * kBlock + h * kRows + i % kRows] *
+                        to_scalar(rows[i * stride] + c);
             }
         }
     }
@@ -485,10 +563,9 @@ struct HeadRows {
 /// nearly what it gives to a sequential reader, and half of it head by head;
 /// of scattered rows more share a page, and its translation.
 ///
-/// Rows in order are asked for a tile ahead, into the first cache. Scattered
-/// ones go into the second a tile ahead, as more of them may be under way to
-/// it, and from there into the first half a tile ahead: loads that miss the
-/// first cache make the hardware fetch what nobody reads.
+/// Rows are asked for a tile ahead, into the second cache, as more of them may be
+/// under way to it than to the first. Scattered ones go from there into the first half a
+/// tile ahead: loads that miss it make the hardware fetch what nobody reads.
 /// @tparam kScattered  lists of slots are read, not a range of them
 template <class T, bool kScattered>
 struct OnlineSoftmax {
@@ -498,17 +575,15 @@ struct OnlineSoftmax {
     const int tokens_per_tile;
     Aligned<float> q;      ///< in the order of `load_half`
     Aligned<float> output; ///< likewise
-    std::vector<float> maximum, sum, poison;
-    /// `n` rows of some heads, token by token. Up to a multiple of kRows the
-    /// last token stands in for missing ones.
+    std::vector<SoftmaxState> state; ///< of each query
+    /// `n` rows of some heads, token by token. The last token stands in for those
+    /// that a whole tile would have more.
     struct Tile {
         int n = 0; ///< 0: there is none
         int first_head = 0;
         std::vector<const T*> keys, values;
     };
     Tile now, next;
-    RowsAhead<kScattered ? 2 : 3, T> keys_ahead, values_ahead; ///< of `next`
-    RowsAhead<3, T> keys_near, values_near; ///< of `next`, of `now`
     std::vector<int64_t> taken; ///< of each head's rows
 
     explicit OnlineSoftmax(const AttendKernelParams& params)
@@ -524,11 +599,15 @@ struct OnlineSoftmax {
                       kTile))),
               q(hwy::AllocateAligned<float>(size_t(queries) * d)),
               output(hwy::AllocateAligned<float>(size_t(queries) * d_v)),
-              maximum(queries, -INFINITY),
-              sum(queries, 0.0f),
-              poison(queries, 0.0f),
+              state(queries),
               taken(kScattered ? p.heads : 1, 0) {
         std::fill_n(output.get(), size_t(queries) * d_v, 0.0f);
+        for (Tile* tile : {&now, &next}) {
+            // Something that can be asked for where there is no tile.
+            const auto* any = reinterpret_cast<const T*>(q.get());
+            tile->keys.assign(tokens_per_tile * heads(), any);
+            tile->values.assign(tokens_per_tile * heads(), any);
+        }
         for (int i = 0; i < queries; i++) {
             const int64_t at = int64_t(i) * d;
             arrange<T>(d, p.queries + at, q.get() + at);
@@ -544,9 +623,6 @@ struct OnlineSoftmax {
     template <class Slot>
     HWY_INLINE void fill(Tile& tile, int n, const Slot& slot) const {
         tile.n = n;
-        const int padded = (n + kRows - 1) / kRows * kRows;
-        tile.keys.resize(padded * heads());
-        tile.values.resize(padded * heads());
         for (int h = 0; h < heads() && n > 0; h++) {
             const int head = kScattered ? p.lists[tile.first_head].kv_head
                                         : p.kv_head + h;
@@ -561,7 +637,7 @@ struct OnlineSoftmax {
             for (int i = 0; i < n; i++) {
                 put(i, slot(i));
             }
-            for (int i = n; i < padded; i++) {
+            for (int i = n; i < tokens_per_tile; i++) {
                 put(i, slot(n - 1));
             }
         }
@@ -600,46 +676,39 @@ struct OnlineSoftmax {
         taken[h] += n;
     }
 
+    /// Of the next tile, and of this one's values or the next one's keys.
+    HWY_INLINE RowsAhead<T> keys_ahead(int row) const {
+        const int k = d * static_cast<int>(sizeof(T)), v = d_v * static_cast<int>(sizeof(T));
+        return {next.keys.data() + row, k, kScattered ? now.values.data() + row : nullptr, v};
+    }
+    HWY_INLINE RowsAhead<T> values_ahead(int row) const {
+        const int k = d * static_cast<int>(sizeof(T)), v = d_v * static_cast<int>(sizeof(T));
+        return {next.values.data() + row, v, kScattered ? next.keys.data() + row : nullptr, k};
+    }
+
     /// Queries first .. first + NQ - 1 over the rows of head h of the tile.
-    /// @param fetch  rows ahead for each kRows rows
+    /// @param asks  for rows ahead
     template <int NQ>
-    void add_tile(int h, int first, int fetch) {
-        alignas(64) float weights[NQ * kTile];
+    void add_tile(int h, int first, bool asks) {
+        static_assert(kTile % kRows == 0);
+        alignas(64) float weights[kTile / kRows * kBlock];
         float shrink[NQ];
+        const RowsAhead<T> keys = asks ? keys_ahead(h * padded()) : RowsAhead<T>();
         for (int i = 0; i < now.n; i += kRows) {
-            keys_ahead.fetch(fetch);
-            if constexpr (kScattered) {
-                values_near.fetch(fetch);
-            }
             inner_products_of_rows<NQ, kScattered>(
                     now.keys.data() + i * heads() + h,
                     heads(),
                     d,
                     q.get() + int64_t(first) * d,
-                    weights + i);
+                    keys.after(i),
+                    weights + i / kRows * kBlock);
         }
-        for (int j = 0; j < NQ; j++) {
-            float* w = weights + j * kTile;
-            float& top = maximum[first + j];
-            const float before = top;
-            top = std::max(
-                    before, scale_tile(p.scale, now.n, w, poison[first + j]));
-            // exp(-inf - -inf) would be NaN
-            shrink[j] = before == top ? 1.0f : std::exp(before - top);
-            sum[first + j] = sum[first + j] * shrink[j] +
-                    exponentiate(top == -INFINITY ? 0.0f : top, now.n, w);
-        }
+        weigh_tile<NQ>(p.scale, now.n, weights, state.data() + first, shrink);
         add_values<NQ>(
                 now.values.data() + h,
                 heads(),
                 now.n,
-                [this](int count) HWY_ATTR {
-                    values_ahead.fetch(count);
-                    if constexpr (kScattered) {
-                        keys_near.fetch(count);
-                    }
-                },
-                fetch,
+                asks ? values_ahead(h * padded()) : RowsAhead<T>(),
                 d_v,
                 weights,
                 shrink,
@@ -648,35 +717,44 @@ struct OnlineSoftmax {
 
     /// At most NQ of `count` queries.
     template <int NQ>
-    void add_queries(int count, int h, int first, int fetch) {
+    void add_queries(int count, int h, int first, bool asks) {
         if constexpr (NQ > 1) {
             if (count < NQ) {
-                add_queries<NQ - 1>(count, h, first, fetch);
+                add_queries<NQ - 1>(count, h, first, asks);
                 return;
             }
         }
-        add_tile<NQ>(h, first, fetch);
+        add_tile<NQ>(h, first, asks);
+    }
+
+    /// The tile's rows, in whole blocks.
+    HWY_INLINE int padded() const {
+        return (now.n + kRows - 1) / kRows * kRows;
     }
 
     void look_ahead() {
         take(next);
-        keys_ahead = {next.keys, d};
-        values_ahead = {next.values, d_v};
-        if constexpr (kScattered) {
-            keys_ahead.translate();
-            values_ahead.translate();
-            keys_near = {next.keys, d};
-            values_near = {now.values, d_v};
+        if (!kScattered) {
+            return;
+        }
+        // A prefetch whose address must be translated holds up all that follows it, so
+        // translations had better overlap.
+        for (int i = 0; i < next.n; i++) {
+            __builtin_prefetch(next.keys[i], 0, 2);
+        }
+        for (int i = 0; i < next.n; i++) {
+            __builtin_prefetch(next.values[i], 0, 2);
         }
     }
 
     void run() {
         look_ahead();
         while (next.n > 0) {
-            // The first tile, or what a short one before it left.
-            keys_ahead.fetch_rest();
-            values_ahead.fetch_rest();
-            keys_near.fetch_rest();
+            // The first tile, or what a shorter one before it left.
+            for (int i = padded() * heads(); i < next.n * heads(); i++) {
+                keys_ahead(0).ask(i);
+                values_ahead(0).ask(i);
+            }
             std::swap(now, next);
             look_ahead();
             for (int h = 0; h < heads(); h++) {
@@ -685,22 +763,20 @@ struct OnlineSoftmax {
                 const int begin = (now.first_head + h) * p.nq;
                 const int end = begin + p.nq;
                 for (int first = begin; first < end; first += kQueries) {
-                    add_queries<kQueries>(
-                            end - first, h, first, first == begin ? kRows : 0);
+                    add_queries<kQueries>(end - first, h, first, first == begin);
                 }
             }
         }
         for (int64_t i = 0; i < queries; i++) {
-            const float norm =
-                    (sum[i] > 0 ? 1 / sum[i] : 0.0f) + poison[i];
+            const SoftmaxState& s = state[i];
+            const float norm = (s.sum > 0 ? 1 / s.sum : 0.0f) + s.poison;
             float* o = p.output + i * d_v;
             restore<T>(d_v, output.get() + i * d_v, o);
             for (int j = 0; j < d_v; j++) {
                 o[j] *= norm;
             }
-            p.lse[i] =
-                    sum[i] > 0 ? maximum[i] + std::log(sum[i]) : -INFINITY;
-            p.lse[i] += poison[i];
+            p.lse[i] = s.sum > 0 ? s.maximum + std::log(s.sum) : -INFINITY;
+            p.lse[i] += s.poison;
         }
     }
 };
@@ -735,7 +811,7 @@ void inner_products_of(
         int64_t n,
         const T* rows,
         float* out) {
-    alignas(64) float products[NQ * kTile];
+    alignas(64) float products[kBlock];
     for (int64_t begin = 0; begin < n; begin += kRows) {
         const int64_t count = std::min<int64_t>(kRows, n - begin);
         const T* row[kRows]; // the last row stands in for missing ones
@@ -753,9 +829,9 @@ void inner_products_of(
         for (int64_t b = ahead; b < end; b += 64) {
             __builtin_prefetch(all + b);
         }
-        inner_products_of_rows<NQ, false>(row, 1, d, q, products);
+        inner_products_of_rows<NQ, false>(row, 1, d, q, RowsAhead<T>(), products);
         for (int h = 0; h < NQ; h++) {
-            std::copy_n(products + h * kTile, count, out + h * n + begin);
+            std::copy_n(products + h * kRows, count, out + h * n + begin);
         }
     }
 }
