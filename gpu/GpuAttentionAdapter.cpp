@@ -111,6 +111,7 @@ struct GpuBatch::State {
     int device = 0;
     int64_t tokens = 0, most_q_len = 0;
     int most_cells = 0, most_cols = 0, most_post = 0, most_width = 0;
+    int most_cell_bytes = 0;
     int nteam = 0, team_blocks = 1, most_team_rows = 1;
     int64_t stride = 1; ///< cells of a KV head's partitions
     bool keeps_means = false, attends = false;
@@ -611,10 +612,13 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     auto state = std::make_unique<GpuBatch::State>();
     GpuBatch::State& b = *state;
     b.device = device_;
+    b.attends = true;
+    if (batch.empty()) {
+        return std::unique_ptr<GpuBatch>(new GpuBatch(std::move(state)));
+    }
     std::vector<BatchItem> items;
     std::map<std::vector<const Lowered*>, std::vector<int32_t>> alike; ///< rows
     int64_t scores = 0;
-    b.attends = true;
     for (const SequenceInput& in : batch) {
         b.attends = b.attends && in.q_len <= kMostQueries;
     }
@@ -661,6 +665,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             b.keys_are_bf16 = b.keys_are_bf16 && in.kv.dtype == DType::bfloat16 &&
                     list.key.input == RowInput::post_rope;
             b.most_cells = std::max(b.most_cells, list.ncell);
+            b.most_cell_bytes = std::max(
+                    b.most_cell_bytes, list.key.padded_cols * list.key.element());
             const bool networks = a.input == RowInput::hidden;
             b.most_cols =
                     std::max(b.most_cols, networks ? a.padded_d : a.padded_cols);
@@ -854,6 +860,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     d.rows = b.d_decode_rows;
     d.nrow = static_cast<int>(nrow);
     d.most_cells = b.most_cells;
+    d.most_cell_bytes = b.most_cell_bytes;
     d.most_cols = b.most_cols;
     d.most_width = b.most_width;
     d.heads_q = params_.heads_q;
@@ -871,7 +878,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     d.pieces = b.part;
     d.piece_lse = b.part_lse;
     d.row_done = b.row_done;
-    d.all_near = nrow > 0;
+    d.all_near = 1;
     for (int64_t length : b.view_length) {
         d.most_keys = std::max(d.most_keys, length);
         d.all_near &= length <= params_.sink + params_.window;

@@ -114,15 +114,13 @@ inline bool leaves_too_much_idle(const DecodeParams& p, int blocks, int processo
 }
 
 /// Clusters that seek cells for later steps, as many as there is room for beside those of
-/// rows. None where they would take longer than the step, as measured on an H100
-/// (docs/gpu-performance.md): then rows' warps do that.
+/// rows. None where they would take longer than the step: times of a group's row and of a step,
+/// as measured on an H100 (docs/gpu-performance.md).
 inline int seekers_beside(
         const DecodeParams& p,
         const DecodeShape& shape,
         int blocks,
         int clusters_at_once) {
-    constexpr double kOfRow = 20, kBeside = 20; // us: of a group's row, of a step
-    constexpr double kOfProcessors = 2.5e6;     // bytes a us
     const int groups = kSeekGroups * blocks;
     const int n = std::min(
             DecodeLayout::share(p.nrow, groups), clusters_at_once - p.nrow);
@@ -130,8 +128,11 @@ inline int seekers_beside(
     if (shape.layout.window_warps == 0 || n <= 0 || p.window <= kMostAhead + kSeekParts) {
         return 0;
     }
-    const double us = kOfRow * DecodeLayout::share(p.nrow, n * groups);
-    return us <= kBeside + static_cast<double>(p.bytes) / kOfProcessors ? n : 0;
+    const double part = double(cells_of_part(p.most_cells)) * p.most_cell_bytes;
+    const double row = 12 + part / 5.1e3; // us
+    const double step =
+            14 + 6e-3 * p.most_cells + static_cast<double>(p.bytes) / 2.5e6;
+    return row * DecodeLayout::share(p.nrow, n * groups) <= step ? n : 0;
 }
 
 template <class T, int D>

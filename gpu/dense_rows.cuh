@@ -279,11 +279,11 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocksAtOnce)
 }
 
 /// Blocks of each row, so that all run at once and each has keys for all its warps, if there
-/// are so many; 0: there are no rows, or too many.
+/// are so many; 0: there are too many rows.
 inline int dense_blocks(const DecodeParams& p, int processors) {
     constexpr int kLeastKeys = 2 * kDenseWarps * kStreamKeys;
     const int64_t of_keys = (p.most_keys + kLeastKeys - 1) / kLeastKeys;
-    const int64_t at_once = p.nrow ? kDenseBlocksAtOnce * processors / p.nrow : 0;
+    const int64_t at_once = kDenseBlocksAtOnce * processors / p.nrow;
     return static_cast<int>(std::min<int64_t>(
             at_once, std::clamp<int64_t>(of_keys, 1, kMostDenseBlocks)));
 }

@@ -43,10 +43,14 @@ __device__ __forceinline__ void sync_group() {
                  : "memory");
 }
 
+/// Cells of each part but the last, in whole tiles.
+FAISS_SAAP_HOST_DEVICE inline int cells_of_part(int ncell) {
+    return kTileRows * DecodeLayout::share(DecodeLayout::share(ncell, kTileRows), kSeekParts);
+}
+
 /// The rows of a part of the cells, for kMostAhead keys.
 __device__ __forceinline__ RowProducts products_of_part(const DeviceAssigner& key, int part) {
-    const int each = kTileRows *
-            DecodeLayout::share(DecodeLayout::share(key.ncell, kTileRows), kSeekParts);
+    const int each = cells_of_part(key.ncell);
     RowProducts p;
     p.bf16 = key.bf16;
     p.matrix = p.bias_matrix = key.ncell;
