@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <iterator>
 
 #include <faiss_saap/gpu/GpuAttentionAdapter.h>
@@ -56,11 +57,54 @@ inline ProbedCells to_host(const GpuProbedCells& probed, int64_t rows) {
     return host;
 }
 
-/// What `attend_preassigned` gives for what `route` has chosen, and what `attend` gives
-/// in one call: other kernels, as a rule.
+/// What `attend_preassigned` gives for what `route` has chosen, what `attend` gives
+/// in one call, and what `step` gives with the append of the last tokens: other kernels, as a
+/// rule.
 struct DeviceResult {
-    CaseResult in_halves, at_once;
+    CaseResult in_halves, at_once, by_steps;
 };
+
+/// The lists of all sequences of a batch.
+inline decltype(CaseResult::slots) lists_of(
+        const GpuAttentionAdapter& adapter,
+        const std::vector<SequenceInput>& batch) {
+    decltype(CaseResult::slots) slots;
+    for (const SequenceInput& in : batch) {
+        slots.emplace_back();
+        for (int h = 0; h < adapter.params().heads_kv; h++) {
+            slots.back().emplace_back();
+            for (int p = 0; p < adapter.npartition(in.sequence, h); p++) {
+                slots.back().back().push_back(adapter.lists(in.sequence, h, p).slots);
+            }
+        }
+    }
+    return slots;
+}
+
+/// New sequences of a case without their last tokens, and inputs of the queries' tokens.
+/// @param steps  steps' tokens that are missing
+inline std::vector<SequenceInput> append_but_for(
+        int64_t steps,
+        const AdapterCase& c,
+        const std::vector<DeviceCache>& caches,
+        GpuAttentionAdapter& adapter) {
+    std::vector<SequenceInput> batch;
+    for (size_t s = 0; s < c.lengths.size(); s++) {
+        SequenceInput in;
+        in.sequence = adapter.create({}, 64); // grows
+        in.kv = caches[s].view(c.lengths[s]);
+        const auto asks = std::min<int64_t>(c.q_len, c.lengths[s]);
+        const int64_t length = c.lengths[s] - steps * asks;
+        for (int64_t n = 0; n < length; n += in.q_len) {
+            in.q_len = n < c.chunk ? std::min(c.chunk, length - n) : 1;
+            adapter.append(*adapter.plan({in}));
+        }
+        EXPECT_EQ(adapter.length(in.sequence), length);
+        in.q_len = asks;
+        batch.push_back(in);
+    }
+    return batch;
+}
 
 inline DeviceResult run_on_device(const CaseWorld& world, Random& random) {
     const AdapterCase& c = world.c;
@@ -69,28 +113,9 @@ inline DeviceResult run_on_device(const CaseWorld& world, Random& random) {
     for (size_t s = 0; s < c.lengths.size(); s++) {
         caches.emplace_back(world.cache(s, random));
     }
+    const std::vector<SequenceInput> batch = append_but_for(0, c, caches, adapter);
     CaseResult result;
-    std::vector<SequenceInput> batch;
-    for (size_t s = 0; s < c.lengths.size(); s++) {
-        SequenceInput in;
-        in.sequence = adapter.create({}, 64); // grows
-        in.kv = caches[s].view(c.lengths[s]);
-        for (int64_t n = 0; n < c.lengths[s]; n += in.q_len) {
-            in.q_len = n < c.chunk ? std::min(c.chunk, c.lengths[s] - n) : 1;
-            adapter.append(*adapter.plan({in}));
-        }
-        in.q_len = std::min<int64_t>(c.q_len, c.lengths[s]);
-        batch.push_back(in);
-        EXPECT_EQ(adapter.length(in.sequence), c.lengths[s]);
-        result.slots.emplace_back();
-        for (int h = 0; h < c.heads_kv; h++) {
-            result.slots.back().emplace_back();
-            for (int p = 0; p < adapter.npartition(in.sequence, h); p++) {
-                result.slots.back().back().push_back(
-                        adapter.lists(in.sequence, h, p).slots);
-            }
-        }
-    }
+    result.slots = lists_of(adapter, batch);
     const OnDevice<char> queries(as_type(c.dtype, world.queries()));
     const size_t rows = queries.size() / 2 / c.d;
     OnDevice<float> output(rows * c.d), lse(rows);
@@ -133,27 +158,45 @@ inline DeviceResult run_on_device(const CaseWorld& world, Random& random) {
     out.output = output_alone.data();
     adapter.attend(*plan, queries.data(), out);
     EXPECT_EQ(output_alone.host(), at_once.output);
-    return {std::move(result), std::move(at_once)};
+
+    // Enough for cells of later keys to be found over several steps, and needed; fewer where a
+    // tool makes each of them slow.
+    const char* most = std::getenv("FAISS_SAAP_STEPS");
+    int64_t steps = most ? std::atoi(most) : 20;
+    for (int64_t n : c.lengths) {
+        steps = std::min(steps, n / std::min<int64_t>(c.q_len, n));
+    }
+    const std::vector<SequenceInput> rest = append_but_for(steps, c, caches, adapter);
+    const auto step = adapter.plan(rest);
+    OnDevice<float> by_steps(rows * c.d), lse_by_steps(rows);
+    OnDevice<AttendStats> stats_by_steps(rows);
+    out.output = by_steps.data();
+    out.lse = lse_by_steps.data();
+    out.stats = stats_by_steps.data();
+    for (int64_t i = 0; i < steps; i++) {
+        adapter.step(*step, queries.data(), out);
+    }
+    CaseResult stepped;
+    stepped.probed = result.probed; // of the same lists
+    stepped.output = by_steps.host();
+    stepped.lse = lse_by_steps.host();
+    stepped.stats = stats_by_steps.host();
+    adapter.check();
+    stepped.slots = lists_of(adapter, rest);
+    return {std::move(result), std::move(at_once), std::move(stepped)};
 }
 
-/// A case on the device, compared with double precision and with the CPU.
-inline void expect_equal_to_the_cpu(const CaseWorld& world, Random& random) {
-    const AdapterCase& c = world.c;
-    const DeviceResult on_device = run_on_device(world, random);
-    for (const CaseResult* result : {&on_device.in_halves, &on_device.at_once}) {
-        SCOPED_TRACE(result == &on_device.at_once ? "attend" : "attend_preassigned");
-        check_case(world, *result, c.dtype == DType::float16 ? 2e-3 : 1e-2, 1e-3);
-    }
-    const CaseResult& got = on_device.in_halves;
-    const CaseResult cpu = run_on_cpu(world, random);
-    // Keys as near to one cell as to another may lie in either.
+/// Keys as near to one cell as to another may lie in either.
+/// @return whether all lie in the same ones
+inline bool expect_nearly_the_same_lists(
+        const decltype(CaseResult::slots)& expected,
+        const decltype(CaseResult::slots)& got) {
     size_t same = 0, all = 0;
-    for (size_t s = 0; s < c.lengths.size(); s++) {
-        for (int h = 0; h < c.heads_kv; h++) {
-            for (size_t p = 0; p < cpu.slots[s][h].size(); p++) {
-                for (int cell = 0; cell < c.ncell; cell++) {
-                    const auto &x = cpu.slots[s][h][p][cell],
-                               &y = got.slots[s][h][p][cell];
+    for (size_t s = 0; s < expected.size(); s++) {
+        for (size_t h = 0; h < expected[s].size(); h++) {
+            for (size_t p = 0; p < expected[s][h].size(); p++) {
+                for (size_t cell = 0; cell < expected[s][h][p].size(); cell++) {
+                    const auto &x = expected[s][h][p][cell], &y = got[s][h][p][cell];
                     std::vector<int32_t> both;
                     std::set_intersection(
                             x.begin(),
@@ -168,15 +211,33 @@ inline void expect_equal_to_the_cpu(const CaseWorld& world, Random& random) {
         }
     }
     EXPECT_GE(same + 1 + all / 1000, all);
-    if (same < all) {
-        return; // other lists, other choices
+    return same == all;
+}
+
+/// A case on the device, compared with double precision and with the CPU.
+inline void expect_equal_to_the_cpu(const CaseWorld& world, Random& random) {
+    const AdapterCase& c = world.c;
+    const DeviceResult on_device = run_on_device(world, random);
+    const CaseResult& got = on_device.in_halves;
+    const double tolerance = c.dtype == DType::float16 ? 2e-3 : 1e-2;
+    const auto expect_case = [&](const char* name, const CaseResult& result) {
+        SCOPED_TRACE(name);
+        check_case(world, result, tolerance, 1e-3);
+    };
+    expect_case("attend_preassigned", got);
+    expect_case("attend", on_device.at_once);
+    if (expect_nearly_the_same_lists(got.slots, on_device.by_steps.slots)) {
+        expect_case("step", on_device.by_steps);
+    }
+    const CaseResult cpu = run_on_cpu(world, random);
+    if (!expect_nearly_the_same_lists(cpu.slots, got.slots)) {
+        return; // other choices
     }
     const size_t rows_alike = check_choice(got.probed, cpu);
     // Scores that rounding may swap are rare among random ones.
     const size_t rows = cpu.probed.begin.size() - 1;
     EXPECT_GE(rows_alike, rows - rows / 20 - 1) << rows;
     if (rows_alike == rows) {
-        const double tolerance = c.dtype == DType::float16 ? 2e-3 : 1e-2;
         for (size_t i = 0; i < cpu.lse.size(); i++) {
             if (cpu.lse[i] > -INFINITY) {
                 EXPECT_NEAR(got.lse[i], cpu.lse[i], 1e-3);

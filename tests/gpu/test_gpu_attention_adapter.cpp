@@ -86,28 +86,68 @@ TEST_F(GpuAdapter, SpeculatesForeverInItsReserve) {
     p.expect_same(p.on_cpu, p.on_device);
 }
 
+/// By a step and by its attention alone, with far keys and without.
 TEST_F(GpuAdapter, MergesIntoTheCallersResult) {
+    for (int64_t window : {40, 2000}) {
+        for (bool steps : {false, true}) {
+            SCOPED_TRACE(window);
+            AdapterCase c;
+            c.name = "";
+            c.window = window;
+            c.lengths = {300};
+            c.heads_q = 6; // fewer than a tile has
+            Pair p(c, c.lengths[0]);
+            const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
+            OnDevice<float> output(c.heads_q * c.d), lse(c.heads_q);
+            OnDevice<AttendStats> stats(c.heads_q);
+            AttendOutput out;
+            out.output = output.data();
+            out.lse = lse.data();
+            out.stats = stats.data();
+            const auto attend = [&](int64_t sequence) {
+                SequenceInput in = p.input(1, p.n);
+                in.sequence = sequence;
+                if (steps) {
+                    p.device.step(*p.device.plan({in}), queries.data(), out);
+                } else {
+                    p.device.attend(*p.device.plan({in}), queries.data(), out);
+                }
+            };
+            p.append(p.n - steps);
+            const int64_t again = p.device.fork(p.on_device);
+            attend(p.on_device);
+            const auto once = output.host(), once_lse = lse.host();
+            const auto once_stats = stats.host();
+            out.merge = true; // with itself: the same output, twice the sum
+            attend(again);
+            const auto twice = output.host(), twice_lse = lse.host();
+            const auto twice_stats = stats.host();
+            p.device.check();
+            for (size_t i = 0; i < once.size(); i++) {
+                EXPECT_NEAR(once[i], twice[i], 1e-5);
+            }
+            for (size_t i = 0; i < once_lse.size(); i++) {
+                EXPECT_NEAR(once_lse[i] + std::log(2.0f), twice_lse[i], 1e-5);
+                EXPECT_NEAR(once_stats[i].dense_mass / 2, twice_stats[i].dense_mass, 1e-5);
+            }
+        }
+    }
+}
+
+TEST_F(GpuAdapter, ABatchOfNothingChangesNothing) {
     AdapterCase c;
     c.name = "";
     Pair p(c);
-    p.append(p.n);
-    const auto plan = p.device.plan({p.input(1, p.n)});
-    const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
-    OnDevice<float> output(c.heads_q * c.d), lse(c.heads_q);
+    p.append(300);
+    const auto nothing = p.device.plan({});
     AttendOutput out;
-    out.output = output.data();
-    out.lse = lse.data();
-    p.device.attend(*plan, queries.data(), out);
-    const auto once = output.host(), once_lse = lse.host();
-    out.merge = true; // with itself: the same output, twice the sum
-    p.device.attend(*plan, queries.data(), out);
-    const auto twice = output.host(), twice_lse = lse.host();
-    for (size_t i = 0; i < once.size(); i++) {
-        EXPECT_NEAR(once[i], twice[i], 1e-5);
-    }
-    for (size_t i = 0; i < once_lse.size(); i++) {
-        EXPECT_NEAR(once_lse[i] + std::log(2.0f), twice_lse[i], 1e-5);
-    }
+    alignas(16) float x = 0;
+    out.output = &x;
+    p.device.append(*nothing);
+    p.device.attend(*nothing, &x, out);
+    p.device.step(*nothing, &x, out);
+    p.device.check();
+    p.expect_same(p.on_cpu, p.on_device);
 }
 
 /// A captured step, replayed while the sequence grows to 1,000 tokens more, is
@@ -193,6 +233,10 @@ TEST_F(GpuAdapter, ReplaysAGraphWhileItGrows) {
         cudaStreamDestroy(stream);
     }
     EXPECT_GE(compared, 1); // keys between two cells are rare
+}
+
+void write_to_device(void* to, const void* from, size_t n) {
+    ASSERT_EQ(cudaMemcpy(to, from, n, cudaMemcpyHostToDevice), cudaSuccess);
 }
 
 /// A step is an append and an attend, whatever launches it takes: the same lists
@@ -371,11 +415,61 @@ TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
     expect_steps_after_a_truncation_to_list_what_is_there(c);
     c.ncell = 1100; // so many that no part of them is empty
     expect_steps_after_a_truncation_to_list_what_is_there(c);
+    c.d = 128;
+    expect_steps_after_a_truncation_to_list_what_is_there(c);
+    c.d = 96;
+    c.heads_q = c.heads_kv = 1;
+    expect_steps_after_a_truncation_to_list_what_is_there(c);
+    c.d = 64;
     c.heads_q = c.heads_kv = 8;
     c.query = QueryKind::quantizer;
     c.bf16_centroids = true;
     c.window = 15; // too few keys for all parts
     expect_steps_after_a_truncation_to_list_what_is_there(c);
+}
+
+/// In no step does anything wait for the search for a key's cell: a key that only this step
+/// would find elsewhere is listed where it was.
+TEST_F(GpuAdapter, StepsKnowCellsBeforeTheyNeedThem) {
+    cudaDeviceProp properties;
+    ASSERT_EQ(cudaGetDeviceProperties(&properties, 0), cudaSuccess);
+    if (properties.major < 9) {
+        GTEST_SKIP() << "without clusters of blocks, cells are found as they are needed";
+    }
+    for (int d : {64, 96, 128}) {
+        SCOPED_TRACE(d);
+        AdapterCase c;
+        c.name = "";
+        c.d = d;
+        c.lengths = {600};
+        c.sink = 0; // then the leaving slot is all that differs
+        Pair p(c, 600);
+        const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
+        OnDevice<float> output(c.heads_q * c.d);
+        AttendOutput out;
+        out.output = output.data();
+        const auto step = p.device.plan({p.input(1, p.n)});
+        const KvView view = p.host.view(p.n);
+        p.append(300);
+        for (int i = 0; i < 60; i++) {
+            const int64_t leaving = p.device.length(p.on_device) - c.window;
+            for (int h = 0; h < c.heads_kv && i >= 20; h++) {
+                const char* key = static_cast<const char*>(view.key(h, leaving));
+                std::vector<char> opposite(key, key + 2 * c.d);
+                for (int j = 0; j < c.d; j++) {
+                    opposite[2 * j + 1] ^= static_cast<char>(0x80); // the sign
+                }
+                write_to_device(
+                        p.cache.k.data() + (key - p.host.k.data()),
+                        opposite.data(),
+                        opposite.size());
+            }
+            p.device.step(*step, queries.data(), out);
+            ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        }
+        p.cpu.append(p.on_cpu, p.host.view(360));
+        p.expect_same(p.on_cpu, p.on_device);
+    }
 }
 
 /// Cells of later keys are sought over several steps, in which blocks share rows out
@@ -442,9 +536,6 @@ struct PagedStep {
         p.device.step(*plan, queries.data(), out);
         ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     }
-    static void write(void* to, const void* from, size_t n) {
-        ASSERT_EQ(cudaMemcpy(to, from, n, cudaMemcpyHostToDevice), cudaSuccess);
-    }
     int32_t* page(int i) {
         return p.cache.pages.data() + i;
     }
@@ -467,16 +558,16 @@ TEST_P(GpuAdapterWindows, AStepThatIsRefusedChangesNothing) {
     const auto refuse_key = [&](int slot) {
         const auto offset = static_cast<size_t>(
                 static_cast<const char*>(host.key(1, slot)) - p.host.k.data());
-        s.write(p.cache.k.data() + offset, nan.data(), 2);
+        write_to_device(p.cache.k.data() + offset, nan.data(), 2);
         refused("append: a new key is not finite");
-        s.write(p.cache.k.data() + offset, p.host.k.data() + offset, 2);
+        write_to_device(p.cache.k.data() + offset, p.host.k.data() + offset, 2);
     };
     refuse_key(600);
     const int32_t hole = -1;
     const int page = 600 / CaseWorld::kPage;
-    s.write(s.page(page), &hole, 4);
+    write_to_device(s.page(page), &hole, 4);
     refused("append: the page table names a page that is not there");
-    s.write(s.page(page), &p.host.page_table[page], 4);
+    write_to_device(s.page(page), &p.host.page_table[page], 4);
     s.step();
     p.device.check();
     p.append(601); // on the CPU alone
@@ -514,12 +605,22 @@ TEST_P(GpuAdapterWindows, AStepThatReadsAHoleAppendsAllTheSame) {
     Pair& p = s.p;
     const int page = 600 / CaseWorld::kPage - 1; // in the window, not the new token's
     const int32_t hole = -1;
-    s.write(s.page(page), &hole, 4);
-    s.step();
-    EXPECT_SENTENCE(
-            p.device.check(), "attend: the page table names a page that is not there");
-    s.write(s.page(page), &p.host.page_table[page], 4);
-    p.append(601); // on the CPU alone
+    write_to_device(s.page(page), &hole, 4);
+    // Until the hole is the next key to leave, and cells of keys in it would have been sought.
+    int n = 600;
+    for (; n - p.c.window < page * CaseWorld::kPage && n < 640; n++) {
+        s.step();
+        EXPECT_SENTENCE(
+                p.device.check(), "attend: the page table names a page that is not there");
+    }
+    write_to_device(s.page(page), &p.host.page_table[page], 4);
+    p.append(n); // on the CPU alone
+    p.expect_same(p.on_cpu, p.on_device);
+    for (; n < 660; n++) {
+        s.step();
+        p.device.check();
+    }
+    p.append(n);
     p.expect_same(p.on_cpu, p.on_device);
 }
 
