@@ -24,7 +24,7 @@ MEMCHECK='*GpuAdapterCases*/?:*GpuAdapterCases*/14:*GpuAdapterCases*/16:*GpuAdap
 MEMCHECK+=':*GpuAdapterWindows.AStepThat*:GpuTraining.FirstStep*:GpuAdapterRefusals.*:CApi.*:*GpuIndexCases*/?:GpuIndex.Removes*:GpuIndex.Reconstructs*'
 MEMCHECK+=':GpuSequencePartitions.*:GpuKMeans.Equal*:GpuMergeStates.*:*GpuSelectK.EqualsTheHost/1:*GpuAssignCells*/?'
 RACECHECK='*GpuAdapterCases*/0:*GpuAdapterCases*/46:*GpuAdapterCases*/48:*GpuAdapterCases*/2:*GpuAdapterCases*/14:*GpuAdapterCases*/16:*GpuAdapterCases*/17:*GpuAdapterCases*/22:*GpuAdapterCases*/33:*GpuAdapterCases*/36:*GpuAdapterCases*/40:*GpuAdapterCases*/43:GpuAdapter.Merges*'
-RACECHECK+=':*GpuAdapterWindows.AStepThat*:*GpuIndexCases*/0:*GpuIndexCases*/13:GpuKMeans.Equal*:*GpuSelectK.EqualsTheHost/1:*GpuAssignCells*/2'
+RACECHECK+=':*GpuAdapterWindows.AStepThatIsRefused*:*GpuAdapterWindows.AStepThatReads*/1:*GpuIndexCases*/0:*GpuIndexCases*/13:GpuKMeans.Equal*:*GpuSelectK.EqualsTheHost/1:*GpuAssignCells*/2'
 
 pack() { # build out [program...]
   local build=$1 out=$2 program f
@@ -147,7 +147,7 @@ report() { # folder out [trace...]
   if [ -x "$sanitizer" ]; then
     for tool in memcheck racecheck; do
       local filter=$MEMCHECK options=(--leak-check full) steps=20
-      [ $tool = memcheck ] || { filter=$RACECHECK options=() steps=2; }
+      [ $tool = memcheck ] || { filter=$RACECHECK options=() steps=1; }
       for ((i = 0; i < shards; i++)); do
         log=$logs/$tool.$i
         OMP_NUM_THREADS=2 FAISS_SAAP_STEPS=$steps GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$i row "$tool, part $((i + 1)) of $shards" "$log.log" \
