@@ -1112,6 +1112,9 @@ void GpuAttentionAdapter::route(
             "probed.share_group = %d, the policy's is %d",
             probed.share_group,
             chosen.share_group);
+    if (b.tokens == 0) {
+        return;
+    }
     FAISS_THROW_IF_NOT_FMT(
             probed.stride >= b.stride,
             "probed.stride = %" PRId64 ", a KV head has up to %" PRId64 " cells",
@@ -1120,7 +1123,7 @@ void GpuAttentionAdapter::route(
     FAISS_THROW_IF_NOT_MSG(probed.cells, "probed.cells is null");
     FAISS_THROW_IF_NOT_MSG(probed.count, "probed.count is null");
     check_policy(batch, chosen);
-    FAISS_THROW_IF_NOT_MSG(b.tokens == 0 || queries, "queries is null");
+    FAISS_THROW_IF_NOT_MSG(queries, "queries is null");
     DeviceScope scope(device_);
     start_route(
             batch,

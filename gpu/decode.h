@@ -28,7 +28,7 @@ struct DecodeParams {
     int64_t most_keys = 0; ///< of the longest cache view
     int all_near = 0;      ///< sink and window have all of them
     int most_cells = 0; ///< of a partition
-    int most_cell_bytes = 0; ///< what a key is compared with
+    int most_cell_bytes = 0; ///< of a cell's vector that keys are compared with
     /// floats per query head: of what rows are multiplied with first, of hidden layers
     int most_cols = 0, most_width = 0;
     int heads_q = 0, heads_kv = 0, d = 0;

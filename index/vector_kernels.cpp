@@ -223,21 +223,26 @@ HWY_INLINE void ask_for(const void* row, int bytes) {
 /// each of those: more at once wait for each other, and the arithmetic for them.
 template <class T>
 struct RowsAhead {
-    const T* const* far = nullptr; ///< into the second cache; null: none of either kind
-    int far_bytes = 0;
-    const T* const* near = nullptr; ///< from there into the first; null: none
-    int near_bytes = 0;
+    struct Rows {
+        const T* const* row = nullptr;
+        int n = 0;
+        int bytes = 0; ///< of a row
+    };
+    Rows far;  ///< into the second cache
+    Rows near; ///< from there into the first
+    int first = 0;
 
-    HWY_INLINE void ask(int row) const {
-        if (far) {
-            ask_for<2>(far[row], far_bytes);
-            if (near) {
-                ask_for<3>(near[row], near_bytes);
-            }
+    HWY_INLINE void ask(int i) const {
+        i += first;
+        if (i < far.n) {
+            ask_for<2>(far.row[i], far.bytes);
+        }
+        if (i < near.n) {
+            ask_for<3>(near.row[i], near.bytes);
         }
     }
-    HWY_INLINE RowsAhead after(int rows) const {
-        return {far ? far + rows : nullptr, far_bytes, near ? near + rows : nullptr, near_bytes};
+    HWY_INLINE RowsAhead from(int i) const {
+        return {far, near, first + i};
     }
 };
 
@@ -351,6 +356,7 @@ HWY_INLINE void weigh_tile(
     const D d;
     constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
     constexpr int kVectors = kBlock / kLanes;
+    static_assert(kBlock % kLanes == 0);
     const int end = (n + kRows - 1) / kRows * kBlock;
     V best[kVectors], zeros[kVectors];
     for (int j = 0; j < kVectors; j++) {
@@ -460,7 +466,7 @@ HWY_INLINE void add_value_columns(
         }
         rows += kRows * stride;
         weights += kBlock;
-        ahead = ahead.after(kRows);
+        ahead = ahead.from(kRows);
     }
     for (int h = 0; h < NQ; h++) {
         for (int j = 0; j < NV; j++) {
@@ -576,14 +582,15 @@ struct OnlineSoftmax {
     Aligned<float> q;      ///< in the order of `load_half`
     Aligned<float> output; ///< likewise
     std::vector<SoftmaxState> state; ///< of each query
-    /// `n` rows of some heads, token by token. The last token stands in for those
-    /// that a whole tile would have more.
+    /// `n` rows of some heads, token by token. Up to a multiple of kRows the last key stands
+    /// in for missing ones, and zeros for values: a weight of 0 makes NaN of an infinite one.
     struct Tile {
         int n = 0; ///< 0: there is none
         int first_head = 0;
         std::vector<const T*> keys, values;
     };
     Tile now, next;
+    const std::vector<T> no_value; ///< zeros
     std::vector<int64_t> taken; ///< of each head's rows
 
     explicit OnlineSoftmax(const AttendKernelParams& params)
@@ -600,14 +607,9 @@ struct OnlineSoftmax {
               q(hwy::AllocateAligned<float>(size_t(queries) * d)),
               output(hwy::AllocateAligned<float>(size_t(queries) * d_v)),
               state(queries),
+              no_value(d_v),
               taken(kScattered ? p.heads : 1, 0) {
         std::fill_n(output.get(), size_t(queries) * d_v, 0.0f);
-        for (Tile* tile : {&now, &next}) {
-            // Something that can be asked for where there is no tile.
-            const auto* any = reinterpret_cast<const T*>(q.get());
-            tile->keys.assign(tokens_per_tile * heads(), any);
-            tile->values.assign(tokens_per_tile * heads(), any);
-        }
         for (int i = 0; i < queries; i++) {
             const int64_t at = int64_t(i) * d;
             arrange<T>(d, p.queries + at, q.get() + at);
@@ -619,10 +621,18 @@ struct OnlineSoftmax {
         return kScattered ? 1 : p.heads;
     }
 
+    /// Rows of a head, in whole blocks.
+    static HWY_INLINE int padded(int n) {
+        return (n + kRows - 1) / kRows * kRows;
+    }
+
     /// @param slot  a function of i = 0 .. n - 1
     template <class Slot>
     HWY_INLINE void fill(Tile& tile, int n, const Slot& slot) const {
         tile.n = n;
+        const int rows = padded(n);
+        tile.keys.resize(rows * heads());
+        tile.values.resize(rows * heads());
         for (int h = 0; h < heads() && n > 0; h++) {
             const int head = kScattered ? p.lists[tile.first_head].kv_head
                                         : p.kv_head + h;
@@ -630,15 +640,14 @@ struct OnlineSoftmax {
             const auto v = HeadRows<T>::values(*p.kv, head);
             const T** to_k = tile.keys.data() + h;
             const T** to_v = tile.values.data() + h;
-            const auto put = [&](int i, int64_t s) {
+            for (int i = 0; i < n; i++) {
+                const int64_t s = slot(i);
                 to_k[i * heads()] = k.at(s);
                 to_v[i * heads()] = v.at(s);
-            };
-            for (int i = 0; i < n; i++) {
-                put(i, slot(i));
             }
-            for (int i = n; i < tokens_per_tile; i++) {
-                put(i, slot(n - 1));
+            for (int i = n; i < rows; i++) {
+                to_k[i * heads()] = to_k[(n - 1) * heads()];
+                to_v[i * heads()] = no_value.data();
             }
         }
     }
@@ -676,14 +685,19 @@ struct OnlineSoftmax {
         taken[h] += n;
     }
 
-    /// Of the next tile, and of this one's values or the next one's keys.
-    HWY_INLINE RowsAhead<T> keys_ahead(int row) const {
-        const int k = d * static_cast<int>(sizeof(T)), v = d_v * static_cast<int>(sizeof(T));
-        return {next.keys.data() + row, k, kScattered ? now.values.data() + row : nullptr, v};
+    using Rows = typename RowsAhead<T>::Rows;
+    HWY_INLINE Rows keys_of(const Tile& tile) const {
+        return {tile.keys.data(), tile.n * heads(), d * static_cast<int>(sizeof(T))};
     }
-    HWY_INLINE RowsAhead<T> values_ahead(int row) const {
-        const int k = d * static_cast<int>(sizeof(T)), v = d_v * static_cast<int>(sizeof(T));
-        return {next.values.data() + row, v, kScattered ? next.keys.data() + row : nullptr, k};
+    HWY_INLINE Rows values_of(const Tile& tile) const {
+        return {tile.values.data(), tile.n * heads(), d_v * static_cast<int>(sizeof(T))};
+    }
+    /// What is asked for during products, and during sums of values.
+    HWY_INLINE RowsAhead<T> keys_ahead() const {
+        return {keys_of(next), kScattered ? values_of(now) : Rows(), 0};
+    }
+    HWY_INLINE RowsAhead<T> values_ahead() const {
+        return {values_of(next), kScattered ? keys_of(next) : Rows(), 0};
     }
 
     /// Queries first .. first + NQ - 1 over the rows of head h of the tile.
@@ -693,14 +707,15 @@ struct OnlineSoftmax {
         static_assert(kTile % kRows == 0);
         alignas(64) float weights[kTile / kRows * kBlock];
         float shrink[NQ];
-        const RowsAhead<T> keys = asks ? keys_ahead(h * padded()) : RowsAhead<T>();
+        const int asked = h * padded(now.n); // by the heads before
+        const RowsAhead<T> keys = asks ? keys_ahead().from(asked) : RowsAhead<T>();
         for (int i = 0; i < now.n; i += kRows) {
             inner_products_of_rows<NQ, kScattered>(
                     now.keys.data() + i * heads() + h,
                     heads(),
                     d,
                     q.get() + int64_t(first) * d,
-                    keys.after(i),
+                    keys.from(i),
                     weights + i / kRows * kBlock);
         }
         weigh_tile<NQ>(p.scale, now.n, weights, state.data() + first, shrink);
@@ -708,7 +723,7 @@ struct OnlineSoftmax {
                 now.values.data() + h,
                 heads(),
                 now.n,
-                asks ? values_ahead(h * padded()) : RowsAhead<T>(),
+                asks ? values_ahead().from(asked) : RowsAhead<T>(),
                 d_v,
                 weights,
                 shrink,
@@ -727,14 +742,9 @@ struct OnlineSoftmax {
         add_tile<NQ>(h, first, asks);
     }
 
-    /// The tile's rows, in whole blocks.
-    HWY_INLINE int padded() const {
-        return (now.n + kRows - 1) / kRows * kRows;
-    }
-
     void look_ahead() {
         take(next);
-        if (!kScattered) {
+        if constexpr (!kScattered) {
             return;
         }
         // A prefetch whose address must be translated holds up all that follows it, so
@@ -751,9 +761,9 @@ struct OnlineSoftmax {
         look_ahead();
         while (next.n > 0) {
             // The first tile, or what a shorter one before it left.
-            for (int i = padded() * heads(); i < next.n * heads(); i++) {
-                keys_ahead(0).ask(i);
-                values_ahead(0).ask(i);
+            for (int i = padded(now.n) * heads(); i < next.n * heads(); i++) {
+                keys_ahead().ask(i);
+                values_ahead().ask(i);
             }
             std::swap(now, next);
             look_ahead();

@@ -381,6 +381,33 @@ TEST(AttendSlots, NotFiniteValuesAreNeitherLostNorFound) {
     EXPECT_TRUE(std::isfinite(lse[0]) && std::isfinite(out[15]));
 }
 
+/// However many rows there are beside those that are read together.
+TEST(AttendSlots, InfiniteValuesStayInfinite) {
+    constexpr int d = 32;
+    tests::Random random;
+    std::vector<float> k = random.normal(200 * d), v = random.normal(200 * d);
+    const KvView kv = KvView::token_major(
+            k.data(), v.data(), DType::float32, 200, 1, d, d);
+    const std::vector<float> q = random.normal(d);
+    std::vector<int32_t> slots(200);
+    std::iota(slots.begin(), slots.end(), 0);
+    std::vector<float> out(d), lse(1);
+    for (int n = 193; n <= 200; n++) {
+        const float before = std::exchange(v[(n - 1) * d + 5], INFINITY);
+        for (bool listed : {false, true}) {
+            if (listed) {
+                attend_slots(
+                        kv, 0, 1, q.data(), .1f, n, slots.data(), out.data(), lse.data());
+            } else {
+                attend_range(kv, 0, 1, q.data(), .1f, 0, n, out.data(), lse.data());
+            }
+            EXPECT_EQ(out[5], INFINITY) << n;
+            EXPECT_TRUE(std::isfinite(out[4]) && std::isfinite(lse[0])) << n;
+        }
+        v[(n - 1) * d + 5] = before;
+    }
+}
+
 TEST(KvView, WrongInput) {
     std::vector<float> x(64);
     const auto paged = [&](int64_t length, int page_size,

@@ -90,7 +90,7 @@ TEST_F(GpuAdapter, SpeculatesForeverInItsReserve) {
 TEST_F(GpuAdapter, MergesIntoTheCallersResult) {
     for (int64_t window : {40, 2000}) {
         for (bool steps : {false, true}) {
-            SCOPED_TRACE(window);
+            SCOPED_TRACE(::testing::Message() << window << (steps ? ", by a step" : ""));
             AdapterCase c;
             c.name = "";
             c.window = window;
@@ -144,6 +144,9 @@ TEST_F(GpuAdapter, ABatchOfNothingChangesNothing) {
     alignas(16) float x = 0;
     out.output = &x;
     p.device.append(*nothing);
+    GpuProbedCells cells;
+    p.device.route(*nothing, &x, cells);
+    p.device.attend_preassigned(*nothing, &x, cells, out);
     p.device.attend(*nothing, &x, out);
     p.device.step(*nothing, &x, out);
     p.device.check();

@@ -63,7 +63,8 @@ AnyArray queries_on(
     check_shape(q, "queries", {batch.batch->tokens(), p.heads_q, p.d});
     FAISS_THROW_IF_NOT_FMT(
             device_of(q) == device && is_contiguous(q) &&
-                    dtype_of(q, "queries") == batch.dtype,
+                    (batch.batch->tokens() == 0 ||
+                     dtype_of(q, "queries") == batch.dtype),
             "queries must be contiguous %s, as the caches are, on CUDA device %d",
             name(batch.dtype),
             device);
