@@ -174,8 +174,8 @@ class GpuAttentionAdapter {
     /// - the device has compute capability 9.0 or later, and
     /// - rows do not read so much that a cluster for each leaves too many processors
     ///   idle, as with most keys of one or two KV heads, unless sink and window have room for
-    ///   all of every cache (kv.length): then a row, a KV head of a sequence, has as many blocks
-    ///   as there is room for where at most two rows come to a processor.
+    ///   all of every cache (kv.length): then rows, KV heads of sequences, have as many blocks
+    ///   as there is room for, if they are at most twice as many as processors.
     /// Otherwise it is the launches of append, route and attend_preassigned. The
     /// outputs of a sequence whose append is refused by the kernels are unspecified. Where
     /// only what is read meets a hole of the page table, the token is appended.

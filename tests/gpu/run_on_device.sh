@@ -146,12 +146,12 @@ report() { # folder out [trace...]
   [ "$(nproc)" -lt 8 ] || shards=4
   if [ -x "$sanitizer" ]; then
     for tool in memcheck racecheck; do
-      local filter=$MEMCHECK options=(--leak-check full) steps=20
-      [ $tool = memcheck ] || { filter=$RACECHECK options=() steps=1; }
+      local filter=$MEMCHECK options=(--leak-check full) fewer=()
+      [ $tool = memcheck ] || { filter=$RACECHECK options=() fewer=(env FAISS_SAAP_STEPS=1); }
       for ((i = 0; i < shards; i++)); do
         log=$logs/$tool.$i
-        OMP_NUM_THREADS=2 FAISS_SAAP_STEPS=$steps GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$i row "$tool, part $((i + 1)) of $shards" "$log.log" \
-          "$sanitizer" --tool $tool "${options[@]}" --error-exitcode 9 \
+        OMP_NUM_THREADS=2 GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$i row "$tool, part $((i + 1)) of $shards" "$log.log" \
+          "${fewer[@]}" "$sanitizer" --tool $tool "${options[@]}" --error-exitcode 9 \
           "$dir/bin/faiss_saap_gpu_tests" --gtest_filter="$filter" >"$log.rows" &
         jobs+=($!)
       done
