@@ -1,6 +1,9 @@
 /// What tests on the device share.
 #pragma once
 
+#include <cstdlib>
+#include <string>
+
 #include <cuda_runtime_api.h>
 
 #include <faiss_saap/gpu/device.h>
@@ -38,6 +41,13 @@ class DeviceTest : public ::testing::Test {
         }
     }
 };
+
+/// The recorded text that FAISS_SAAP_TRACE names, or the embedded one: a machine with a device
+/// need not have the sources where they were built.
+inline std::string given_trace() {
+    const char* given = std::getenv("FAISS_SAAP_TRACE");
+    return given ? given : embedded_trace();
+}
 
 /// A copy on the device, and back.
 template <class T>

@@ -1,5 +1,4 @@
 #include <cstdio>
-#include <cstdlib>
 
 #include <faiss_saap/Trace.h>
 #include <faiss_saap/gpu/GpuAttentionAdapter.h>
@@ -11,12 +10,9 @@ namespace {
 
 class GpuTrace : public DeviceTest {};
 
-/// The recall table of a recorded text is the same on both: the embedded trace,
-/// or the one that FAISS_SAAP_TRACE names.
+/// The recall table of a recorded text is the same on both.
 TEST_F(GpuTrace, RecallIsThatOfTheCpu) {
-    const char* given = std::getenv("FAISS_SAAP_TRACE");
-    const Trace trace(
-            given ? given : FAISS_SAAP_SOURCE_DIR "/data/kjv_8k.safetensors");
+    const Trace trace(given_trace());
     const int d = trace.d, group = trace.group();
     const auto n = static_cast<size_t>(trace.tokens);
     std::vector<int64_t> position(n);

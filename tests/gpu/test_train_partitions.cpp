@@ -299,7 +299,7 @@ TEST_F(GpuTraining, OfASingleTextTheLastQuarterIsHeldOut) {
 }
 
 TEST_F(GpuTraining, RecallsAsMuchAsTheCpuOnARealTrace) {
-    const std::vector<Trace> texts = {Trace(tests::embedded_trace())};
+    const std::vector<Trace> texts = {Trace(tests::given_trace())};
     TrainingParams params;
     params.ncell = 256;
     params.width = 64;
