@@ -1,8 +1,9 @@
 """Times a decode step's attention of one layer on a GPU: torch's dense kernels and the adapter.
 
 All methods run in one process on the same tensors. A CUDA graph holds a step of several
-layers, each with caches of its own, so many that the L2 cache does not help; times are those
-of the graph divided by its layers. Keys lie around the centres of 1,024 cells per KV head
+layers, each with caches of its own, so many that the L2 cache does not help; the adapter has
+more layers, which share caches, so that neither its weights nor its lists stay there. Times are
+those of the graph divided by its layers. Keys lie around the centres of 1,024 cells per KV head
 whose sizes are log-normal (sigma 0.5), as skewed as those of real partitions.
 
     python benchs/compare_gpu.py --library build/lib/libfaiss_saap_c.so --json gpu.json --plot gpu.png
@@ -22,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "contrib"))
 
 HEADS_Q, HEADS_KV, D, NCELL = 32, 8, 128, 1024  # Llama-3.1-8B
 SINK, WINDOW = 16, 1024
-ROTATION = 256 << 20  # bytes that a round of all layers reads at least
+ROTATION = 256 << 20  # bytes of keys and values that a round of all layers reads at least
+WEIGHTS = 128 << 20  # and of weights, and of where lists begin
 
 
 def measure(torch, run, layers, repeat):
@@ -77,6 +79,7 @@ def compare(torch, library, tokens, sequences, selectivities, repeat):
     cache = row * tokens
     fit = int(0.6 * torch.cuda.mem_get_info()[0] / cache)
     layers = max(2, min(math.ceil(ROTATION / step), fit))
+    adapter_layers = max(layers, math.ceil(WEIGHTS / (HEADS_KV * NCELL * (2 * D + 36 * sequences))))
     room = tokens + 8 * (repeat + 8)
     centres = torch.randn(HEADS_KV, NCELL, D, device="cuda", generator=generator)
     centres = centres.bfloat16().float()  # as training rounds them
@@ -118,11 +121,12 @@ def compare(torch, library, tokens, sequences, selectivities, repeat):
     output = torch.empty(sequences, HEADS_Q, D, device="cuda")
     host_centres = centres.cpu()
 
-    def ours(window, selectivity):
+    def ours(window, selectivity, layers):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         params = Params(HEADS_Q, HEADS_KV, D, NCELL, 0, 1, SINK, window, 0, NCELL, selectivity, 0)
         adapters, batches = [], []
-        for keys, values in data:
+        for layer in range(layers):
+            keys, values = data[layer % len(data)]
             adapter = Adapter(library, params, host_centres)
             all_sequences = [adapter.create(room, stream) for _ in range(sequences)]
             adapter.append(adapter.plan(all_sequences, tokens, keys, values, stream), stream)
@@ -138,7 +142,7 @@ def compare(torch, library, tokens, sequences, selectivities, repeat):
 
         return adapters, attend, step
 
-    adapters, attend, _ = ours(room, 1.0)
+    adapters, attend, _ = ours(room, 1.0, layers)
     attend(0, torch.cuda.current_stream())
     torch.cuda.synchronize()
     error = ((output - expected).norm() / expected.norm()).item()
@@ -148,13 +152,13 @@ def compare(torch, library, tokens, sequences, selectivities, repeat):
     for adapter in adapters:
         adapter.close()
     for selectivity in selectivities:
-        adapters, attend, step = ours(WINDOW, selectivity)
-        results[f"saap {selectivity:g}"] = measure(torch, attend, layers, repeat)
-        results[f"saap {selectivity:g} + append"] = measure(torch, step, layers, repeat)
+        adapters, attend, step = ours(WINDOW, selectivity, adapter_layers)
+        results[f"saap {selectivity:g}"] = measure(torch, attend, adapter_layers, repeat)
+        results[f"saap {selectivity:g} + append"] = measure(torch, step, adapter_layers, repeat)
         for adapter in adapters:
             adapter.check()
             adapter.close()
-    return {"tokens": tokens, "sequences": sequences, "layers": layers, "dense_error": error, "methods": results}
+    return {"tokens": tokens, "sequences": sequences, "layers": layers, "adapter_layers": adapter_layers, "dense_error": error, "methods": results}
 
 
 def machine(torch):

@@ -155,7 +155,7 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
     // a step begin while the one before still runs. And the more blocks read gigabytes, the
     // slower memory answers: 9 of each of 8 rows take 800 us for two of them, 8 take 755
     // (docs/gpu-performance.md).
-    constexpr int64_t kLittle = 32 << 20, kGigabyte = 768 << 20;
+    constexpr int64_t kLittle = 24 << 20, kGigabyte = 768 << 20;
     int fewest = 0;
     for (int blocks : {kMostBlocks, 12, 9, 8, 6, 4, 3, 2, 1}) {
         const auto shape = DecodeShape::of<T, D>(p, device, blocks);

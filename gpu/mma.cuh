@@ -42,6 +42,22 @@ __device__ __forceinline__ void copy_16_bytes(
     copy_16_bytes(shared_address(to), from, there);
 }
 
+/// The same of what is read once in a step, such as keys and values: it leaves the second
+/// cache before weights, lists and code, which the next steps want.
+__device__ __forceinline__ void stream_16_bytes(
+        uint32_t at,
+        const void* from,
+        bool there) {
+    uint64_t policy; // a constant, once it is compiled
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+            "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::
+                    "r"(at),
+            "l"(from),
+            "r"(there ? 16 : 0),
+            "l"(policy));
+}
+
 __device__ __forceinline__ void copy_4_bytes(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared_address(to)),
                  "l"(from));

@@ -204,7 +204,7 @@ struct TileStream {
             const char* row = from + 16 * c + uint64_t(at) * 16;
 #pragma unroll
             for (int j = 0; j < kChunks / kLanes; j++) {
-                copy_16_bytes(
+                stream_16_bytes(
                         to + kElement * (i * kRows * kStride + 8 * kLanes * j),
                         row + 16 * kLanes * j,
                         there >> key & 1);

@@ -45,13 +45,19 @@ class Graph {
     cudaGraphExec_t step_ = nullptr;
 };
 
-/// A layer of a model: its weights, and a batch of sequences with its caches.
-struct Layer {
-    std::unique_ptr<gpu::GpuAttentionAdapter> adapter, classifying, all_dense;
+/// Keys and values of a batch of sequences.
+struct Cache {
     std::vector<DeviceMemory> k, v;
-    std::unique_ptr<gpu::GpuBatch> batch, classified, dense;
     std::vector<DeviceMemory> offsets; ///< of the rows that each sequence reads
     std::vector<int64_t> rows;
+};
+
+/// A layer of a model: its weights, and the sequences' lists.
+struct Layer {
+    Cache* cache = nullptr; ///< other layers may have the same
+    std::unique_ptr<gpu::GpuAttentionAdapter> adapter, classifying;
+    std::unique_ptr<gpu::GpuAttentionAdapter> all_dense; ///< null: not of every layer
+    std::unique_ptr<gpu::GpuBatch> batch, classified, dense;
     gpu::GpuProbedCells probed;
     std::vector<DeviceMemory> probed_memory;
 };
@@ -75,13 +81,17 @@ void decode_on_device(const DecodeOptions& o) {
             std::accumulate(length.begin(), length.end(), int64_t(0));
     const int64_t room = longest + 16 * (o.repeat + 8);
     const int64_t slot_bytes = int64_t(o.heads_kv) * o.d * element;
-    // What a layer reads is not in the L2 when its turn comes again: its sink,
-    // its window and its share of the far keys are all that counts.
+    // What a layer reads is not in the L2 when its turn comes again: its sink, its window and
+    // its share of the far keys; and its weights and the beginnings of its lists, which may
+    // stay there longer than keys and values. So more layers than caches.
     const double step = row * o.heads_kv *
             (static_cast<double>(o.sequences) * (o.sink + o.window) +
              o.selectivity * static_cast<double>(all_tokens));
-    constexpr double kManyCaches = 256 << 20; // several times the L2
-    const int layers = std::max(2, static_cast<int>(std::ceil(kManyCaches / step)));
+    const double beside = double(o.heads_kv) * o.ncell * (2.0 * o.d + 36.0 * o.sequences);
+    constexpr double kManyCaches = 256 << 20, kManyWeights = 128 << 20; // the L2 has 50
+    const int caches = std::max(2, static_cast<int>(std::ceil(kManyCaches / step)));
+    const int layers =
+            std::max(caches, static_cast<int>(std::ceil(kManyWeights / beside)));
 
     const SyntheticCache host(o.shape(longest), random);
     const std::vector<float> queries = decode_queries(o, random);
@@ -117,21 +127,30 @@ void decode_on_device(const DecodeOptions& o) {
     cudaStream_t stream;
     check(cudaStreamCreate(&stream));
 
+    std::vector<Cache> all_caches(caches);
     std::vector<Layer> all(layers);
     Progress progress("making caches", layers);
-    for (Layer& layer : all) {
+    for (int i = 0; i < layers; i++) {
+        Layer& layer = all[i];
+        Cache& cache = all_caches[i % caches];
+        const bool is_new = i < caches;
+        layer.cache = &cache;
         layer.adapter = std::make_unique<GpuAttentionAdapter>(params, centres);
         layer.classifying = std::make_unique<GpuAttentionAdapter>(params, classifiers);
-        layer.all_dense = std::make_unique<GpuAttentionAdapter>(all_dense, centres);
+        if (is_new) {
+            layer.all_dense = std::make_unique<GpuAttentionAdapter>(all_dense, centres);
+        }
         GpuAttentionAdapter& adapter = *layer.adapter;
         GpuAttentionAdapter& classifying = *layer.classifying;
-        GpuAttentionAdapter& dense = *layer.all_dense;
         std::vector<SequenceInput> batch, classified, dense_batch;
         for (int s = 0; s < o.sequences; s++) {
-            for (auto* side : {&layer.k, &layer.v}) {
+            for (auto* side : {&cache.k, &cache.v}) {
+                if (!is_new) {
+                    break;
+                }
                 side->emplace_back(room * slot_bytes);
                 check(cudaMemset(side->back().as(), 0, room * slot_bytes));
-                const Buffer& from = side == &layer.k ? host.k : host.v;
+                const Buffer& from = side == &cache.k ? host.k : host.v;
                 check(cudaMemcpy(
                         side->back().as(),
                         from.data(),
@@ -140,8 +159,8 @@ void decode_on_device(const DecodeOptions& o) {
             }
             SequenceInput in;
             in.kv = KvView::token_major(
-                    layer.k[s].as(),
-                    layer.v[s].as(),
+                    cache.k[s].as(),
+                    cache.v[s].as(),
                     dtype,
                     room,
                     o.heads_kv,
@@ -150,7 +169,10 @@ void decode_on_device(const DecodeOptions& o) {
             for (auto [to, inputs] :
                  {std::pair{&adapter, &batch},
                   std::pair{&classifying, &classified},
-                  std::pair{&dense, &dense_batch}}) {
+                  std::pair{layer.all_dense.get(), &dense_batch}}) {
+                if (!to) {
+                    continue;
+                }
                 in.sequence = to->create({}, room);
                 in.q_len = length[s] - 1; // the step appends the last one
                 to->append(*to->plan({in}, stream), stream);
@@ -160,11 +182,13 @@ void decode_on_device(const DecodeOptions& o) {
         }
         layer.batch = adapter.plan(batch, stream);
         layer.classified = classifying.plan(classified, stream);
-        layer.dense = dense.plan(dense_batch, stream);
         // The state that the stages after the append see.
         adapter.append(*layer.batch, stream);
         classifying.append(*layer.classified, stream);
-        dense.append(*layer.dense, stream);
+        if (is_new) {
+            layer.dense = layer.all_dense->plan(dense_batch, stream);
+            layer.all_dense->append(*layer.dense, stream);
+        }
         gpu::GpuProbedCells cells;
         cells.stride = layer.batch->cells();
         const int64_t rows = int64_t(o.sequences) * o.heads_kv;
@@ -175,6 +199,10 @@ void decode_on_device(const DecodeOptions& o) {
         adapter.route(*layer.batch, d_queries.as(), cells, nullptr, stream);
         layer.probed = cells;
         check(cudaStreamSynchronize(stream));
+        progress.advance();
+        if (!is_new) {
+            continue;
+        }
         // The rows that a step reads, in the order in which it reads them.
         std::vector<int32_t> cell(rows * cells.stride), count(rows);
         check(cudaMemcpy(
@@ -204,10 +232,9 @@ void decode_on_device(const DecodeOptions& o) {
                     }
                 }
             }
-            layer.rows.push_back(static_cast<int64_t>(offsets.size()));
-            layer.offsets.emplace_back(offsets.data(), offsets.size() * 8);
+            cache.rows.push_back(static_cast<int64_t>(offsets.size()));
+            cache.offsets.emplace_back(offsets.data(), offsets.size() * 8);
         }
-        progress.advance();
     }
     AttendOutput with_stats = out;
     with_stats.stats = stats.as<AttendStats>();
@@ -237,7 +264,7 @@ void decode_on_device(const DecodeOptions& o) {
         std::function<void(Layer&)> launch;
     };
     const auto read = [&](Layer& layer) {
-        for (auto* side : {&layer.k, &layer.v}) {
+        for (auto* side : {&layer.cache->k, &layer.cache->v}) {
             for (int s = 0; s < o.sequences; s++) {
                 check(read_all(
                         (*side)[s].as(),
@@ -254,10 +281,10 @@ void decode_on_device(const DecodeOptions& o) {
              [&](Layer& layer) {
                  for (int s = 0; s < o.sequences; s++) {
                      ReadRowsParams p;
-                     p.k = layer.k[s].as();
-                     p.v = layer.v[s].as();
-                     p.offsets = layer.offsets[s].as<int64_t>();
-                     p.n = layer.rows[s];
+                     p.k = layer.cache->k[s].as();
+                     p.v = layer.cache->v[s].as();
+                     p.offsets = layer.cache->offsets[s].as<int64_t>();
+                     p.n = layer.cache->rows[s];
                      p.bytes = static_cast<int>(o.d * element);
                      p.sink = sink.as<uint32_t>();
                      check(read_rows(p, stream));
@@ -314,10 +341,14 @@ void decode_on_device(const DecodeOptions& o) {
     std::vector<DecodeStage> results;
     Progress measuring("measuring", static_cast<int64_t>(stages.size()));
     for (const Stage& stage : stages) {
-        // All layers one after the other, as in a model.
+        // All layers one after the other, as in a model; of what reads keys and values
+        // alone, one for each cache.
+        const bool has_weights = stage.name != "bandwidth" && stage.name != "gather" &&
+                stage.name != "dense";
+        const int turns = has_weights ? layers : caches;
         const Graph graph(stream, [&] {
-            for (Layer& layer : all) {
-                stage.launch(layer);
+            for (int i = 0; i < turns; i++) {
+                stage.launch(all[i]);
             }
         });
         std::vector<double> seconds;
@@ -329,7 +360,7 @@ void decode_on_device(const DecodeOptions& o) {
             float ms = 0;
             check(cudaEventElapsedTime(&ms, begin, end));
             if (r >= 0) {
-                seconds.push_back(1e-3 * ms / layers);
+                seconds.push_back(1e-3 * ms / turns);
             }
         }
         for (const Layer& layer : all) {
