@@ -175,7 +175,7 @@ def show(report):
     print(", ".join(f"{k} {v}" for k, v in report["machine"].items()))
     for result in report["results"]:
         flash = result["methods"].get("flash", {}).get("us", math.nan)
-        print(f"{result['sequences']} x {result['tokens']} tokens, {result['layers']} layers in turn; dense differs from flash by {result['dense_error']:.1e}")
+        print(f"{result['sequences']} x {result['tokens']} tokens, {result['layers']} layers in turn, {result.get('adapter_layers', result['layers'])} of the adapter; dense differs from flash by {result['dense_error']:.1e}")
         for name, m in result["methods"].items():
             print(f"  {name:20} {m['us']:8.1f} us  p99 {m['p99_us']:8.1f}  {flash / m['us']:6.2f} x flash")
 
