@@ -218,6 +218,19 @@ def test_a_batch_is_its_sequences_and_keeps_the_budget(random):
     np.testing.assert_array_equal(asked.output, expected[1].output[:1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_batch_of_nothing_answers_nothing(random, dtype):
+    adapter = make_adapter(random)
+    nothing = np.zeros((0, HEADS_Q, D), dtype)
+    result = adapter.attend([], nothing)
+    assert result.output.shape == (0, HEADS_Q, D) and result.lse.shape == (0, HEADS_Q)
+    assert result.selectivity.shape == (0, HEADS_Q)
+    probed = adapter.route([], nothing)
+    assert list(probed.begin) == [0] and len(probed.cells) == 0
+    with pytest.raises(fs.Error, match=r"queries has the shape \(1, 6, 16\), expected \(0, 6, 16\)"):
+        adapter.attend([], np.zeros((1, HEADS_Q, D), dtype))
+
+
 def test_far_keys_merge_with_a_dense_kernel_of_the_callers(random):
     k, v = random.standard_normal((2, 400, HEADS_KV, D), dtype=np.float32)
     view = fs.KvView.token_major(k, v)
