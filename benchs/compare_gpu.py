@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "contrib"))
 HEADS_Q, HEADS_KV, D, NCELL = 32, 8, 128, 1024  # Llama-3.1-8B
 SINK, WINDOW = 16, 1024
 ROTATION = 256 << 20  # bytes of keys and values that a round of all layers reads at least
-WEIGHTS = 128 << 20  # and of weights, and of where lists begin
+WEIGHTS = 128 << 20  # and of weights, counts and where lists begin
+OF_CELL = 4 + 32  # bytes: its count, and the sector where its extents begin
 
 
 def measure(torch, run, layers, repeat):
@@ -79,7 +80,8 @@ def compare(torch, library, tokens, sequences, selectivities, repeat):
     cache = row * tokens
     fit = int(0.6 * torch.cuda.mem_get_info()[0] / cache)
     layers = max(2, min(math.ceil(ROTATION / step), fit))
-    adapter_layers = max(layers, math.ceil(WEIGHTS / (HEADS_KV * NCELL * (2 * D + 36 * sequences))))
+    beside = HEADS_KV * NCELL * (2 * D + OF_CELL * sequences)
+    adapter_layers = layers * max(1, math.ceil(WEIGHTS / beside / layers))  # the first follow the last
     room = tokens + 8 * (repeat + 8)
     centres = torch.randn(HEADS_KV, NCELL, D, device="cuda", generator=generator)
     centres = centres.bfloat16().float()  # as training rounds them

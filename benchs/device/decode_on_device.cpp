@@ -82,16 +82,19 @@ void decode_on_device(const DecodeOptions& o) {
     const int64_t room = longest + 16 * (o.repeat + 8);
     const int64_t slot_bytes = int64_t(o.heads_kv) * o.d * element;
     // What a layer reads is not in the L2 when its turn comes again: its sink, its window and
-    // its share of the far keys; and its weights and the beginnings of its lists, which may
-    // stay there longer than keys and values. So more layers than caches.
+    // its share of the far keys; and its weights and, of each cell, its count and the sector
+    // where its extents begin, which may stay there longer than keys and values. So there
+    // are more layers than caches: as many for each, as the first layers follow the last.
+    constexpr double kManyCaches = 256 << 20, kManyWeights = 128 << 20; // the L2 has 50
+    constexpr double kOfCell = 4 + 32;                                  // bytes
     const double step = row * o.heads_kv *
             (static_cast<double>(o.sequences) * (o.sink + o.window) +
              o.selectivity * static_cast<double>(all_tokens));
-    const double beside = double(o.heads_kv) * o.ncell * (2.0 * o.d + 36.0 * o.sequences);
-    constexpr double kManyCaches = 256 << 20, kManyWeights = 128 << 20; // the L2 has 50
+    const double beside =
+            double(o.heads_kv) * o.ncell * (2.0 * o.d + kOfCell * o.sequences);
     const int caches = std::max(2, static_cast<int>(std::ceil(kManyCaches / step)));
     const int layers =
-            std::max(caches, static_cast<int>(std::ceil(kManyWeights / beside)));
+            caches * std::max(1, static_cast<int>(std::ceil(kManyWeights / beside / caches)));
 
     const SyntheticCache host(o.shape(longest), random);
     const std::vector<float> queries = decode_queries(o, random);
@@ -130,10 +133,10 @@ void decode_on_device(const DecodeOptions& o) {
     std::vector<Cache> all_caches(caches);
     std::vector<Layer> all(layers);
     Progress progress("making caches", layers);
-    for (int i = 0; i < layers; i++) {
-        Layer& layer = all[i];
-        Cache& cache = all_caches[i % caches];
-        const bool is_new = i < caches;
+    for (int l = 0; l < layers; l++) {
+        Layer& layer = all[l];
+        Cache& cache = all_caches[l % caches];
+        const bool is_new = l < caches;
         layer.cache = &cache;
         layer.adapter = std::make_unique<GpuAttentionAdapter>(params, centres);
         layer.classifying = std::make_unique<GpuAttentionAdapter>(params, classifiers);
@@ -347,8 +350,8 @@ void decode_on_device(const DecodeOptions& o) {
                 stage.name != "dense";
         const int turns = has_weights ? layers : caches;
         const Graph graph(stream, [&] {
-            for (int i = 0; i < turns; i++) {
-                stage.launch(all[i]);
+            for (int l = 0; l < turns; l++) {
+                stage.launch(all[l]);
             }
         });
         std::vector<double> seconds;
