@@ -131,26 +131,9 @@ void decode_on_device(const DecodeOptions& o) {
     check(cudaStreamCreate(&stream));
 
     std::vector<Cache> all_caches(caches);
-    std::vector<Layer> all(layers);
-    Progress progress("making caches", layers);
-    for (int l = 0; l < layers; l++) {
-        Layer& layer = all[l];
-        Cache& cache = all_caches[l % caches];
-        const bool is_new = l < caches;
-        layer.cache = &cache;
-        layer.adapter = std::make_unique<GpuAttentionAdapter>(params, centres);
-        layer.classifying = std::make_unique<GpuAttentionAdapter>(params, classifiers);
-        if (is_new) {
-            layer.all_dense = std::make_unique<GpuAttentionAdapter>(all_dense, centres);
-        }
-        GpuAttentionAdapter& adapter = *layer.adapter;
-        GpuAttentionAdapter& classifying = *layer.classifying;
-        std::vector<SequenceInput> batch, classified, dense_batch;
+    for (Cache& cache : all_caches) {
         for (int s = 0; s < o.sequences; s++) {
             for (auto* side : {&cache.k, &cache.v}) {
-                if (!is_new) {
-                    break;
-                }
                 side->emplace_back(room * slot_bytes);
                 check(cudaMemset(side->back().as(), 0, room * slot_bytes));
                 const Buffer& from = side == &cache.k ? host.k : host.v;
@@ -160,6 +143,24 @@ void decode_on_device(const DecodeOptions& o) {
                         length[s] * slot_bytes,
                         cudaMemcpyHostToDevice));
             }
+        }
+    }
+    std::vector<Layer> all(layers);
+    Progress progress("making layers", layers);
+    for (int l = 0; l < layers; l++) {
+        Layer& layer = all[l];
+        Cache& cache = all_caches[l % caches];
+        const bool is_first = l < caches; // of those with this cache
+        layer.cache = &cache;
+        layer.adapter = std::make_unique<GpuAttentionAdapter>(params, centres);
+        layer.classifying = std::make_unique<GpuAttentionAdapter>(params, classifiers);
+        if (is_first) {
+            layer.all_dense = std::make_unique<GpuAttentionAdapter>(all_dense, centres);
+        }
+        GpuAttentionAdapter& adapter = *layer.adapter;
+        GpuAttentionAdapter& classifying = *layer.classifying;
+        std::vector<SequenceInput> batch, classified, dense_batch;
+        for (int s = 0; s < o.sequences; s++) {
             SequenceInput in;
             in.kv = KvView::token_major(
                     cache.k[s].as(),
@@ -188,7 +189,7 @@ void decode_on_device(const DecodeOptions& o) {
         // The state that the stages after the append see.
         adapter.append(*layer.batch, stream);
         classifying.append(*layer.classified, stream);
-        if (is_new) {
+        if (is_first) {
             layer.dense = layer.all_dense->plan(dense_batch, stream);
             layer.all_dense->append(*layer.dense, stream);
         }
@@ -203,7 +204,7 @@ void decode_on_device(const DecodeOptions& o) {
         layer.probed = cells;
         check(cudaStreamSynchronize(stream));
         progress.advance();
-        if (!is_new) {
+        if (!is_first) {
             continue;
         }
         // The rows that a step reads, in the order in which it reads them.
@@ -263,6 +264,7 @@ void decode_on_device(const DecodeOptions& o) {
     const double dense_bytes = row * o.heads_kv * static_cast<double>(all_tokens);
     struct Stage {
         std::string name;
+        int layers; ///< in turn; one for each cache where no weights are read
         double bytes;
         std::function<void(Layer&)> launch;
     };
@@ -278,8 +280,9 @@ void decode_on_device(const DecodeOptions& o) {
         }
     };
     std::vector<Stage> stages = {
-            {"bandwidth", dense_bytes, [&](Layer& layer) { read(layer); }},
+            {"bandwidth", caches, dense_bytes, [&](Layer& layer) { read(layer); }},
             {"gather",
+             caches,
              attend_bytes,
              [&](Layer& layer) {
                  for (int s = 0; s < o.sequences; s++) {
@@ -294,45 +297,52 @@ void decode_on_device(const DecodeOptions& o) {
                  }
              }},
             {"dense",
+             caches,
              dense_bytes,
              [&](Layer& layer) {
                  layer.all_dense->attend(*layer.dense, d_queries.as(), out, nullptr, stream);
              }},
             {"sparse",
+             layers,
              attend_bytes + centroid_bytes,
              [&](Layer& layer) {
                  layer.adapter->step(*layer.batch, d_queries.as(), out, nullptr, stream);
              }},
             {"sparse_without_append",
+             layers,
              attend_bytes + centroid_bytes,
              [&](Layer& layer) {
                  layer.adapter->attend(*layer.batch, d_queries.as(), out, nullptr, stream);
              }},
             {"sparse_classifier",
+             layers,
              attend_bytes + classifier_bytes,
              [&](Layer& layer) {
                  layer.classifying->step(
                          *layer.classified, d_queries.as(), out, nullptr, stream);
              }},
             {"route",
+             layers,
              centroid_bytes,
              [&](Layer& layer) {
                  layer.adapter->route(
                          *layer.batch, d_queries.as(), layer.probed, nullptr, stream);
              }},
             {"route_classifier",
+             layers,
              classifier_bytes,
              [&](Layer& layer) {
                  layer.classifying->route(
                          *layer.classified, d_queries.as(), layer.probed, nullptr, stream);
              }},
             {"attend",
+             layers,
              attend_bytes,
              [&](Layer& layer) {
                  layer.adapter->attend_preassigned(
                          *layer.batch, d_queries.as(), layer.probed, out, stream);
              }},
-            {"append", slot_bytes * double(o.sequences), [&](Layer& layer) {
+            {"append", layers, slot_bytes * double(o.sequences), [&](Layer& layer) {
                  layer.adapter->append(*layer.batch, stream);
              }}};
 
@@ -344,13 +354,9 @@ void decode_on_device(const DecodeOptions& o) {
     std::vector<DecodeStage> results;
     Progress measuring("measuring", static_cast<int64_t>(stages.size()));
     for (const Stage& stage : stages) {
-        // All layers one after the other, as in a model; of what reads keys and values
-        // alone, one for each cache.
-        const bool has_weights = stage.name != "bandwidth" && stage.name != "gather" &&
-                stage.name != "dense";
-        const int turns = has_weights ? layers : caches;
+        // One after the other, as in a model.
         const Graph graph(stream, [&] {
-            for (int l = 0; l < turns; l++) {
+            for (int l = 0; l < stage.layers; l++) {
                 stage.launch(all[l]);
             }
         });
@@ -363,7 +369,7 @@ void decode_on_device(const DecodeOptions& o) {
             float ms = 0;
             check(cudaEventElapsedTime(&ms, begin, end));
             if (r >= 0) {
-                seconds.push_back(1e-3 * ms / turns);
+                seconds.push_back(1e-3 * ms / stage.layers);
             }
         }
         for (const Layer& layer : all) {
