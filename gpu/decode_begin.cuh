@@ -119,6 +119,9 @@ __device__ __forceinline__ void prefetch_weights(const DecodeBlock& b) {
 /// Where the block keeps weights in shared memory until they are used: hidden layers and
 /// cells, as far as there is room for them; a layer's come after those before it.
 __device__ __forceinline__ char* place_of_kept(const DecodeBlock& b, int layer) {
+    if (b.window_first()) {
+        return nullptr; // tiles come there before
+    }
     int at = 0;
 #pragma unroll 1
     for (int l = 0; l < layer; l++) {
@@ -437,6 +440,19 @@ __device__ __forceinline__ void rotate_queries(const DecodeBlock& b) {
     }
 }
 
+/// The keys that this step finds cells for. By all that choose.
+template <int D>
+__device__ __forceinline__ void load_keys_that_leave(const DecodeBlock& b, int n) {
+    load_sought<D>(
+            b.p,
+            b.s,
+            b.sought_keys(),
+            b.s.step.leaving,
+            n,
+            static_cast<int>(threadIdx.x),
+            kThreads);
+}
+
 /// Finds the queries, the counts of the cells and, where it was not known yet, what the
 /// step is about.
 /// @param early  what prepare_step() was told
@@ -467,15 +483,8 @@ __device__ __forceinline__ void begin_step(
         if (threadIdx.x == 0) {
             (one ? step.finds : step.finds_later) = one + more;
         }
-        if (one) {
-            load_sought<D>(
-                    b.p,
-                    s,
-                    b.sought_keys(),
-                    leaving,
-                    one + more,
-                    static_cast<int>(threadIdx.x),
-                    kThreads);
+        if (one && !b.window_first()) {
+            load_keys_that_leave<D>(b, one + more);
         }
     }
     BulkCopies(&s.weights_there).wait();

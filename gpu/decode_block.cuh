@@ -120,6 +120,11 @@ struct DecodeBlock {
             sync_choosers();
         }
     }
+    /// Where all warps choose cells and attend to all keys: whether they begin with sink and
+    /// window. In every other row.
+    __device__ __forceinline__ bool window_first() const {
+        return window_warps == 0 && blockIdx.y % 2;
+    }
     /// Where the warp's tiles and results are among those of all; -1: it has none.
     __device__ __forceinline__ int place() const {
         return !chooses() ? layout.tile_warps + warp - kWarps

@@ -45,6 +45,10 @@ template <int D>
 __device__ __forceinline__ void score_cells(DecodeBlock& b) {
     const DecodeLayout& layout = b.layout;
     DecodeShared& s = b.s;
+    if (b.window_first() && s.step.finds) {
+        load_keys_that_leave<D>(b, s.step.finds); // where tiles have been until now
+        sync_choosers();
+    }
     const bool listed = s.step.leaving >= 0 && s.step.finds == 0;
     uint16_t leaving_cell = 0;
     if (threadIdx.x == kThreads - 1 && listed) {

@@ -2,9 +2,10 @@
 ///
 /// A cluster of blocks has a row: a KV head of one sequence. Each block scores its share
 /// of the cells, and all tell each other what they found. So each block takes the same cells
-/// and attends to its share of the keys; sink and window are read meanwhile, while the
-/// blocks wait for each other or by warps of their own, which then choose the last few
-/// cells while the others go on with the first. At the end they exchange their results.
+/// and attends to its share of the keys. Warps of their own attend to sink and window
+/// meanwhile, and then choose the last few cells while the others go on with the first; or,
+/// where rows are many, all warps do that before or after all else. At the end the blocks
+/// exchange their results.
 /// Beside the rows' blocks there may be some that find cells for later steps.
 #pragma once
 
@@ -66,45 +67,56 @@ __device__ __forceinline__ bool start(
     return stream.start(slot, more ? slots(key + tiles.step * kStreamKeys) : -1);
 }
 
-/// Attends to the block's share of sink and window, which are on their way while the
-/// blocks tell each other what they have found, and then to its share of the cells that
-/// are taken. Where all warps choose cells.
+/// Attends to the block's share of a range of keys, where all warps do that.
 template <class T, int D>
-__device__ __forceinline__ void attend_to_row(DecodeBlock& b) {
+__device__ __forceinline__ void attend_to_range(DecodeBlock& b, KeyRange range) {
+    const bool far = range == KeyRange::far;
     auto stream = begin_stream<T, D>(b);
-    bool bad_page = false;
-    // One loop, as little code as can be: it comes from memory.
-#pragma unroll 1
-    for (int far = 0; far < 2; far++) {
-        if (far) {
-            take_cells_of_row(b);
-        }
-        KeySlots slots(b, far ? KeyRange::far : KeyRange::dense);
-        const TileRange mine = tiles_of_block(b, slots.count());
-        const WarpTiles tiles(mine, b.warp, b.layout.tile_warps);
-        if (far && mine.begin < mine.end) {
-            slots.go_to(mine.begin * kStreamKeys);
-        }
-        bad_page |= start(stream, tiles, slots);
-        if (!far) {
-            tell_cells(b);
-            if (b.p.appends && b.s.step.refused == Fault::none) {
-                check_new_keys(
-                        b.p, b.s.kv, b.s.step.length - 1, b.warp, kWarps, &b.s.refused_by);
-            }
-            stream.clear();
-            stream.load_queries(shared_address(b.shared) + b.layout.queries);
-        }
-        bad_page |= stream.attend(tiles.first, tiles.end, tiles.step, slots);
-        if (!far && b.p.out.stats && b.place() >= 0) {
-            keep_dense_sums(b, stream);
-        }
+    KeySlots slots(b, range);
+    const TileRange mine = tiles_of_block(b, slots.count());
+    const WarpTiles tiles(mine, b.warp, b.layout.tile_warps);
+    if (far && mine.begin < mine.end) {
+        slots.go_to(mine.begin * kStreamKeys);
+    }
+    bool bad_page = start(stream, tiles, slots);
+    stream.clear();
+    stream.load_queries(shared_address(b.shared) + b.layout.queries);
+    bad_page |= stream.attend(tiles.first, tiles.end, tiles.step, slots);
+    if (!far && b.p.out.stats && b.place() >= 0) {
+        keep_dense_sums(b, stream);
     }
     stream.end();
     if (bad_page) {
         atomicOr(&b.s.bad_page, 1);
     }
     keep_results(b, stream);
+}
+
+/// Chooses cells and attends to the block's share of their keys, and to its share of sink and
+/// window before or after that; where all warps do both. In turn, so that not all rows of a
+/// step choose at once, while memory would be idle.
+template <class T, int D>
+__device__ __forceinline__ void choose_and_attend(DecodeBlock& b) {
+    const bool window_first = b.window_first();
+    if (window_first) { // not in the loop below, where registers would not do
+        attend_to_range<T, D>(b, KeyRange::dense);
+        keep_first_turn<T, D>(b);
+    }
+    score_cells<D>(b);
+    tell_cells(b);
+    if (b.p.appends && b.s.step.refused == Fault::none) {
+        check_new_keys(
+                b.p, b.s.kv, b.s.step.length - 1, b.warp, kWarps, &b.s.refused_by);
+    }
+    take_cells_of_row(b);
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        attend_to_range<T, D>(b, turn ? KeyRange::dense : KeyRange::far);
+        if (window_first || turn) {
+            break;
+        }
+        keep_first_turn<T, D>(b);
+    }
 }
 
 /// Attends to the block's share of a range of keys; to the others after sink and window,
@@ -189,9 +201,7 @@ __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 :
     }
     __syncthreads();
     if (WindowWarps == 0) {
-        // Before the first keys are sent for: sending takes longer than they do.
-        score_cells<D>(block);
-        attend_to_row<T, D>(block);
+        choose_and_attend<T, D>(block);
     } else if (block.chooses()) {
         score_cells<D>(block);
         tell_cells(block);

@@ -87,7 +87,9 @@ struct DecodeLayout {
         l.queries = l.take(kStreamQueries * Stream::kStride * int(sizeof(T)));
         l.rotations = l.take(D / 2 * int(sizeof(float2)));
         l.tiles = l.kept = l.take(warps * kOfWarp);
-        l.take(window_warps * kOfWarp); // their tiles follow
+        // Tiles of these follow, or the results of the first of two turns.
+        l.take(window_warps ? window_warps * kOfWarp
+                            : results_of_warp<D>() + kStreamQueries * 8);
         if (window_warps) {
             l.ahead = kMostAhead;
             l.kept_bytes = warps * kOfWarp;
@@ -129,9 +131,10 @@ struct DecodeLayout {
         return 4 * share(n, 4 * blocks);
     }
 
-    /// Whose results there are.
+    /// Whose results there are; where all warps attend to all keys, the last ones are of the
+    /// first turn.
     FAISS_SAAP_HOST_DEVICE int result_warps() const {
-        return tile_warps + window_warps;
+        return tile_warps + (window_warps ? window_warps : 1);
     }
 
    private:

@@ -97,51 +97,37 @@ __device__ __forceinline__ void take_up_results(
     __syncwarp(); // tiles come there
 }
 
-/// Weighs the warps' results of each query, in place of their sums, and tells all blocks
-/// their sum and largest.
-template <class T, int D>
-__device__ __forceinline__ void weigh_warps(const DecodeBlock& b) {
-    const DecodeLayout& layout = b.layout;
+/// Weighs the results of so many warps for each query, in place of their sums.
+/// @param each  called with the query, their sum and their largest, by a warp
+template <class T, int D, class Each>
+__device__ __forceinline__ void weigh_warps(
+        const DecodeBlock& b,
+        int warps,
+        const Each& each) {
 #pragma unroll 1
-    for (int q = b.warp; q < layout.group; q += kWarps) {
-        const bool is = b.lane < layout.result_warps();
+    for (int q = b.warp; q < b.layout.group; q += kWarps) {
+        const bool is = b.lane < warps;
         float2* at = sums_of_warp<T, D>(b, is ? b.lane : 0) + q;
         const float2 of_warp = is ? *at : make_float2(0, -INFINITY);
-        const float largest = most_of_warp(of_warp.y), shift = shift_of(largest);
-        const float weight = exp2f(of_warp.y - shift);
+        const float largest = most_of_warp(of_warp.y);
+        const float weight = exp2f(of_warp.y - shift_of(largest));
         if (is) {
             at->x = weight;
         }
-        const auto tell = [&](int kind, float sum) {
-            sum = sum_of_warp(sum);
-            if (b.lane < b.blocks) {
-                b.exchange.send(
-                        b.words(layout.sums) + (kind * layout.group + q) * b.blocks +
-                                b.rank,
-                        b.lane,
-                        as_word(sum, largest));
-            }
-        };
-        tell(0, weight * of_warp.x);
-        if (b.p.out.stats) {
-            const float2 dense =
-                    is ? b.s.dense_sums[b.lane][q] : make_float2(0, -INFINITY);
-            tell(1, exp2f(dense.y - shift) * dense.x);
-        }
+        each(q, sum_of_warp(weight * of_warp.x), largest);
     }
     sync_choosers();
 }
 
-/// Sends each block its share of this block's result, and all of them the sums; tells how
-/// much comes.
-template <class T, int D>
-__device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
-    const DecodeLayout& layout = b.layout;
-    const int pieces = layout.pieces, each = layout.block_pieces;
-    const int warps = layout.result_warps(), half = threadIdx.x % 2;
-    const Divisor of_block(each);
-    weigh_warps<T, D>(b);
-    // Two lanes for four components: each has every other warp, then half of them.
+/// Adds what was weighed. Two lanes for four components: each has every other warp, then half
+/// of the components.
+/// @param each  called with the four components' number, the half, and these two
+template <class T, int D, class Each>
+__device__ __forceinline__ void add_warps(
+        const DecodeBlock& b,
+        int warps,
+        const Each& each) {
+    const int pieces = b.layout.pieces, half = threadIdx.x % 2;
 #pragma unroll 1
     for (int i0 = 0; i0 < 2 * pieces; i0 += kThreads) { // whole warps
         const int i = (i0 + static_cast<int>(threadIdx.x)) / 2;
@@ -159,14 +145,62 @@ __device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
         const float x = (half ? o.z : o.x) + __shfl_xor_sync(0xffffffffu, a, 1);
         const float y = (half ? o.w : o.y) + __shfl_xor_sync(0xffffffffu, c, 1);
         if (i < pieces) {
-            const int owner = of_block.quotient(i);
-            b.exchange.send(
-                    b.words(layout.results) + 2 * (b.rank * each + i - owner * each) +
-                            half,
-                    owner,
-                    as_word(x, y));
+            each(i, half, x, y);
         }
     }
+}
+
+/// Keeps the results of the first of two turns as one, where the next one leaves them.
+template <class T, int D>
+__device__ __forceinline__ void keep_first_turn(const DecodeBlock& b) {
+    const int warps = b.layout.tile_warps;
+    sync_choosers();
+    weigh_warps<T, D>(b, warps, [&](int q, float sum, float largest) {
+        if (b.lane == 0) {
+            sums_of_warp<T, D>(b, warps)[q] = make_float2(sum, largest);
+            b.s.dense_sums[warps][q] = make_float2(0, -INFINITY); // each warp's are kept
+        }
+    });
+    add_warps<T, D>(b, warps, [&](int i, int half, float x, float y) {
+        auto* to = reinterpret_cast<float2*>(
+                results_of_warp<T, D>(b, warps) + i / (D / 4) * kResultStride<D>);
+        to[2 * (i % (D / 4)) + half] = make_float2(x, y);
+    });
+    sync_choosers();
+}
+
+/// Sends each block its share of this block's result, and all of them the sum and largest of
+/// each query; tells how much comes.
+template <class T, int D>
+__device__ __forceinline__ void exchange_results(const DecodeBlock& b) {
+    const DecodeLayout& layout = b.layout;
+    const int warps = layout.result_warps();
+    const int pieces = layout.pieces, each = layout.block_pieces;
+    const Divisor of_block(each);
+    weigh_warps<T, D>(b, warps, [&](int q, float sum, float largest) {
+        const auto tell = [&](int kind, float x) {
+            if (b.lane < b.blocks) {
+                b.exchange.send(
+                        b.words(layout.sums) + (kind * layout.group + q) * b.blocks +
+                                b.rank,
+                        b.lane,
+                        as_word(x, largest));
+            }
+        };
+        tell(0, sum);
+        if (b.p.out.stats) {
+            const float2 dense =
+                    b.lane < warps ? b.s.dense_sums[b.lane][q] : make_float2(0, -INFINITY);
+            tell(1, sum_of_warp(exp2f(dense.y - shift_of(largest)) * dense.x));
+        }
+    });
+    add_warps<T, D>(b, warps, [&](int i, int half, float x, float y) {
+        const int owner = of_block.quotient(i);
+        b.exchange.send(
+                b.words(layout.results) + 2 * (b.rank * each + i - owner * each) + half,
+                owner,
+                as_word(x, y));
+    });
     if (threadIdx.x == 0) {
         const int own = max(0, min(each, pieces - b.rank * each));
         const int kinds = b.p.out.stats ? 2 : 1;
