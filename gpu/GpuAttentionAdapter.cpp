@@ -118,6 +118,7 @@ struct GpuBatch::State {
     bool one_each = true; ///< token of each sequence
     int most_partitions = 1;
     bool keys_are_bf16 = true; ///< none is rotated back
+    bool one_network = true;   ///< query assigners have one for all heads of a group
     DType dtype = DType::bfloat16;
     DeviceBuffer memory;
     bool released = false;
@@ -128,6 +129,7 @@ struct GpuBatch::State {
     DecodeRow* d_decode_rows = nullptr; ///< the same ones
     RowTeam* d_teams = nullptr;
     int32_t* d_team_rows = nullptr;
+    int32_t* d_pairs_first = nullptr; ///< rows, those of DecodeParams::paired first
     unsigned long long* best = nullptr; ///< of few tokens
     __nv_bfloat16* centroids = nullptr; ///< of many
     int32_t* counts = nullptr;
@@ -662,6 +664,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
             at.scores = scores;
             scores += in.q_len * group_ * list.ncell;
             b.keeps_means = b.keeps_means || a.reads_means;
+            b.one_network = b.one_network && a.networks == 1;
             b.keys_are_bf16 = b.keys_are_bf16 && in.kv.dtype == DType::bfloat16 &&
                     list.key.input == RowInput::post_rope;
             b.most_cells = std::max(b.most_cells, list.ncell);
@@ -772,7 +775,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
         b.team_blocks /= 2;
     }
     std::vector<RowTeam> teams;
-    std::vector<int32_t> team_rows;
+    std::vector<int32_t> team_rows, pairs_first, single;
     for (const auto& entry : alike) {
         const auto n = static_cast<int>(entry.second.size());
         for (int i = 0; i < n; i += b.most_team_rows) {
@@ -781,7 +784,12 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
                      std::min(b.most_team_rows, n - i)});
         }
         team_rows.insert(team_rows.end(), entry.second.begin(), entry.second.end());
+        const auto end = entry.second.begin() + n / 2 * 2;
+        pairs_first.insert(pairs_first.end(), entry.second.begin(), end);
+        single.insert(single.end(), end, entry.second.end());
     }
+    const size_t paired = pairs_first.size();
+    pairs_first.insert(pairs_first.end(), single.begin(), single.end());
 
     DeviceScope scope(device_);
     const int64_t heads = nrow * group_;
@@ -796,6 +804,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
         b.d_decode_rows = layout.take<DecodeRow>(b.may_decode() ? nrow : 0);
         b.d_teams = layout.take<RowTeam>(b.nteam);
         b.d_team_rows = layout.take<int32_t>(nrow);
+        b.d_pairs_first = layout.take<int32_t>(b.may_decode() ? nrow : 0);
         const auto nlist = static_cast<int>(b.lists.size());
         if (b.most_q_len <= kFewTokens) {
             b.best = layout.take<unsigned long long>(nlist * b.most_q_len);
@@ -878,6 +887,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     d.pieces = b.part;
     d.piece_lse = b.part_lse;
     d.row_done = b.row_done;
+    d.paired = b.one_network ? static_cast<int>(paired) : 0;
     d.all_near = 1;
     for (int64_t length : b.view_length) {
         d.most_keys = std::max(d.most_keys, length);
@@ -894,9 +904,21 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     if (d.grid.row_blocks > 0) {
         FAISS_SAAP_CUDA_CHECK(
                 cudaMemsetAsync(b.row_done, 0, nrow * sizeof(int32_t), stream));
+        if (d.grid.pairs) {
+            copy(b.d_pairs_first,
+                 pairs_first.data(),
+                 nrow * sizeof(int32_t),
+                 cudaMemcpyHostToDevice,
+                 stream);
+        }
         // By the device, as a copy of so much would wait for the stream.
         FAISS_SAAP_CUDA_CHECK(describe_rows(
-                d.nrow, b.d_rows, b.d_items, b.d_decode_rows, stream));
+                d.nrow,
+                b.d_rows,
+                b.d_items,
+                d.grid.pairs ? b.d_pairs_first : nullptr,
+                b.d_decode_rows,
+                stream));
     }
     return std::unique_ptr<GpuBatch>(new GpuBatch(std::move(state)));
 }

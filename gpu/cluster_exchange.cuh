@@ -10,6 +10,35 @@
 
 namespace faiss_saap::gpu {
 
+/// A barrier of all threads of a cluster; what was written before it, there or here, is seen
+/// behind it.
+__device__ __forceinline__ void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/// What lies at that place in another block of the cluster.
+__device__ __forceinline__ float4 load_from_block(const float4* at, unsigned block) {
+    float4 x = {};
+#if __CUDA_ARCH__ >= 900
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address_in_block(shared_address(at), block))
+                 : "memory");
+#endif
+    return x;
+}
+__device__ __forceinline__ void store_to_block(float* at, unsigned block, float x) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(
+                         address_in_block(shared_address(at), block)),
+                 "f"(x)
+                 : "memory");
+#endif
+}
+
 /// Exchanges between the blocks of a cluster, one after the other. In each, a block
 /// writes into the shared memory of all or some, and knows how many bytes it gets itself.
 /// A barrier in shared memory counts them, so that nobody waits for what else is on its

@@ -14,8 +14,9 @@ namespace {
 __global__ void describe_rows_kernel(
         const BatchRow* rows,
         const BatchItem* items,
+        const int32_t* order,
         DecodeRow* to) {
-    const BatchRow& row = rows[blockIdx.x];
+    const BatchRow& row = rows[order ? order[blockIdx.x] : static_cast<int>(blockIdx.x)];
     DecodeRow& it = to[blockIdx.x];
     copy_words(&it.row, &row);
     copy_words(&it.kv, &items[row.item].kv);
@@ -55,10 +56,11 @@ cudaError_t describe_rows(
         int n,
         const BatchRow* rows,
         const BatchItem* items,
+        const int32_t* order,
         DecodeRow* to,
         cudaStream_t stream) {
     if (n > 0) {
-        describe_rows_kernel<<<n, 128, 0, stream>>>(rows, items, to);
+        describe_rows_kernel<<<n, 128, 0, stream>>>(rows, items, order, to);
     }
     return cudaGetLastError();
 }

@@ -135,6 +135,17 @@ inline int seekers_beside(
     return row * DecodeLayout::share(p.nrow, n * groups) <= step ? n : 0;
 }
 
+/// Whether rows come in pairs: most of them can, have one block each, in which all warps
+/// choose cells, and what two are multiplied with is one tile.
+template <class T, int D>
+bool comes_in_pairs(const DecodeParams& p, const DecodeShape& shape, int row_blocks) {
+    const int of_tiles =
+            shape.layout.tile_warps * 2 * TileStream<T, D>::kTile * int(sizeof(T));
+    return row_blocks == 1 && shape.kernel && shape.layout.window_warps == 0 &&
+            2 * p.paired > p.nrow && 2 * p.heads_q / p.heads_kv <= kTileVectors &&
+            kMostAhead * 4 * D + DecodeLayout::bytes_of_both(p) <= of_tiles;
+}
+
 template <class T, int D>
 DecodeGrid decode_row_grid(const DecodeParams& p) {
     const DecodeDevice device = DecodeDevice::of<T, D>();
@@ -147,7 +158,7 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
         return {};
     }
     if (const int blocks = p.all_near ? dense_blocks(p, device.processors) : 0) {
-        return {blocks, /*dense=*/1, 0};
+        return {blocks, /*dense=*/1, 0, 0};
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
     // is made of, the largest one that lets all rows run at once. But of clusters of 9 nine
@@ -169,10 +180,15 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
         if (at_once >= p.nrow) {
             return leaves_too_much_idle(p, blocks, device.processors)
                     ? DecodeGrid()
-                    : DecodeGrid{blocks, 0, seekers_beside(p, shape, blocks, at_once)};
+                    : DecodeGrid{
+                              blocks,
+                              0,
+                              seekers_beside(p, shape, blocks, at_once),
+                              comes_in_pairs<T, D>(p, shape, blocks)};
         }
     }
-    return {fewest, 0, 0};
+    const auto shape = DecodeShape::of<T, D>(p, device, fewest);
+    return {fewest, 0, 0, comes_in_pairs<T, D>(p, shape, fewest)};
 }
 
 template <class T, int D>
@@ -187,14 +203,17 @@ cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     if (error != cudaSuccess) {
         return error;
     }
+    const int rows = p.grid.pairs ? (p.nrow + 1) / 2 * 2
+                                  : p.nrow + (p.appends ? p.grid.seekers : 0);
     return launch(
             shape.kernel,
-            dim3(p.grid.row_blocks, p.nrow + (p.appends ? p.grid.seekers : 0)),
+            dim3(p.grid.row_blocks, rows),
             shape.threads,
             shape.bytes,
             stream,
             arguments,
-            p.grid.row_blocks);
+            p.grid.row_blocks,
+            p.grid.pairs ? 2 : 1);
 }
 
 } // namespace faiss_saap::gpu

@@ -17,6 +17,7 @@ struct DecodeGrid {
     int row_blocks = 0; ///< of each row; 0: other kernels are needed (route.h, attend.h)
     int dense = 0;      ///< by the kernel for keys in sink and window alone (dense_rows.cuh)
     int seekers = 0;    ///< clusters that find cells for later steps (seek_ahead.cuh)
+    int pairs = 0;      ///< rows of one block come in pairs, clusters that share weights
 };
 
 struct DecodeParams {
@@ -31,6 +32,10 @@ struct DecodeParams {
     int most_cell_bytes = 0; ///< of a cell's vector that keys are compared with
     /// floats per query head: of what rows are multiplied with first, of hidden layers
     int most_cols = 0, most_width = 0;
+    /// The first of them are alike two by two: the same KV head of two sequences, whose
+    /// partitions are the same and have one network for all heads of a group. (describe_rows()
+    /// can put them so.)
+    int paired = 0;
     int heads_q = 0, heads_kv = 0, d = 0;
     int64_t sink = 0, window = 0, position_offset = 0, dense_below = 0;
     float scale = 1;
@@ -60,10 +65,12 @@ struct DecodeParams {
 DecodeGrid decode_grid(const DecodeParams& params);
 
 /// Makes DecodeParams::rows of what the device knows of a batch.
+/// @param order  which row comes there, size n; null: as they are
 cudaError_t describe_rows(
         int n,
         const BatchRow* rows,
         const BatchItem* items,
+        const int32_t* order,
         DecodeRow* to,
         cudaStream_t stream);
 

@@ -43,6 +43,17 @@ __device__ __forceinline__ RowProducts products_of(
     return p;
 }
 
+/// Leaves one of two halves of the rows.
+__device__ __forceinline__ void take_half(RowProducts& p, int which) {
+    const int n = p.end - p.first, each = DecodeLayout::share_in_fours(n, 2);
+    const int begin = min(n, which * each), end = min(n, begin + each);
+    p.rows = static_cast<const char*>(p.rows) + int64_t(begin) * p.bytes_of_row();
+    p.bias = p.bias ? p.bias + begin : nullptr;
+    p.end = p.first + end;
+    p.first += begin;
+    p.share_out(kWarps, /*splits=*/false);
+}
+
 /// What steps, and the host between them, change of a sequence. While the kernels before still run, it may be behind.
 struct SequenceReading {
     int64_t length;
@@ -158,6 +169,10 @@ __device__ __forceinline__ void send_for_weights(
 #pragma unroll 1
     for (int layer = warp; layer < nproduct; layer += warps) {
         product = products_of(s.list, layer, layers, b.layout.group);
+        if (layer == layers && b.is_paired()) {
+            take_half(product, blockIdx.y % 2);
+            product.n = static_cast<uint8_t>(2 * b.layout.group);
+        }
         if (b.lane == 0) {
             s.products[layer] = product;
             s.bytes_kept[layer] = make_int2(

@@ -121,9 +121,14 @@ struct DecodeBlock {
         }
     }
     /// Where all warps choose cells and attend to all keys: whether they begin with sink and
-    /// window. In every other row.
+    /// window. In every other pair of rows.
     __device__ __forceinline__ bool window_first() const {
-        return window_warps == 0 && blockIdx.y % 2;
+        return window_warps == 0 && blockIdx.y / 2 % 2;
+    }
+    /// And whether the row is one of two that share weights: DecodeGrid::pairs.
+    __device__ __forceinline__ bool is_paired() const {
+        return window_warps == 0 && p.grid.pairs &&
+                static_cast<int>(blockIdx.y) < p.paired;
     }
     /// Where the warp's tiles and results are among those of all; -1: it has none.
     __device__ __forceinline__ int place() const {

@@ -38,6 +38,26 @@ __device__ __forceinline__ void exchange_units(
     b.exchange.wait();
 }
 
+/// Lays the vectors of both rows of a pair beside each other, as each block scores half of the
+/// cells for both: what would be read twice is weights.
+/// @param x  this row's
+__device__ __forceinline__ uint32_t* gather_both(
+        const DecodeBlock& b,
+        const uint32_t* x,
+        int stride) {
+    auto* both = reinterpret_cast<uint32_t*>(b.shared + b.layout.both);
+    const int each = b.layout.group * stride / 4; // of 16 bytes
+    sync_cluster(); // vectors are there
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * each; i += kThreads) {
+        const int row = i >= each;
+        reinterpret_cast<float4*>(both)[i] = load_from_block(
+                reinterpret_cast<const float4*>(x) + i - row * each, row);
+    }
+    sync_choosers();
+    return both;
+}
+
 /// Scores of the block's cells for each query head, and for the keys whose cells are
 /// sought, whose best cells it tells; of hidden layers each block has some units,
 /// or all of a small one.
@@ -84,8 +104,12 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
         const ProductRoom room = {
                 b.floats(layout.products), layout.head_stride == 4 ? 2 : 3};
         RowProducts product = s.products[layer];
+        const bool for_both = layer == s.layers && b.is_paired();
+        if (for_both) {
+            x = gather_both(b, x, stride);
+        }
         product.n = of_key ? static_cast<uint8_t>(s.step.finds) : product.n;
-        if (layer == s.layers && is_short<D>(product)) {
+        if (layer == s.layers && is_short<D>(product) && !for_both) {
             multiply_short_rows<D>(product, x, stride, [&](int v, int r, float value) {
                 b.floats(layout.scores)[v * layout.cell_stride + r] = value;
             });
@@ -100,10 +124,20 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
                 unit = split_float(value);
             } else if (of_key) {
                 b.floats(layout.sought_scores)[v * layout.cells + r - s.first] = value;
+            } else if (for_both) {
+                const int row = v >= layout.group;
+                store_to_block(
+                        b.floats(layout.scores) +
+                                (v - row * layout.group) * layout.cell_stride + r,
+                        row,
+                        value);
             } else {
                 b.floats(layout.scores)[v * layout.cell_stride + r] = value;
             }
         });
+        if (for_both) {
+            sync_cluster(); // all scores are there, and nobody reads vectors
+        }
         if (hides) {
             if (product.everywhere) {
                 sync_choosers();

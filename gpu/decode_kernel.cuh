@@ -175,6 +175,10 @@ __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 :
             return;
         }
     }
+    if (WindowWarps == 0 && blockIdx.y >= arguments.params.nrow) {
+        wait_for_previous(); // the last pair has one row
+        return;
+    }
     DecodeBlock block(arguments.params, arguments.layout, fixed, shared, WindowWarps);
     block.finds_later = WindowWarps > 0 && !Seekers;
     // While the kernels before still run: what no step changes, and hints.

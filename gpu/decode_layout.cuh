@@ -42,6 +42,7 @@ struct DecodeLayout {
     /// Before there are tiles: weights. Likewise, or beside them where there are warps for
     /// sink and window: keys whose cells are sought, and their scores.
     int kept = 0, kept_bytes = 0, sought = 0, sought_scores = 0;
+    int both = 0; ///< before there are scores of keys: vectors of both rows of a pair
     int counts = 0;    ///< far keys of all cells
     int found = 0;     ///< best cell of each key that is sought, by each block
     int signs = 0;     ///< a word by each block
@@ -95,10 +96,12 @@ struct DecodeLayout {
             l.kept_bytes = warps * kOfWarp;
             l.sought = l.take(l.ahead * of_key);
         } else {
-            l.kept_bytes = warps * kOfWarp - l.ahead * of_key;
+            const int after = std::max(
+                    l.ahead * (of_key - 4 * D), p.grid.pairs ? bytes_of_both(p) : 0);
+            l.kept_bytes = warps * kOfWarp - l.ahead * 4 * D - after;
             l.sought = l.kept + l.kept_bytes;
         }
-        l.sought_scores = l.sought + l.ahead * 4 * D;
+        l.sought_scores = l.both = l.sought + l.ahead * 4 * D;
         l.counts = l.take(4 * p.most_cells);
         l.found = l.take(8 * blocks * l.ahead);
         l.signs = l.take(4 * blocks);
@@ -118,6 +121,11 @@ struct DecodeLayout {
         return l;
     }
 
+    /// Bytes of the vectors of both rows of a pair.
+    static int bytes_of_both(const DecodeParams& p) {
+        return 2 * 4 * (p.heads_q / p.heads_kv) *
+                padded_columns(std::max(p.most_cols, p.most_width));
+    }
     /// Bytes of a warp's outputs; then come its sums and largest.
     template <int D>
     FAISS_SAAP_HOST_DEVICE static constexpr int results_of_warp() {

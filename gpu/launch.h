@@ -41,6 +41,7 @@ inline cudaError_t compiled_for_90(const void* kernel, bool& yes) {
 /// that came before this one has ended.
 /// @param cluster  blocks of a cluster, along the grid's x; 1 where the device has
 ///                 no clusters
+/// @param along_y  and along its y
 template <class Params>
 cudaError_t launch(
         void (*kernel)(Params),
@@ -49,7 +50,8 @@ cudaError_t launch(
         size_t shared,
         cudaStream_t stream,
         const Params& params,
-        int cluster = 1) {
+        int cluster = 1,
+        int along_y = 1) {
     bool early = false;
     cudaError_t error =
             compiled_for_90(reinterpret_cast<const void*>(kernel), early);
@@ -70,14 +72,15 @@ cudaError_t launch(
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim.x = cluster;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    attributes[1].val.clusterDim.y = along_y;
+    attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = !early ? 0 : cluster > 1 ? 2 : 1;
+    config.numAttrs = !early ? 0 : cluster * along_y > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, params);
 }
 
