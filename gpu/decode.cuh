@@ -79,6 +79,10 @@ struct DecodeShape {
                 shape.bytes = alone && p.bytes >= kMuch
                         ? std::max(shape.layout.bytes, device.room / 4 * 3)
                         : shape.layout.bytes;
+                shape.layout.take_turns(
+                        device.processors,
+                        blocks,
+                        std::min(p.nrow * blocks, 2 * device.processors));
                 return shape;
             }
         }

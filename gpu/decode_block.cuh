@@ -123,7 +123,7 @@ struct DecodeBlock {
     /// Where all warps choose cells and attend to all keys: whether they begin with sink and
     /// window. In every other pair of rows.
     __device__ __forceinline__ bool window_first() const {
-        return window_warps == 0 && blockIdx.y / 2 % 2;
+        return window_warps == 0 && layout.takes_turns && blockIdx.y / 2 % 2;
     }
     /// And whether the row is one of two that share weights: DecodeGrid::pairs.
     __device__ __forceinline__ bool is_paired() const {

@@ -67,14 +67,19 @@ __device__ __forceinline__ bool start(
     return stream.start(slot, more ? slots(key + tiles.step * kStreamKeys) : -1);
 }
 
-/// Attends to the block's share of a range of keys, where all warps do that.
+/// Attends to the block's share of a range of keys, where the warps that do that choose cells,
+/// too.
+/// @param warps  that do it
 template <class T, int D>
-__device__ __forceinline__ void attend_to_range(DecodeBlock& b, KeyRange range) {
+__device__ __forceinline__ void attend_to_range(
+        DecodeBlock& b,
+        KeyRange range,
+        int warps) {
     const bool far = range == KeyRange::far;
     auto stream = begin_stream<T, D>(b);
     KeySlots slots(b, range);
     const TileRange mine = tiles_of_block(b, slots.count());
-    const WarpTiles tiles(mine, b.warp, b.layout.tile_warps);
+    const WarpTiles tiles(mine, b.warp, warps);
     if (far && mine.begin < mine.end) {
         slots.go_to(mine.begin * kStreamKeys);
     }
@@ -99,7 +104,7 @@ template <class T, int D>
 __device__ __forceinline__ void choose_and_attend(DecodeBlock& b) {
     const bool window_first = b.window_first();
     if (window_first) { // not in the loop below, where registers would not do
-        attend_to_range<T, D>(b, KeyRange::dense);
+        attend_to_range<T, D>(b, KeyRange::dense, b.layout.early_warps);
         keep_first_turn<T, D>(b);
     }
     score_cells<D>(b);
@@ -111,7 +116,11 @@ __device__ __forceinline__ void choose_and_attend(DecodeBlock& b) {
     take_cells_of_row(b);
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
-        attend_to_range<T, D>(b, turn ? KeyRange::dense : KeyRange::far);
+        const bool early = !window_first && turn == 0;
+        attend_to_range<T, D>(
+                b,
+                turn ? KeyRange::dense : KeyRange::far,
+                early ? b.layout.middle_warps : b.layout.tile_warps);
         if (window_first || turn) {
             break;
         }

@@ -35,6 +35,11 @@ struct DecodeLayout {
     int cell_stride = 0; ///< cells of a head's scores, which spreads the banks
     int tile_warps = 0;  ///< of those that choose: that attend
     int window_warps = 0; ///< for sink and window (kWindowWarps); 0: the others do that
+    /// Of tile_warps, while other rows score cells, and while they choose some of them: the
+    /// more is on its way, the later memory answers, and those ask for one thing after the
+    /// other.
+    int early_warps = 0, middle_warps = 0;
+    int takes_turns = 0; ///< there are such others: half of the rows begin with the window
     int ahead = 0;       ///< keys whose cells are found at once
     int queries = 0;     ///< as the cache's type, for the tensor cores
     int rotations = 0;   ///< back, of pairs of components: cosine and sine
@@ -121,6 +126,23 @@ struct DecodeLayout {
         return l;
     }
 
+    /// Lets half of the rows begin with sink and window, and finds how many warps attend
+    /// early. Rows of many blocks wait for each other's more than for memory: these do not.
+    /// @param row_blocks  blocks of a row
+    /// @param at_once     blocks of all rows, as far as they run at once
+    void take_turns(int processors, int row_blocks, int at_once) {
+        constexpr int kFewBlocks = 2;
+        constexpr int kEnough = 3; // warps of a processor
+        takes_turns = row_blocks <= kFewBlocks;
+        const int half = std::max(1, at_once / 2);
+        const auto of_block = [&](int warps) {
+            return takes_turns
+                    ? std::clamp((warps * processors + half / 2) / half, 1, tile_warps)
+                    : tile_warps;
+        };
+        early_warps = of_block(kEnough);
+        middle_warps = of_block(2 * kEnough);
+    }
     /// Bytes of the vectors of both rows of a pair.
     static int bytes_of_both(const DecodeParams& p) {
         return 2 * 4 * (p.heads_q / p.heads_kv) *

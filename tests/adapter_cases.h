@@ -289,6 +289,27 @@ inline std::vector<AdapterCase> adapter_cases() {
         many(c);
         c.window = 200;
     });
+    // Of each KV head one has no other that is alike, and one of all is alone.
+    const auto odd = [&](C c) {
+        many(c);
+        c.lengths.resize(45);
+        c.heads_q = 9;
+        c.heads_kv = 3;
+    };
+    add("an odd number of rows, classifier, d 96", [&](C c) {
+        odd(c);
+        c.query = QueryKind::classifier;
+        c.d = 96;
+    });
+    add("an odd number of rows, one cell", [&](C c) {
+        odd(c);
+        c.ncell = 1;
+    });
+    add("more rows than processors, group of 8, d 128", [&](C c) {
+        many(c);
+        c.heads_q = 16;
+        c.d = 128;
+    });
     return cases;
 }
 
