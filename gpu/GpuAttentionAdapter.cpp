@@ -126,7 +126,7 @@ struct GpuBatch::State {
     BatchItem* d_items = nullptr;
     BatchList* d_lists = nullptr;
     BatchRow* d_rows = nullptr;
-    DecodeRow* d_decode_rows = nullptr; ///< the same ones
+    DecodeRow* d_decode_rows = nullptr; ///< the same ones, pairs first
     RowTeam* d_teams = nullptr;
     int32_t* d_team_rows = nullptr;
     int32_t* d_pairs_first = nullptr; ///< rows, those of DecodeParams::paired first

@@ -10,8 +10,7 @@
 
 namespace faiss_saap::gpu {
 
-/// A barrier of all threads of a cluster; what was written before it, there or here, is seen
-/// behind it.
+/// A barrier of all threads of a cluster, after which all see what was written before it.
 __device__ __forceinline__ void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;\n"
@@ -19,7 +18,7 @@ __device__ __forceinline__ void sync_cluster() {
 #endif
 }
 
-/// What lies at that place in another block of the cluster.
+/// Reads what lies at that place in a block of the cluster, and writes it there.
 __device__ __forceinline__ float4 load_from_block(const float4* at, unsigned block) {
     float4 x = {};
 #if __CUDA_ARCH__ >= 900

@@ -140,14 +140,17 @@ inline int seekers_beside(
     return row * rows <= step ? n : 0;
 }
 
-/// Whether rows come in pairs: most of them can, have one block each, in which all warps
-/// choose cells, and what two are multiplied with is one tile.
+constexpr int kMostGridRows = 65535;
+
+/// Whether rows come in pairs: most of them can, each has one block whose warps all choose
+/// cells, and the vectors of two fit into one tile's columns and into the room for tiles.
 template <class T, int D>
 bool comes_in_pairs(const DecodeParams& p, const DecodeShape& shape, int row_blocks) {
     const int of_tiles =
             shape.layout.tile_warps * 2 * TileStream<T, D>::kTile * int(sizeof(T));
     return row_blocks == 1 && shape.kernel && shape.layout.window_warps == 0 &&
             2 * p.paired > p.nrow && 2 * p.heads_q / p.heads_kv <= kTileVectors &&
+            p.nrow < kMostGridRows && // an even number
             kMostAhead * 4 * D + DecodeLayout::bytes_of_both(p) <= of_tiles;
 }
 
@@ -173,6 +176,7 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
     // (docs/gpu-performance.md).
     constexpr int64_t kLittle = 24 << 20, kGigabyte = 768 << 20;
     int fewest = 0;
+    DecodeShape of_fewest;
     for (int blocks : {kMostBlocks, 12, 9, 8, 6, 4, 3, 2, 1}) {
         const auto shape = DecodeShape::of<T, D>(p, device, blocks);
         const bool begins_early = shape.threads > kThreads && p.bytes < kLittle;
@@ -180,6 +184,7 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
             continue;
         }
         fewest = blocks;
+        of_fewest = shape;
         const int at_once =
                 clusters_at_once(shape.kernel, blocks, shape.threads, shape.bytes);
         if (at_once >= p.nrow) {
@@ -192,8 +197,7 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
                               comes_in_pairs<T, D>(p, shape, blocks)};
         }
     }
-    const auto shape = DecodeShape::of<T, D>(p, device, fewest);
-    return {fewest, 0, 0, comes_in_pairs<T, D>(p, shape, fewest)};
+    return {fewest, 0, 0, comes_in_pairs<T, D>(p, of_fewest, fewest)};
 }
 
 template <class T, int D>

@@ -17,7 +17,7 @@ struct DecodeGrid {
     int row_blocks = 0; ///< of each row; 0: other kernels are needed (route.h, attend.h)
     int dense = 0;      ///< by the kernel for keys in sink and window alone (dense_rows.cuh)
     int seekers = 0;    ///< clusters that find cells for later steps (seek_ahead.cuh)
-    int pairs = 0;      ///< rows of one block come in pairs, clusters that share weights
+    int pairs = 0;      ///< rows, of one block each, are clusters of two that share weights
 };
 
 struct DecodeParams {
@@ -32,9 +32,9 @@ struct DecodeParams {
     int most_cell_bytes = 0; ///< of a cell's vector that keys are compared with
     /// floats per query head: of what rows are multiplied with first, of hidden layers
     int most_cols = 0, most_width = 0;
-    /// The first of them are alike two by two: the same KV head of two sequences, whose
-    /// partitions are the same and have one network for all heads of a group. (describe_rows()
-    /// can put them so.)
+    /// Rows that can come in pairs: the same KV head of two sequences, which have the same
+    /// partition there, with one network for all heads of the group. With DecodeGrid::pairs they
+    /// are the first ones, two by two.
     int paired = 0;
     int heads_q = 0, heads_kv = 0, d = 0;
     int64_t sink = 0, window = 0, position_offset = 0, dense_below = 0;

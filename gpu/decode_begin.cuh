@@ -455,7 +455,7 @@ __device__ __forceinline__ void rotate_queries(const DecodeBlock& b) {
     }
 }
 
-/// The keys that this step finds cells for. By all that choose.
+/// Loads the n keys whose cells this step finds. By all that choose.
 template <int D>
 __device__ __forceinline__ void load_keys_that_leave(const DecodeBlock& b, int n) {
     load_sought<D>(

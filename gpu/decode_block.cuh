@@ -120,12 +120,12 @@ struct DecodeBlock {
             sync_choosers();
         }
     }
-    /// Where all warps choose cells and attend to all keys: whether they begin with sink and
-    /// window. In every other pair of rows.
+    /// Whether the row begins with sink and window, where all warps choose cells. Every other
+    /// pair of rows does.
     __device__ __forceinline__ bool window_first() const {
         return window_warps == 0 && layout.takes_turns && blockIdx.y / 2 % 2;
     }
-    /// And whether the row is one of two that share weights: DecodeGrid::pairs.
+    /// Whether the row is one of two that share weights: DecodeGrid::pairs.
     __device__ __forceinline__ bool is_paired() const {
         return window_warps == 0 && p.grid.pairs &&
                 static_cast<int>(blockIdx.y) < p.paired;

@@ -38,8 +38,8 @@ __device__ __forceinline__ void exchange_units(
     b.exchange.wait();
 }
 
-/// Lays the vectors of both rows of a pair beside each other, as each block scores half of the
-/// cells for both: what would be read twice is weights.
+/// Lays the vectors of both rows of a pair beside each other: each block scores half of the
+/// cells for both, so weights are read once for two rows.
 /// @param x  this row's
 __device__ __forceinline__ uint32_t* gather_both(
         const DecodeBlock& b,
@@ -109,10 +109,21 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
             x = gather_both(b, x, stride);
         }
         product.n = of_key ? static_cast<uint8_t>(s.step.finds) : product.n;
-        if (layer == s.layers && is_short<D>(product) && !for_both) {
-            multiply_short_rows<D>(product, x, stride, [&](int v, int r, float value) {
-                b.floats(layout.scores)[v * layout.cell_stride + r] = value;
-            });
+        const auto keep_score = [&](int v, int r, float value) {
+            const int row = for_both && v >= layout.group;
+            float* to = b.floats(layout.scores) +
+                    (v - row * layout.group) * layout.cell_stride + r;
+            if (for_both) {
+                store_to_block(to, row, value);
+            } else {
+                *to = value;
+            }
+        };
+        if (layer == s.layers && is_short<D>(product)) {
+            multiply_short_rows<D>(product, x, stride, keep_score);
+            if (for_both) {
+                sync_cluster(); // all scores are there
+            }
             continue;
         }
         multiply_rows(product, x, stride, room, [&](int v, int r, float value) {
@@ -124,15 +135,8 @@ __device__ __forceinline__ void score_cells(DecodeBlock& b) {
                 unit = split_float(value);
             } else if (of_key) {
                 b.floats(layout.sought_scores)[v * layout.cells + r - s.first] = value;
-            } else if (for_both) {
-                const int row = v >= layout.group;
-                store_to_block(
-                        b.floats(layout.scores) +
-                                (v - row * layout.group) * layout.cell_stride + r,
-                        row,
-                        value);
             } else {
-                b.floats(layout.scores)[v * layout.cell_stride + r] = value;
+                keep_score(v, r, value);
             }
         });
         if (for_both) {

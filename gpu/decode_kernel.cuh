@@ -67,9 +67,8 @@ __device__ __forceinline__ bool start(
     return stream.start(slot, more ? slots(key + tiles.step * kStreamKeys) : -1);
 }
 
-/// Attends to the block's share of a range of keys, where the warps that do that choose cells,
-/// too.
-/// @param warps  that do it
+/// Attends to the block's share of a range of keys, where all warps choose cells.
+/// @param warps  that attend
 template <class T, int D>
 __device__ __forceinline__ void attend_to_range(
         DecodeBlock& b,
@@ -97,9 +96,8 @@ __device__ __forceinline__ void attend_to_range(
     keep_results(b, stream);
 }
 
-/// Chooses cells and attends to the block's share of their keys, and to its share of sink and
-/// window before or after that; where all warps do both. In turn, so that not all rows of a
-/// step choose at once, while memory would be idle.
+/// Where all warps choose cells and attend: to the block's share of the cells' keys, and
+/// before or after that to its share of sink and window.
 template <class T, int D>
 __device__ __forceinline__ void choose_and_attend(DecodeBlock& b) {
     const bool window_first = b.window_first();
@@ -114,6 +112,7 @@ __device__ __forceinline__ void choose_and_attend(DecodeBlock& b) {
                 b.p, b.s.kv, b.s.step.length - 1, b.warp, kWarps, &b.s.refused_by);
     }
     take_cells_of_row(b);
+    // One loop, as little code as can be: it comes from memory.
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
         const bool early = !window_first && turn == 0;

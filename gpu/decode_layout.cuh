@@ -35,16 +35,16 @@ struct DecodeLayout {
     int cell_stride = 0; ///< cells of a head's scores, which spreads the banks
     int tile_warps = 0;  ///< of those that choose: that attend
     int window_warps = 0; ///< for sink and window (kWindowWarps); 0: the others do that
-    /// Of tile_warps, while other rows score cells, and while they choose some of them: the
-    /// more is on its way, the later memory answers, and those ask for one thing after the
-    /// other.
+    int takes_turns = 0; ///< half of the rows begin with sink and window
+    /// Warps of tile_warps that attend while the other rows score cells, and while those
+    /// choose: the more is on its way, the later memory answers, and who chooses waits for
+    /// one answer after the other.
     int early_warps = 0, middle_warps = 0;
-    int takes_turns = 0; ///< there are such others: half of the rows begin with the window
     int ahead = 0;       ///< keys whose cells are found at once
     int queries = 0;     ///< as the cache's type, for the tensor cores
     int rotations = 0;   ///< back, of pairs of components: cosine and sine
     int tiles = 0; ///< of keys and values, for each of these warps; then its results
-    /// Before there are tiles: weights. Likewise, or beside them where there are warps for
+    /// Before there are tiles: weights, if sink and window do not come first. Likewise, or beside them where there are warps for
     /// sink and window: keys whose cells are sought, and their scores.
     int kept = 0, kept_bytes = 0, sought = 0, sought_scores = 0;
     int both = 0; ///< before there are scores of keys: vectors of both rows of a pair
@@ -81,7 +81,7 @@ struct DecodeLayout {
         l.cell_stride = (p.most_cells + 31) / 32 * 32 + 4;
         using Stream = TileStream<T, D>;
         constexpr int kOfWarp = 2 * Stream::kTile * int(sizeof(T));
-        static_assert(kOfWarp >= results_of_warp<D>() + kStreamQueries * 8);
+        static_assert(kOfWarp >= sums_of_warp() + 4 * kStreamQueries * kResultStride<D>);
         l.tile_warps = warps;
         l.window_warps = window_warps;
         l.head_stride = (l.group + 3) / 4 * 4;
@@ -95,7 +95,7 @@ struct DecodeLayout {
         l.tiles = l.kept = l.take(warps * kOfWarp);
         // Tiles of these follow, or the results of the first of two turns.
         l.take(window_warps ? window_warps * kOfWarp
-                            : results_of_warp<D>() + kStreamQueries * 8);
+                            : sums_of_warp() + 4 * l.group * kResultStride<D>);
         if (window_warps) {
             l.ahead = kMostAhead;
             l.kept_bytes = warps * kOfWarp;
@@ -126,8 +126,8 @@ struct DecodeLayout {
         return l;
     }
 
-    /// Lets half of the rows begin with sink and window, and finds how many warps attend
-    /// early. Rows of many blocks wait for each other's more than for memory: these do not.
+    /// Lets half of the rows begin with sink and window, so that memory is not idle while all
+    /// choose, and finds how many warps read meanwhile. Not where rows are few, of many blocks.
     /// @param row_blocks  blocks of a row
     /// @param at_once     blocks of all rows, as far as they run at once
     void take_turns(int processors, int row_blocks, int at_once) {
@@ -148,10 +148,9 @@ struct DecodeLayout {
         return 2 * 4 * (p.heads_q / p.heads_kv) *
                 padded_columns(std::max(p.most_cols, p.most_width));
     }
-    /// Bytes of a warp's outputs; then come its sums and largest.
-    template <int D>
-    FAISS_SAAP_HOST_DEVICE static constexpr int results_of_warp() {
-        return kStreamQueries * kResultStride<D> * int(sizeof(float));
+    /// Bytes of a warp's sums and largest, of each query; then come its outputs.
+    FAISS_SAAP_HOST_DEVICE static constexpr int sums_of_warp() {
+        return kStreamQueries * 8;
     }
     /// What each block has of n things; and in fours.
     FAISS_SAAP_HOST_DEVICE static int share(int n, int blocks) {

@@ -10,19 +10,19 @@ namespace faiss_saap::gpu {
 
 namespace {
 
-/// Where a warp's results are, in its tiles: kStreamQueries, kResultStride apart.
-template <class T, int D>
-__device__ __forceinline__ float* results_of_warp(const DecodeBlock& b, int warp) {
-    return b.floats(
-            b.layout.tiles + warp * 2 * TileStream<T, D>::kTile * int(sizeof(T)));
-}
-
-/// And its sums and largest, for each query.
+/// Where a warp's sums and largest are, of each query, in its tiles.
 template <class T, int D>
 __device__ __forceinline__ float2* sums_of_warp(const DecodeBlock& b, int warp) {
     return reinterpret_cast<float2*>(
-            reinterpret_cast<char*>(results_of_warp<T, D>(b, warp)) +
-            DecodeLayout::results_of_warp<D>());
+            b.shared + b.layout.tiles +
+            warp * 2 * TileStream<T, D>::kTile * int(sizeof(T)));
+}
+
+/// And its outputs, kResultStride apart.
+template <class T, int D>
+__device__ __forceinline__ float* results_of_warp(const DecodeBlock& b, int warp) {
+    return reinterpret_cast<float*>(sums_of_warp<T, D>(b, warp)) +
+            DecodeLayout::sums_of_warp() / int(sizeof(float));
 }
 
 /// Keeps what the warps have seen of sink and window, before they go on to far keys.
@@ -150,7 +150,8 @@ __device__ __forceinline__ void add_warps(
     }
 }
 
-/// Keeps the results of the first of two turns as one, where the next one leaves them.
+/// Keeps the results of the first of two turns as those of one more warp, where the second
+/// turn has no tiles.
 template <class T, int D>
 __device__ __forceinline__ void keep_first_turn(const DecodeBlock& b) {
     const int warps = b.layout.tile_warps;

@@ -289,7 +289,7 @@ inline std::vector<AdapterCase> adapter_cases() {
         many(c);
         c.window = 200;
     });
-    // Of each KV head one has no other that is alike, and one of all is alone.
+    // Of each KV head one row is in no pair, and the last one of all has a cluster alone.
     const auto odd = [&](C c) {
         many(c);
         c.lengths.resize(45);
@@ -309,6 +309,29 @@ inline std::vector<AdapterCase> adapter_cases() {
         many(c);
         c.heads_q = 16;
         c.d = 128;
+    });
+    add("as many, a wide classifier", [&](C c) {
+        many(c);
+        c.query = QueryKind::classifier;
+        c.width = 196;
+    });
+    add("as many, classifiers with trunks of their own", [&](C c) {
+        many(c);
+        c.query = QueryKind::classifier;
+        c.share_trunk = false;
+    });
+    add("as many, cells that are kept, d 128, llama group", [&](C c) {
+        many(c);
+        c.bf16_centroids = true;
+        c.d = 128;
+        c.ncell = 200;
+    });
+    add("more cells than one launch has room for", [](C c) {
+        c.heads_q = 8;
+        c.heads_kv = 1;
+        c.d = 128;
+        c.ncell = 8000;
+        c.lengths = {3000};
     });
     return cases;
 }
