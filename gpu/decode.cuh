@@ -49,13 +49,13 @@ struct DecodeShape {
     /// are alone on a processor, by their registers. Without them, two blocks share a
     /// processor where little is read, as then the next step's blocks begin before this
     /// one's have ended; where much is, they would take each other's bandwidth, and those
-    /// alone would wait for those in pairs. Rows that do not all run at once with their
-    /// blocks alone, do in pairs.
+    /// alone would wait for those in pairs. Rows so many that each would have one block alone
+    /// have two or three that share processors, or one.
     template <class T, int D>
     static DecodeShape of(const DecodeParams& p, const DecodeDevice& device, int blocks) {
         constexpr int64_t kMuch = 24 << 20;    // bytes
         constexpr int64_t kLargeWindow = 8192; // keys
-        const bool alone = p.nrow <= device.processors;
+        const bool alone = 2 * p.nrow <= device.processors;
         DecodeShape shape;
         if (alone && p.sink + p.window <= kLargeWindow) {
             shape.layout = DecodeLayout::of<T, D>(p, blocks, kWarps, kWindowWarps);

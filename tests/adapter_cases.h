@@ -326,6 +326,16 @@ inline std::vector<AdapterCase> adapter_cases() {
         c.d = 128;
         c.ncell = 200;
     });
+    add("rows of a few blocks that share processors", [&](C c) {
+        many(c);
+        c.lengths.resize(45);
+        c.d = 128;
+    });
+    add("as many, perceptron", [&](C c) {
+        many(c);
+        c.lengths.resize(40);
+        c.query = QueryKind::perceptron;
+    });
     add("more cells than one launch has room for", [](C c) {
         c.heads_q = 8;
         c.heads_kv = 1;
