@@ -54,7 +54,8 @@ __device__ __forceinline__ void take_half(RowProducts& p, int which) {
     p.share_out(kWarps, /*splits=*/false);
 }
 
-/// What steps, and the host between them, change of a sequence. While the kernels before still run, it may be behind.
+/// What steps, and the host between them, change of a sequence. While the kernels before
+/// still run, it may be behind.
 struct SequenceReading {
     int64_t length;
     int32_t assigned;

@@ -44,8 +44,9 @@ struct DecodeLayout {
     int queries = 0;     ///< as the cache's type, for the tensor cores
     int rotations = 0;   ///< back, of pairs of components: cosine and sine
     int tiles = 0; ///< of keys and values, for each of these warps; then its results
-    /// Before there are tiles: weights, if sink and window do not come first. Likewise, or beside them where there are warps for
-    /// sink and window: keys whose cells are sought, and their scores.
+    /// Before there are tiles: weights, if sink and window do not come first. Likewise, or
+    /// beside them where there are warps for sink and window: keys whose cells are sought,
+    /// and their scores.
     int kept = 0, kept_bytes = 0, sought = 0, sought_scores = 0;
     int both = 0; ///< before there are scores of keys: vectors of both rows of a pair
     int counts = 0;    ///< far keys of all cells
