@@ -136,12 +136,12 @@ def compare(torch, library, tokens, sequences, selectivities, repeat):
         for grouped in (True, False):
             try:
                 run = by_torch(attend, grouped)
-                error = relative_error(run(0, None).reshape(sequences, HEADS_Q, D), expected)
-                if not error < MOST_ERROR:
-                    raise RuntimeError(f"differs from FlashAttention-2 by {error:.1e}")
+                apart = relative_error(run(0, None).reshape(sequences, HEADS_Q, D), expected)
+                if not apart < MOST_ERROR:
+                    raise RuntimeError(f"differs from FlashAttention-2 by {apart:.1e}")
                 got = measure(torch, run, layers, repeat)
-            except RuntimeError as error:  # not for this device, these shapes or this torch
-                print(f"{name}, {'grouped' if grouped else 'GQA'}: {str(error).splitlines()[0]}", file=sys.stderr)
+            except RuntimeError as reason:  # not for this device, these shapes or this torch
+                print(f"{name}, {'grouped' if grouped else 'GQA'}: {str(reason).splitlines()[0]}", file=sys.stderr)
                 torch.cuda.synchronize()
                 continue
             if name not in results or got["us"] < results[name]["us"]:

@@ -20,8 +20,6 @@ constexpr int64_t kMostQueries = 64;
 /// Bytes between the first and the last row of a view: kernels number 16 of them
 /// at a time in 32 bits.
 constexpr int64_t kMaxSpan = int64_t(15) << 32;
-/// What a launch can number.
-constexpr int64_t kMostRows = 65535;
 
 bool capturing(cudaStream_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -140,8 +140,6 @@ inline int seekers_beside(
     return row * rows <= step ? n : 0;
 }
 
-constexpr int kMostGridRows = 65535;
-
 /// Whether rows come in pairs: most of them can, each has one block whose warps all choose
 /// cells, and the vectors of two fit into one tile's columns and into the room for tiles.
 template <class T, int D>
@@ -150,7 +148,7 @@ bool comes_in_pairs(const DecodeParams& p, const DecodeShape& shape, int row_blo
             shape.layout.tile_warps * 2 * TileStream<T, D>::kTile * int(sizeof(T));
     return row_blocks == 1 && shape.kernel && shape.layout.window_warps == 0 &&
             2 * p.paired > p.nrow && 2 * p.heads_q / p.heads_kv <= kTileVectors &&
-            p.nrow < kMostGridRows && // an even number
+            p.nrow < kMostRows && // blocks are an even number
             kMostAhead * 4 * D + DecodeLayout::bytes_of_both(p) <= of_tiles;
 }
 

@@ -25,7 +25,7 @@ __device__ __forceinline__ float* results_of_warp(const DecodeBlock& b, int warp
             DecodeLayout::sums_of_warp() / int(sizeof(float));
 }
 
-/// Keeps what the warps have seen of sink and window, before they go on to far keys.
+/// Keeps what the warps have seen of sink and window apart, for the statistics.
 template <class T, int D>
 __device__ __forceinline__ void keep_dense_sums(
         const DecodeBlock& b,

@@ -119,6 +119,9 @@ struct DeviceView {
 
 // --- A batch ---------------------------------------------------------------
 
+/// Rows that a launch can number, along its grid's y.
+constexpr int64_t kMostRows = 65535;
+
 struct BatchItem {
     SequenceState* sequence = nullptr;
     DeviceView kv;
