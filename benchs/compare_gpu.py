@@ -15,6 +15,7 @@ whose sizes are log-normal (sigma 0.5), as skewed as those of real partitions.
 
 import argparse
 import ctypes
+import functools
 import json
 import math
 import statistics
@@ -77,7 +78,7 @@ def caches(torch, tokens, room, sequences, centres, generator):
 def methods_of_torch(torch):
     """Its dense attention by name: of queries (sequences, heads, tokens, d), keys and values."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention, noop_mask
 
     def sdpa(backend):
         def attend(q, k, v, **gqa):
@@ -87,10 +88,19 @@ def methods_of_torch(torch):
         return attend
 
     torch._dynamo.reset()  # else it compiles for eight shapes and then no more
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    @functools.cache
+    def all_blocks(queries, tokens, device):
+        return create_block_mask(noop_mask, None, None, queries, tokens, device=device)
+
+    def flex(q, k, v, **gqa):  # without a mask, a row's keys are one block, which one processor reads
+        return compiled(q, k, v, block_mask=all_blocks(q.shape[2], k.shape[2], q.device), **gqa)
+
     return {
         "flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "flex": torch.compile(flex_attention, fullgraph=True, dynamic=False),
+        "flex": flex,
     }
 
 

@@ -43,6 +43,15 @@ struct DecodeShape {
     DecodeLayout layout;
     int threads = 0, bytes = 0; ///< of shared memory
 
+    /// Makes room for what blocks need that find cells for later steps, if there is any.
+    template <int D>
+    void fit_seekers(const DecodeDevice& device) {
+        const int wanted = seek_groups(threads) * int(sizeof(SeekGroup<D>));
+        if (wanted <= device.room) {
+            bytes = std::max(bytes, wanted);
+        }
+    }
+
     /// With as many warps that attend as there is room for.
     ///
     /// Blocks have warps of their own for sink and window, where these are few, and then
@@ -63,11 +72,8 @@ struct DecodeShape {
                 shape.kernel = p.grid.seekers ? decode_kernel<T, D, kWindowWarps, true>
                                               : decode_kernel<T, D, kWindowWarps>;
                 shape.threads = kThreads + 32 * kWindowWarps;
-                // Blocks that seek have their rows where others have tiles.
-                static_assert(
-                        kSeekGroups * sizeof(SeekGroup<D>) <=
-                        (kWarps + kWindowWarps) * 2 * sizeof(T) * TileStream<T, D>::kTile);
                 shape.bytes = shape.layout.bytes;
+                shape.fit_seekers<D>(device);
                 return shape;
             }
         }
@@ -79,6 +85,7 @@ struct DecodeShape {
                 shape.bytes = alone && p.bytes >= kMuch
                         ? std::max(shape.layout.bytes, device.room / 4 * 3)
                         : shape.layout.bytes;
+                shape.fit_seekers<D>(device);
                 shape.layout.take_turns(
                         device.processors,
                         blocks,
@@ -117,27 +124,44 @@ inline bool leaves_too_much_idle(const DecodeParams& p, int blocks, int processo
             bytes / (kOfProcessor * processors) + kBeside;
 }
 
-/// Clusters that seek cells for later steps, as many as there is room for beside those of
-/// rows. None where they would take longer than the step: times of a group's row and of a step,
-/// as measured on an H100 (docs/gpu-performance.md).
-inline int seekers_beside(
+/// Lets clusters find cells for later steps, as far as there is room for them beside those of
+/// rows, with as many visits as take the least time. None where they would take longer than the
+/// step. Bytes a microsecond, and microseconds, as measured on an H100
+/// (docs/gpu-performance.md).
+/// @param room  bytes that a group needs
+inline void place_seekers(
+        DecodeGrid& grid,
         const DecodeParams& p,
         const DecodeShape& shape,
-        int blocks,
-        int clusters_at_once) {
-    const int groups = kSeekGroups * blocks;
-    const int n = std::min(
-            DecodeLayout::share(p.nrow, groups), clusters_at_once - p.nrow);
+        int clusters_at_once,
+        int room) {
+    constexpr double kOfStep = 2.9e6, kOfProcessor = 30e3, kOfGroup = 9e3;
+    constexpr double kBeside = 12; // of a visit, beside what it reads
+    constexpr int kRowsOfBlock = 4;
+    const int wanted = DecodeLayout::share(p.nrow, kRowsOfBlock * grid.row_blocks);
+    int n = std::min(wanted, clusters_at_once - grid.numbered(p.nrow));
+    n = grid.pairs ? n / 2 * 2 : n; // clusters there are two of these
+    const int of_block = seek_groups(shape.threads);
     // A smaller window does not have the keys early enough for all parts.
-    if (shape.layout.window_warps == 0 || n <= 0 || p.window <= kMostAhead + kSeekParts) {
-        return 0;
+    if (n <= 0 || p.window <= kMostAhead + kSeekParts || of_block * room > shape.bytes) {
+        return;
     }
+    const int blocks = n * grid.row_blocks, sequences = p.nrow / p.heads_kv;
     const double part = double(cells_of_part(p.most_cells)) * p.most_cell_bytes;
-    const double row = 12 + part / 5.1e3; // us; a sixth more after the first one
-    const double rows = 1.17 * DecodeLayout::share(p.nrow, n * groups) - 0.17;
-    const double step =
-            14 + 6e-3 * p.most_cells + static_cast<double>(p.bytes) / 2.9e6;
-    return row * rows <= step ? n : 0;
+    double least = 14 + 6e-3 * p.most_cells + static_cast<double>(p.bytes) / kOfStep;
+    for (int visits : {8, 4, 2, 1}) {
+        const int rows = p.heads_kv * // in a step, if sequences are equally far
+                std::min(sequences, visits * DecodeLayout::share(sequences, kMostAhead));
+        const int each = DecodeLayout::share(rows, blocks * of_block); // of a group
+        const double bytes = parts_of_visit(visits) * part;
+        const double of_processor = DecodeLayout::share(rows, blocks) * bytes / kOfProcessor;
+        const double time = kBeside * each + std::max(each * bytes / kOfGroup, of_processor);
+        if (time <= least) {
+            least = time;
+            grid.seekers = n;
+            grid.visits = visits;
+        }
+    }
 }
 
 /// Whether rows come in pairs: most of them can, each has one block whose warps all choose
@@ -163,8 +187,11 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
         !clusters || device.room == 0 || allow_decode<T, D>(device) != cudaSuccess) {
         return {};
     }
+    DecodeGrid grid;
     if (const int blocks = p.all_near ? dense_blocks(p, device.processors) : 0) {
-        return {blocks, /*dense=*/1, 0, 0};
+        grid.row_blocks = blocks;
+        grid.dense = 1;
+        return grid;
     }
     // Of the sizes of a cluster that fill the groups of 16 or 18 processors that a device
     // is made of, the largest one that lets all rows run at once. But of clusters of 9 nine
@@ -173,29 +200,25 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
     // slower memory answers: 9 of each of 8 rows take 800 us for two of them, 8 take 755
     // (docs/gpu-performance.md).
     constexpr int64_t kLittle = 24 << 20, kGigabyte = 768 << 20;
-    int fewest = 0;
-    DecodeShape of_fewest;
     for (int blocks : {kMostBlocks, 12, 9, 8, 6, 4, 3, 2, 1}) {
         const auto shape = DecodeShape::of<T, D>(p, device, blocks);
         const bool begins_early = shape.threads > kThreads && p.bytes < kLittle;
         if (!shape.kernel || (blocks == 9 && (begins_early || p.bytes >= kGigabyte))) {
             continue;
         }
-        fewest = blocks;
-        of_fewest = shape;
+        grid.row_blocks = blocks;
+        grid.pairs = comes_in_pairs<T, D>(p, shape, blocks);
         const int at_once =
                 clusters_at_once(shape.kernel, blocks, shape.threads, shape.bytes);
         if (at_once >= p.nrow) {
-            return leaves_too_much_idle(p, blocks, device.processors)
-                    ? DecodeGrid()
-                    : DecodeGrid{
-                              blocks,
-                              0,
-                              seekers_beside(p, shape, blocks, at_once),
-                              comes_in_pairs<T, D>(p, shape, blocks)};
+            if (leaves_too_much_idle(p, blocks, device.processors)) {
+                return {};
+            }
+            place_seekers(grid, p, shape, at_once, int(sizeof(SeekGroup<D>)));
+            return grid;
         }
     }
-    return {fewest, 0, 0, comes_in_pairs<T, D>(p, of_fewest, fewest)};
+    return grid;
 }
 
 template <class T, int D>
@@ -210,8 +233,7 @@ cudaError_t decode_rows(const DecodeParams& p, cudaStream_t stream) {
     if (error != cudaSuccess) {
         return error;
     }
-    const int rows = p.grid.pairs ? (p.nrow + 1) / 2 * 2
-                                  : p.nrow + (p.appends ? p.grid.seekers : 0);
+    const int rows = p.grid.numbered(p.nrow) + (p.appends ? p.grid.seekers : 0);
     return launch(
             shape.kernel,
             dim3(p.grid.row_blocks, rows),

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <faiss_saap/AttentionAdapter.h>
+#include <faiss_saap/host_device.h>
 
 #include "sequence_state.h"
 
@@ -17,7 +18,13 @@ struct DecodeGrid {
     int row_blocks = 0; ///< of each row; 0: other kernels are needed (route.h, attend.h)
     int dense = 0;      ///< by the kernel for keys in sink and window alone (dense_rows.cuh)
     int seekers = 0;    ///< clusters that find cells for later steps (seek_ahead.cuh)
+    int visits = 1;     ///< of a sequence in eight steps, by these: 1, 2, 4 or 8
     int pairs = 0;      ///< rows, of one block each, are clusters of two that share weights
+
+    /// n rows as they are numbered: the last pair may have one.
+    FAISS_SAAP_HOST_DEVICE int numbered(int n) const {
+        return pairs ? (n + 1) / 2 * 2 : n;
+    }
 };
 
 struct DecodeParams {

@@ -169,7 +169,8 @@ static __device__ __noinline__ void attend_to_keys(
 }
 
 /// @tparam WindowWarps  kWindowWarps, for blocks that are alone on a processor; or 0
-/// @tparam Seekers      whether blocks beside the rows' ones find cells for later steps
+/// @tparam Seekers      whether blocks beside the rows' ones find cells for later steps, where
+///                      these have warps that would
 template <class T, int D, int WindowWarps, bool Seekers = false>
 __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 : 2)
         decode_kernel(const __grid_constant__ DecodeArguments arguments) {
@@ -177,9 +178,10 @@ __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 :
     __shared__ __align__(16) char fixed_bytes[sizeof(DecodeShared)]; // none is constructed
     auto& fixed = *reinterpret_cast<DecodeShared*>(fixed_bytes);
     extern __shared__ __align__(16) char shared[];
-    if constexpr (Seekers) {
-        if (blockIdx.y >= arguments.params.nrow) {
-            seek_ahead<D>(arguments.params, shared);
+    if constexpr (Seekers || WindowWarps == 0) {
+        const int first = arguments.params.grid.numbered(arguments.params.nrow);
+        if (static_cast<int>(blockIdx.y) >= first) {
+            seek_ahead<D>(arguments.params, shared, first);
             return;
         }
     }

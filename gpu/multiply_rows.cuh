@@ -212,8 +212,8 @@ struct ProductRoom {
     }
 };
 
-/// Calls `emit` with v, the row among the block's, and the product, for each tile that the
-/// warp has whole; else leaves the products of its pieces in `room`.
+/// Calls `emit` with v, the row among the block's, and the product with the bias, for each tile
+/// that the warp has whole; else leaves the products of its pieces in `room`.
 /// @tparam Warps  which share the tiles: so many in a row, the first a multiple of that
 template <bool Bf16, int Warps, class Emit>
 __device__ __forceinline__ void multiply_tiles(
@@ -239,9 +239,20 @@ __device__ __forceinline__ void multiply_tiles(
     // Rows that are not there are read as the last one, columns as the last ones: what
     // comes of rows is dropped, and vectors are 0 there.
     const char *at, *below;
+    float bias[2][2] = {}; // of the lane's products of that tile, if it is a warp's alone
     const auto go_to = [&](int item) {
         const int head = head_of(item);
         const int row = (item - head * p.tiles) * kTileRows + quad;
+        if (p.bias && p.log_warps == 0) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const int v = min(p.biases - 1, 2 * part + j);
+                    bias[half][j] = p.bias[v * p.bias_matrix + min(row + 8 * half, rows - 1)];
+                }
+            }
+        }
         const int of_row = p.cols * kElement;
         const char* first = static_cast<const char*>(p.rows) +
                 int64_t(head) * p.matrix * of_row;
@@ -266,7 +277,7 @@ __device__ __forceinline__ void multiply_tiles(
             send(begin + i, tile[i]);
         }
     }
-    float c[2][4] = {};
+    float c[2][4] = {{bias[0][0], bias[0][1], bias[1][0], bias[1][1]}};
 #pragma unroll 1
     while (item < p.items()) {
         next_piece += kPieces;
@@ -298,7 +309,8 @@ __device__ __forceinline__ void multiply_tiles(
                 for (int j = 0; j < 2; j++) {
                     const int v = 2 * part + j, row = first + 8 * half;
                     const float value = c[0][2 * half + j] + c[1][2 * half + j];
-                    c[0][2 * half + j] = c[1][2 * half + j] = 0;
+                    c[0][2 * half + j] = bias[half][j]; // of the next
+                    c[1][2 * half + j] = 0;
                     if (p.log_warps) {
                         if (v < 1 << room.log_columns) {
                             room.at(warp, quad + 8 * half, v) = value;
@@ -327,15 +339,13 @@ __device__ __forceinline__ void multiply_rows(
         int x_stride,
         const ProductRoom& room,
         const Emit& emit) {
-    const auto add_bias = [&](int v, int row, float value) {
-        const int head = p.biases > 1 ? v : 0;
-        value += p.bias ? p.bias[head * p.bias_matrix + row] : 0.0f;
+    const auto emit_row = [&](int v, int row, float value) {
         emit(v, p.first + row, value);
     };
     if (p.bf16) {
-        multiply_tiles<true, Warps>(p, x, x_stride, room, add_bias);
+        multiply_tiles<true, Warps>(p, x, x_stride, room, emit_row);
     } else {
-        multiply_tiles<false, Warps>(p, x, x_stride, room, add_bias);
+        multiply_tiles<false, Warps>(p, x, x_stride, room, emit_row);
     }
     if (Warps < kWarps || p.log_warps == 0) {
         return;
@@ -352,12 +362,13 @@ __device__ __forceinline__ void multiply_rows(
         if ((p.heads > 1 ? v != head : v >= p.n) || row >= p.end - p.first) {
             continue;
         }
-        float sum = 0;
+        const int of_bias = p.biases > 1 ? v : 0;
+        float sum = p.bias ? p.bias[of_bias * p.bias_matrix + row] : 0.0f;
 #pragma unroll 4
         for (int w = 0; w < 1 << p.log_warps; w++) {
             sum += room.at((item << p.log_warps) + w, in_tile, v);
         }
-        add_bias(v, row, sum);
+        emit_row(v, row, sum);
     }
 }
 
@@ -411,6 +422,80 @@ __device__ __forceinline__ void multiply_short_rows(
             }
         }
     }
+}
+
+/// Tiles of a warp on their way through shared memory, of bfloat16 rows of D columns, and their
+/// biases.
+template <int D>
+struct TileRing {
+    static constexpr int kStride = D + 8; ///< spreads the banks
+    alignas(16) __nv_bfloat16 tiles[2][kTileRows * kStride];
+    float biases[2][kTileRows];
+};
+
+/// multiply_rows() for bfloat16 rows of D columns, with one bias each, that are far away: a warp
+/// has two tiles on their way, for which it would not have the registers.
+/// @tparam Warps  which share the tiles, whole ones
+/// @param ring    the warp's
+template <int D, int Warps, class Emit>
+__device__ __forceinline__ void multiply_streamed_rows(
+        const RowProducts& p,
+        const uint32_t* x,
+        int x_stride,
+        TileRing<D>& ring,
+        const Emit& emit) {
+    constexpr int kPieces = D / kPieceColumns, kStride = TileRing<D>::kStride;
+    const int lane = threadIdx.x % 32, part = lane % 4, quad = lane / 4;
+    const int n = p.end - p.first, step = kTileRows * Warps;
+    const auto send = [&](int first, int to) {
+        constexpr int kChunks = D / 8; // of a row, 16 bytes each
+#pragma unroll 4
+        for (int i = lane; i < kTileRows * kChunks; i += 32) {
+            const int row = i / kChunks, chunk = i % kChunks;
+            copy_16_bytes(
+                    ring.tiles[to] + row * kStride + 8 * chunk,
+                    static_cast<const __nv_bfloat16*>(p.rows) +
+                            (first + row) * D + 8 * chunk,
+                    first + row < n);
+        }
+        if (p.bias && lane < kTileRows && first + lane < n) {
+            copy_4_bytes(ring.biases[to] + lane, p.bias + first + lane);
+        }
+        commit_copies();
+    };
+    const int begin = kTileRows * (threadIdx.x / 32 % Warps);
+    send(begin, 0);
+    send(begin + step, 1);
+    const uint32_t of_lane = shared_address(x + min(quad, p.n - 1) * x_stride + 8 * part);
+    int at = 0;
+#pragma unroll 1
+    for (int first = begin; first < n; first += step) {
+        wait_for_copies<1>();
+        __syncwarp();
+        const uint32_t rows = shared_address(ring.tiles[at] + quad * kStride + 8 * part);
+        float c[2][4] = {};
+#pragma unroll
+        for (int i = 0; i < kPieces; i++) {
+            TilePiece<true> piece;
+            piece.row[0][0] = load_words(rows + 2 * kPieceColumns * i);
+            piece.row[1][0] = load_words(rows + 2 * (8 * kStride + kPieceColumns * i));
+            const uint32_t from = of_lane + 4 * kPieceColumns * i;
+            piece.multiply(c, load_words(from), load_words(from + 16));
+        }
+        const float bias[2] = {
+                p.bias ? ring.biases[at][quad] : 0, p.bias ? ring.biases[at][quad + 8] : 0};
+        __syncwarp();
+        send(first + 2 * step, at);
+        at ^= 1;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int v = 2 * part + i % 2, row = first + quad + i / 2 * 8;
+            if (v < p.n && row < n) {
+                emit(v, p.first + row, c[0][i] + c[1][i] + bias[i / 2]);
+            }
+        }
+    }
+    wait_for_copies<0>();
 }
 
 } // namespace faiss_saap::gpu

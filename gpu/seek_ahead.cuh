@@ -2,14 +2,16 @@
 /// window in later steps. Device code.
 ///
 /// When the last of kMostAhead keys whose cells are known has left, those of the next ones
-/// must be known. Steps compare them with the cells one part after the other, so that none has
-/// more to do than others; of a sequence for which they did not come that far, the rows'
-/// blocks find the cells when they need them (find_cells.cuh).
+/// must be known. The steps until then compare them with the cells one part after the other, so
+/// that none has more to do than others; of a sequence for which they did not come that far,
+/// the rows' blocks find the cells when they need them (find_cells.cuh). Where processors that
+/// have time for this are few, a step visits some of the sequences only and does several parts
+/// for these at once: DecodeGrid::visits.
 ///
 /// Rows of the same step may read and change the sequence meanwhile. Where cells are sought
 /// here, the rows of the step find none and leave `assigned` alone, or have changed it before
-/// it was read, as one word with the parts; and the keys are older than the step's token. A
-/// part that not all KV heads have been through is done again, with the same outcome.
+/// it was read, as one word with the parts; and the keys are older than the step's token. Parts
+/// that not all KV heads have been through are done again, with the same outcome.
 #pragma once
 
 #include "decode_begin.cuh"
@@ -19,24 +21,39 @@ namespace faiss_saap::gpu {
 namespace {
 
 constexpr int kSeekWarps = 2, kSeekThreads = 32 * kSeekWarps; ///< of a group, for a row
-constexpr int kSeekGroups = (kThreads + 32 * kWindowWarps) / kSeekThreads; ///< of a block
 /// Of the cells. In the step that has to find cells because there are none ahead, the next
 /// ones cannot be sought yet.
 constexpr int kSeekParts = kMostAhead - 1;
+/// Steps that visits are ahead of when they must be done: some KV heads may take a sequence for
+/// visited and others not, where the rows of a step end before all have looked.
+constexpr int kSeekSlack = 1;
+
+/// Groups of a block.
+FAISS_SAAP_HOST_DEVICE constexpr int seek_groups(int threads) {
+    return threads / kSeekThreads;
+}
+
+/// What a visit of a row begins with; it may change meanwhile.
+struct SeekVisit {
+    int2 ahead; ///< assigned and sought_parts
+    ListProgress* progress;
+    uint16_t* cells; ///< ListState::cells
+};
 
 template <int D>
 struct SeekGroup {
     DecodeRow row;
     alignas(16) uint32_t keys[kMostAhead * D]; ///< by split_float
     unsigned long long best[kSeekWarps][kMostAhead];
-    /// Of the sequence, read by one thread: they may change meanwhile.
-    int64_t length;
-    int2 ahead; ///< assigned and sought_parts
+    TileRing<D> rings[kSeekWarps];
+    uint32_t bits[kSeekWarps]; ///< one for each thread
+    SeekVisit visits[kSeekThreads]; ///< of the rows that the threads look at
 };
 
 /// A barrier of a group.
 __device__ __forceinline__ void sync_group() {
     constexpr int kFirst = 1; // no other barriers are used in these blocks but the block's
+    static_assert(kFirst + seek_groups(kThreads + 32 * kWindowWarps) <= 16);
     asm volatile("bar.sync %0, %1;" ::"r"(
                          kFirst + static_cast<int>(threadIdx.x) / kSeekThreads),
                  "n"(kSeekThreads)
@@ -48,8 +65,16 @@ FAISS_SAAP_HOST_DEVICE inline int cells_of_part(int ncell) {
     return kTileRows * DecodeLayout::share(DecodeLayout::share(ncell, kTileRows), kSeekParts);
 }
 
-/// The rows of a part of the cells, for kMostAhead keys.
-__device__ __forceinline__ RowProducts products_of_part(const DeviceAssigner& key, int part) {
+/// Parts that a visit does, of kSeekParts.
+FAISS_SAAP_HOST_DEVICE inline int parts_of_visit(int visits) {
+    return DecodeLayout::share(kSeekParts, visits);
+}
+
+/// The rows of some parts of the cells, for kMostAhead keys.
+__device__ __forceinline__ RowProducts products_of_parts(
+        const DeviceAssigner& key,
+        int part,
+        int parts) {
     const int each = cells_of_part(key.ncell);
     RowProducts p;
     p.bf16 = key.bf16;
@@ -57,49 +82,110 @@ __device__ __forceinline__ RowProducts products_of_part(const DeviceAssigner& ke
     p.cols = key.padded_cols;
     p.n = kMostAhead;
     p.first = min(key.ncell, part * each);
-    p.end = min(key.ncell, p.first + each);
+    p.end = min(key.ncell, (part + parts) * each);
     p.rows = static_cast<const char*>(key.rows) + int64_t(p.first) * p.bytes_of_row();
     p.bias = key.bias ? key.bias + p.first : nullptr;
     p.share_out(kSeekWarps, /*splits=*/false);
     return p;
 }
 
-/// Whether the keys from `assigned` on are to be sought now.
+/// Whether the keys from `assigned` on can be sought now.
 __device__ __forceinline__ bool are_sought(
         const DecodeParams& p,
         const DecodeRow& row,
         int64_t length,
         int assigned) {
     const int64_t leaving = leaving_slot(length, p.sink, p.window);
-    return leaving >= 0 && leaving < assigned && assigned <= leaving + kMostAhead &&
+    return leaving >= 0 && leaving < assigned && assigned <= leaving + kMostAhead + kSeekSlack &&
             assigned + kMostAhead < length && // the last one may be this step's
             assigned + kMostAhead <= row.row.view_length &&
             keys_that_are_there(row.kv, assigned, kMostAhead) == kMostAhead;
 }
 
-/// Compares them with a part of the cells. By a group.
-/// @param cells  ListState::cells
+/// Whether the sequence is visited in this step. Sequences take turns: of the kMostAhead steps
+/// from one key that must be known to the next, each has its own to begin with.
+/// @param leaving  the slot that leaves the window in this step
+/// @param ahead    assigned and sought_parts
+__device__ __forceinline__ bool is_visited(
+        const DecodeParams& p,
+        int item,
+        int leaving,
+        const int2& ahead) {
+    const int visits = p.grid.visits;
+    const int step = kMostAhead + kSeekSlack - (ahead.x - leaving);
+    const int visit = ahead.y / parts_of_visit(visits);
+    return kMostAhead * visit + item % kMostAhead < (step + 1) * visits;
+}
+
+/// The row's number among those that groups share out: those that are visited in the same
+/// step, if their sequences are equally far, follow each other.
+__device__ __forceinline__ int number_of_row(const DecodeParams& p, const BatchRow& row) {
+    const int turn = row.item / kMostAhead, visits = p.grid.visits;
+    return (turn * visits + row.item % kMostAhead % visits) * p.heads_kv + row.kv_head;
+}
+
+/// The last KV head of a sequence knows whether all have been through the visit's parts.
+__device__ __forceinline__ void note_visit(
+        const DecodeParams& p,
+        const BatchRow& row,
+        bool visited,
+        const int2& ahead) {
+    BatchItem& item = p.items[row.item];
+    const int one = 1 + (visited << 16);
+    const int heads = atomicAdd(&item.sought, one) + one;
+    if ((heads & 0xffff) == p.heads_kv) {
+        item.sought = 0;
+        if (heads >> 16 == p.heads_kv) {
+            const int parts = ahead.y + parts_of_visit(p.grid.visits);
+            const bool last = parts >= kSeekParts;
+            note_assigned(
+                    *row.sequence, ahead.x + (last ? kMostAhead : 0), last ? 0 : parts);
+        }
+    }
+}
+
+/// Whether the row is visited in this step, and what a visit begins with.
+__device__ __forceinline__ bool find_visit(
+        const DecodeParams& p,
+        const DecodeRow& row,
+        SeekVisit& visit) {
+    const SequenceState& sequence = *row.row.sequence;
+    const int64_t length = __ldcg(&sequence.length);
+    visit.ahead = __ldcg(reinterpret_cast<const int2*>(&sequence.assigned));
+    visit.progress = row.row.lists->progress; // arrays may have moved
+    visit.cells = row.row.lists->cells;
+    const auto leaving = static_cast<int>(leaving_slot(length, p.sink, p.window));
+    return are_sought(p, row, length, visit.ahead.x) &&
+            is_visited(p, row.row.item, leaving, visit.ahead);
+}
+
+/// Compares the row's keys with the cells of some parts. By a group, which has its description.
 template <int D>
-__device__ __forceinline__ void compare_part(
+__device__ __forceinline__ void compare_parts(
         const DecodeParams& p,
         SeekGroup<D>& s,
-        ListProgress& progress,
-        uint16_t* cells,
-        int assigned,
-        int part) {
+        const SeekVisit& visit) {
     const int thread = threadIdx.x % kSeekThreads, lane = threadIdx.x % 32;
-    const RowProducts product = products_of_part(s.row.list.key, part);
+    const int2 ahead = visit.ahead;
+    const int parts = parts_of_visit(p.grid.visits);
+    const RowProducts product = products_of_parts(s.row.list.key, ahead.y, parts);
     prefetch_bytes(
             static_cast<const char*>(product.rows), product.bytes(), thread, kSeekThreads);
-    const unsigned long long before =
-            thread < kMostAhead && part ? __ldcg(progress.sought + thread) : 0;
-    load_sought<D>(p, s.row, s.keys, assigned, kMostAhead, thread, kSeekThreads);
+    unsigned long long* sought = visit.progress->sought;
+    unsigned long long most =
+            thread < kMostAhead && ahead.y ? __ldcg(sought + thread) : 0;
+    load_sought<D>(p, s.row, s.keys, ahead.x, kMostAhead, thread, kSeekThreads);
     sync_group();
     unsigned long long best[2] = {}; // of the keys that the lane has products of
-    multiply_rows<kSeekWarps>(
-            product, s.keys, D, ProductRoom(), [&](int v, int r, float value) {
-                best[v % 2] = max(best[v % 2], scored_cell(value, r));
-            });
+    const auto keep_best = [&](int v, int r, float value) {
+        best[v % 2] = max(best[v % 2], scored_cell(value, r));
+    };
+    if (product.bf16 && product.cols == D) {
+        multiply_streamed_rows<D, kSeekWarps>(
+                product, s.keys, D, s.rings[thread / 32], keep_best);
+    } else {
+        multiply_rows<kSeekWarps>(product, s.keys, D, ProductRoom(), keep_best);
+    }
 #pragma unroll
     for (int j = 0; j < 2; j++) {
 #pragma unroll
@@ -112,91 +198,101 @@ __device__ __forceinline__ void compare_part(
     }
     sync_group();
     if (thread < kMostAhead) {
-        unsigned long long most = before;
 #pragma unroll
         for (int w = 0; w < kSeekWarps; w++) {
             most = max(most, s.best[w][thread]);
         }
-        progress.sought[thread] = most;
-        if (part == kSeekParts - 1) {
-            cells[assigned + thread - p.sink] =
+        sought[thread] = most;
+        if (ahead.y + parts >= kSeekParts) {
+            visit.cells[ahead.x + thread - p.sink] =
                     static_cast<uint16_t>(cell_of_scored(most));
         }
     }
 }
 
-/// For one row. By a group, which has its description.
+/// Reads a row's description. By a group.
 template <int D>
-__device__ __forceinline__ void seek_for_row(
-        const DecodeParams& p,
-        SeekGroup<D>& s,
-        SequenceState* sequence) {
-    const int thread = threadIdx.x % kSeekThreads;
-    if (thread == 0) {
-        s.length = __ldcg(&sequence->length);
-        s.ahead = __ldcg(reinterpret_cast<const int2*>(&sequence->assigned));
+__device__ __forceinline__ void describe_row(SeekGroup<D>& s, const DecodeRow& row) {
+    constexpr int kWords = sizeof(DecodeRow) / 8;
+    constexpr int kEach = (kWords + kSeekThreads - 1) / kSeekThreads;
+    static_assert(sizeof(DecodeRow) % 8 == 0);
+    const auto* from = reinterpret_cast<const unsigned long long*>(&row);
+    auto* to = reinterpret_cast<unsigned long long*>(&s.row);
+    unsigned long long words[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        const int at = threadIdx.x % kSeekThreads + i * kSeekThreads;
+        words[i] = at < kWords ? from[at] : 0;
     }
-    sync_group();
-    const ListState& list = *s.row.row.lists; // arrays may have moved
-    const int assigned = s.ahead.x, part = s.ahead.y;
-    const bool acts = are_sought(p, s.row, s.length, assigned);
-    if (acts) {
-        compare_part<D>(p, s, *list.progress, list.cells, assigned, part);
-    }
-    if (thread != 0) {
-        return;
-    }
-    // The last KV head knows whether all have been compared with this part.
-    BatchItem& item = p.items[s.row.row.item];
-    const int one = 1 + (acts << 16);
-    const int heads = atomicAdd(&item.sought, one) + one;
-    if ((heads & 0xffff) == p.heads_kv) {
-        item.sought = 0;
-        if (heads >> 16 == p.heads_kv) {
-            const bool last = part == kSeekParts - 1;
-            note_assigned(
-                    *sequence, assigned + (last ? kMostAhead : 0), last ? 0 : part + 1);
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        const int at = threadIdx.x % kSeekThreads + i * kSeekThreads;
+        if (at < kWords) {
+            to[at] = words[i];
         }
     }
 }
 
-/// By the clusters behind those of rows. Each group has some rows, one after the other.
+/// A bit for each of the group's threads. Before it is called again, all have come to another
+/// barrier.
 template <int D>
-static __device__ __noinline__ void seek_ahead(const DecodeParams& p, char* shared) {
-    const int group = threadIdx.x / kSeekThreads, thread = threadIdx.x % kSeekThreads;
-    const int block = (blockIdx.y - p.nrow) * gridDim.x + blockIdx.x;
-    const int groups = (gridDim.y - p.nrow) * gridDim.x * kSeekGroups; // of all blocks
-    SeekGroup<D>& s = reinterpret_cast<SeekGroup<D>*>(shared)[group];
-    constexpr int kWords = sizeof(DecodeRow) / 8;
-    constexpr int kEach = (kWords + kSeekThreads - 1) / kSeekThreads;
-    static_assert(sizeof(DecodeRow) % 8 == 0);
-    bool first = true;
-#pragma unroll 1
-    for (int row = block * kSeekGroups + group; row < p.nrow; row += groups) {
-        sync_group(); // the row before is done with
-        SequenceState* sequence = p.rows[row].row.sequence;
-        const auto* from = reinterpret_cast<const unsigned long long*>(p.rows + row);
-        unsigned long long words[kEach];
-#pragma unroll
-        for (int i = 0; i < kEach; i++) {
-            const int at = thread + i * kSeekThreads;
-            words[i] = at < kWords ? from[at] : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < kEach; i++) {
-            const int at = thread + i * kSeekThreads;
-            if (at < kWords) {
-                reinterpret_cast<unsigned long long*>(&s.row)[at] = words[i];
-            }
-        }
-        if (first) {
-            wait_for_previous();
-            first = false;
-        }
-        seek_for_row<D>(p, s, sequence);
+__device__ __forceinline__ unsigned long long bits_of_group(SeekGroup<D>& s, bool x) {
+    static_assert(kSeekWarps == 2);
+    const uint32_t bits = __ballot_sync(0xffffffffu, x);
+    if (threadIdx.x % 32 == 0) {
+        s.bits[threadIdx.x % kSeekThreads / 32] = bits;
     }
-    if (first) {
-        wait_for_previous();
+    sync_group();
+    return static_cast<unsigned long long>(s.bits[1]) << 32 | s.bits[0];
+}
+
+/// By the clusters behind those of rows. Each group has some rows, one after the other.
+/// @param first  where they begin, along the grid's y
+template <int D>
+static __device__ __noinline__ void seek_ahead(
+        const DecodeParams& p,
+        char* shared,
+        int first) {
+    const int group = threadIdx.x / kSeekThreads, thread = threadIdx.x % kSeekThreads;
+    const int of_block = seek_groups(static_cast<int>(blockDim.x));
+    const int block = (blockIdx.y - first) * gridDim.x + blockIdx.x;
+    const int blocks = (gridDim.y - first) * gridDim.x;
+    SeekGroup<D>& s = reinterpret_cast<SeekGroup<D>*>(shared)[group];
+    int described = -1; // the row that s has
+#pragma unroll 1
+    for (int begin = 0; begin < p.nrow; begin += kSeekThreads) {
+        const DecodeRow& row = p.rows[min(begin + thread, p.nrow - 1)];
+        const bool own = begin + thread < p.nrow &&
+                number_of_row(p, row.row) % (blocks * of_block) == group * blocks + block;
+        const int first_own = __ffsll(bits_of_group(s, own)) - 1;
+        if (described < 0 && first_own >= 0) { // mostly the only one
+            described = begin + first_own;
+            describe_row(s, p.rows[described]);
+        }
+        if (begin == 0) {
+            wait_for_previous();
+        }
+        sync_group();
+        const bool visits = own && find_visit(p, row, s.visits[thread]);
+        if (own && !visits) {
+            note_visit(p, row.row, false, s.visits[thread].ahead);
+        }
+        unsigned long long due = bits_of_group(s, visits);
+#pragma unroll 1
+        for (; due; due &= due - 1) {
+            const int i = __ffsll(due) - 1;
+            if (described != begin + i) {
+                described = begin + i;
+                describe_row(s, p.rows[described]);
+                sync_group();
+            }
+            compare_parts<D>(p, s, s.visits[i]);
+            if (thread == 0) {
+                note_visit(p, s.row.row, true, s.visits[i].ahead);
+            }
+            sync_group(); // the row is done with
+        }
+        sync_group();
     }
 }
 

@@ -439,21 +439,41 @@ TEST_F(GpuAdapter, StepsKnowCellsBeforeTheyNeedThem) {
     if (properties.major < 9) {
         GTEST_SKIP() << "without clusters of blocks, cells are found as they are needed";
     }
-    for (int d : {64, 96, 128}) {
-        SCOPED_TRACE(d);
+    struct Shape {
+        int d, heads_kv, sequences;
+    };
+    for (const Shape& shape : {
+                 Shape{64, 2, 1},
+                 {96, 2, 1},
+                 {128, 2, 1},
+                 {64, 4, 9},
+                 {64, 4, 24}, // rows of two blocks that share processors
+                 {96, 4, 40}, // pairs of rows
+                 {128, 8, 31},
+         }) {
+        SCOPED_TRACE(
+                "d " + std::to_string(shape.d) + ", " + std::to_string(shape.heads_kv) +
+                " KV heads, sequences: " + std::to_string(shape.sequences));
         AdapterCase c;
         c.name = "";
-        c.d = d;
+        c.d = shape.d;
+        c.heads_kv = shape.heads_kv;
         c.lengths = {600};
         c.sink = 0; // then the leaving slot is all that differs
         Pair p(c, 600);
-        const OnDevice<char> queries(as_type(c.dtype, p.world.queries()));
-        OnDevice<float> output(c.heads_q * c.d);
+        const OnDevice<char> queries(as_type(
+                c.dtype, p.random.normal(shape.sequences * c.heads_q * c.d)));
+        OnDevice<float> output(shape.sequences * c.heads_q * c.d);
         AttendOutput out;
         out.output = output.data();
-        const auto step = p.device.plan({p.input(1, p.n)});
-        const KvView view = p.host.view(p.n);
         p.append(300);
+        std::vector<SequenceInput> inputs = {p.input(1, p.n)};
+        while (static_cast<int>(inputs.size()) < shape.sequences) {
+            inputs.push_back(inputs[0]);
+            inputs.back().sequence = p.device.fork(p.on_device);
+        }
+        const auto step = p.device.plan(inputs);
+        const KvView view = p.host.view(p.n);
         for (int i = 0; i < 60; i++) {
             const int64_t leaving = p.device.length(p.on_device) - c.window;
             for (int h = 0; h < c.heads_kv && i >= 20; h++) {
@@ -471,7 +491,9 @@ TEST_F(GpuAdapter, StepsKnowCellsBeforeTheyNeedThem) {
             ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
         }
         p.cpu.append(p.on_cpu, p.host.view(360));
-        p.expect_same(p.on_cpu, p.on_device);
+        for (const SequenceInput& input : inputs) {
+            p.expect_same(p.on_cpu, input.sequence);
+        }
     }
 }
 
@@ -483,26 +505,26 @@ TEST_F(GpuAdapter, StepsInOtherBatchesListTheSame) {
     c.ncell = 1100;
     c.lengths = {600};
     Pair p(c, 600);
-    constexpr int kOthers = 15;
+    constexpr int kOthers = 69;
     const OnDevice<char> queries(
             as_type(c.dtype, p.random.normal((kOthers + 1) * c.heads_q * c.d)));
     OnDevice<float> output((kOthers + 1) * c.heads_q * c.d);
     AttendOutput out;
     out.output = output.data();
     p.append(300);
-    const auto alone = p.device.plan({p.input(1, p.n)});
     std::vector<SequenceInput> inputs = {p.input(1, p.n)};
     for (int i = 0; i < kOthers; i++) {
         inputs.push_back(inputs[0]);
         inputs.back().sequence = p.device.create({}, 600);
     }
-    const auto together = p.device.plan(inputs);
-    const auto two = p.device.plan({inputs[0], inputs[1]});
-    const gpu::GpuBatch* batches[] = {alone.get(), together.get(), two.get()};
-    const gpu::GpuBatch* batch = alone.get();
+    std::vector<std::unique_ptr<gpu::GpuBatch>> batches;
+    for (int n : {1, 2, 16, 40, kOthers + 1}) {
+        batches.push_back(p.device.plan({inputs.begin(), inputs.begin() + n}));
+    }
+    const gpu::GpuBatch* batch = batches[0].get();
     while (p.device.length(p.on_device) < p.n) {
         if (p.random.below(6) == 0) {
-            batch = batches[p.random.below(3)];
+            batch = batches[p.random.below(batches.size())].get();
         }
         p.device.step(*batch, queries.data(), out);
     }
