@@ -43,7 +43,8 @@ struct DecodeShape {
     DecodeLayout layout;
     int threads = 0, bytes = 0; ///< of shared memory
 
-    /// Makes room for what blocks need that find cells for later steps, if there is any.
+    /// Makes room for what blocks need that find cells for later steps, if there is any. Two
+    /// blocks have it on a processor of 228 KB, by a few KB.
     template <int D>
     void fit_seekers(const DecodeDevice& device) {
         const int wanted = seek_groups(threads) * int(sizeof(SeekGroup<D>));
@@ -125,41 +126,55 @@ inline bool leaves_too_much_idle(const DecodeParams& p, int blocks, int processo
 }
 
 /// Lets clusters find cells for later steps, as far as there is room for them beside those of
-/// rows, with as many visits as take the least time. None where they would take longer than the
-/// step. Bytes a microsecond, and microseconds, as measured on an H100
-/// (docs/gpu-performance.md).
-/// @param room  bytes that a group needs
+/// rows, or of the last rows where not all run at once, with as many visits as take the least
+/// time. None where they would take longer than these rows. Microseconds, and bytes in one, as
+/// measured on an H100 (docs/gpu-performance.md).
+/// @param of_group  bytes that a group needs
 inline void place_seekers(
         DecodeGrid& grid,
         const DecodeParams& p,
         const DecodeShape& shape,
         int clusters_at_once,
-        int room) {
-    constexpr double kOfStep = 2.9e6, kOfProcessor = 30e3, kOfGroup = 9e3;
-    constexpr double kBeside = 12; // of a visit, beside what it reads
-    constexpr int kRowsOfBlock = 4;
+        int of_group) {
+    constexpr double kOfStep = 2.9e6, kOfBlock = 30e3, kOfGroup = 9e3;
+    constexpr double kOfVisit = 12, kOfLook = 1; // beside what is read
+    constexpr int kRowsOfBlock = 4; // visited or not
     const int wanted = DecodeLayout::share(p.nrow, kRowsOfBlock * grid.row_blocks);
-    int n = std::min(wanted, clusters_at_once - grid.numbered(p.nrow));
+    const int numbered = grid.numbered(p.nrow), at_once = std::max(1, clusters_at_once);
+    const int waves = DecodeLayout::share(numbered, at_once);
+    int n = std::min(wanted, waves * at_once - numbered);
+    n = std::min(n, static_cast<int>(kMostRows) - numbered);
     n = grid.pairs ? n / 2 * 2 : n; // clusters there are two of these
     const int of_block = seek_groups(shape.threads);
     // A smaller window does not have the keys early enough for all parts.
-    if (n <= 0 || p.window <= kMostAhead + kSeekParts || of_block * room > shape.bytes) {
+    if (n <= 0 || p.window <= kMostAhead + kSeekParts || of_block * of_group > shape.bytes) {
         return;
     }
     const int blocks = n * grid.row_blocks, sequences = p.nrow / p.heads_kv;
     const double part = double(cells_of_part(p.most_cells)) * p.most_cell_bytes;
-    double least = 14 + 6e-3 * p.most_cells + static_cast<double>(p.bytes) / kOfStep;
+    const double step = 14 + 6e-3 * p.most_cells + static_cast<double>(p.bytes) / kOfStep;
+    double least = step / waves;
     for (int visits : {8, 4, 2, 1}) {
-        const int rows = p.heads_kv * // in a step, if sequences are equally far
-                std::min(sequences, visits * DecodeLayout::share(sequences, kMostAhead));
+        // Where rows find fewer keys' cells at once, they do so again before all visits are made.
+        if (DecodeLayout::share(kSeekParts, parts_of_visit(visits)) >= shape.layout.ahead) {
+            continue;
+        }
+        const int turns = DecodeLayout::share(sequences, kMostAhead) * visits;
+        const int rows = p.heads_kv * std::min(sequences, turns); // due in a step, at most
+        const int numbers = DecodeLayout::share(p.heads_kv * turns, blocks * of_block);
+        if (numbers * (kMostAhead / visits) > kSeekThreads) {
+            continue; // a group would have more rows than it can look at
+        }
         const int each = DecodeLayout::share(rows, blocks * of_block); // of a group
         const double bytes = parts_of_visit(visits) * part;
-        const double of_processor = DecodeLayout::share(rows, blocks) * bytes / kOfProcessor;
-        const double time = kBeside * each + std::max(each * bytes / kOfGroup, of_processor);
+        const double of_blocks = DecodeLayout::share(rows, blocks) * bytes / kOfBlock;
+        const double time = kOfLook * DecodeLayout::share(p.nrow, kSeekThreads) +
+                kOfVisit * each + std::max(each * bytes / kOfGroup, of_blocks);
         if (time <= least) {
             least = time;
             grid.seekers = n;
             grid.visits = visits;
+            grid.most_visits = each;
         }
     }
 }
@@ -210,13 +225,14 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
         grid.pairs = comes_in_pairs<T, D>(p, shape, blocks);
         const int at_once =
                 clusters_at_once(shape.kernel, blocks, shape.threads, shape.bytes);
-        if (at_once >= p.nrow) {
-            if (leaves_too_much_idle(p, blocks, device.processors)) {
-                return {};
-            }
-            place_seekers(grid, p, shape, at_once, int(sizeof(SeekGroup<D>)));
-            return grid;
+        if (at_once < p.nrow && blocks > 1) {
+            continue;
         }
+        if (at_once >= p.nrow && leaves_too_much_idle(p, blocks, device.processors)) {
+            return {};
+        }
+        place_seekers(grid, p, shape, at_once, int(sizeof(SeekGroup<D>)));
+        break;
     }
     return grid;
 }

@@ -169,8 +169,8 @@ static __device__ __noinline__ void attend_to_keys(
 }
 
 /// @tparam WindowWarps  kWindowWarps, for blocks that are alone on a processor; or 0
-/// @tparam Seekers      whether blocks beside the rows' ones find cells for later steps, where
-///                      these have warps that would
+/// @tparam Seekers      whether blocks beside the rows' ones find cells for later steps, instead
+///                      of warps of these; always so without WindowWarps, if there are any
 template <class T, int D, int WindowWarps, bool Seekers = false>
 __global__ void __launch_bounds__(kThreads + 32 * WindowWarps, WindowWarps ? 1 : 2)
         decode_kernel(const __grid_constant__ DecodeArguments arguments) {

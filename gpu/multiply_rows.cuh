@@ -425,12 +425,16 @@ __device__ __forceinline__ void multiply_short_rows(
 }
 
 /// Tiles of a warp on their way through shared memory, of bfloat16 rows of D columns, and their
-/// biases.
+/// biases. Where rows begin in the same banks, those of odd ones are turned by half.
 template <int D>
 struct TileRing {
-    static constexpr int kStride = D + 8; ///< spreads the banks
-    alignas(16) __nv_bfloat16 tiles[2][kTileRows * kStride];
+    alignas(16) __nv_bfloat16 tiles[2][kTileRows * D];
     float biases[2][kTileRows];
+
+    /// Pieces of so many columns take each other's places in a row.
+    __device__ __forceinline__ static int turn_of_row(int row) {
+        return D % (2 * kPieceColumns) == 0 ? row & 1 : 0;
+    }
 };
 
 /// multiply_rows() for bfloat16 rows of D columns, with one bias each, that are far away: a warp
@@ -444,19 +448,20 @@ __device__ __forceinline__ void multiply_streamed_rows(
         int x_stride,
         TileRing<D>& ring,
         const Emit& emit) {
-    constexpr int kPieces = D / kPieceColumns, kStride = TileRing<D>::kStride;
+    constexpr int kPieces = D / kPieceColumns;
     const int lane = threadIdx.x % 32, part = lane % 4, quad = lane / 4;
     const int n = p.end - p.first, step = kTileRows * Warps;
     const auto send = [&](int first, int to) {
-        constexpr int kChunks = D / 8; // of a row, 16 bytes each
+        constexpr int kChunks = D / 8, kOfPiece = kPieceColumns / 8; // 16 bytes each
 #pragma unroll 4
-        for (int i = lane; i < kTileRows * kChunks; i += 32) {
+        for (int i = lane; i < kTileRows * kChunks && first < n; i += 32) {
             const int row = i / kChunks, chunk = i % kChunks;
+            const int turned = chunk ^ kOfPiece * TileRing<D>::turn_of_row(row);
             copy_16_bytes(
-                    ring.tiles[to] + row * kStride + 8 * chunk,
+                    ring.tiles[to] + row * D + 8 * turned,
                     static_cast<const __nv_bfloat16*>(p.rows) +
-                            (first + row) * D + 8 * chunk,
-                    first + row < n);
+                            min(first + row, n - 1) * D + 8 * chunk,
+                    true);
         }
         if (p.bias && lane < kTileRows && first + lane < n) {
             copy_4_bytes(ring.biases[to] + lane, p.bias + first + lane);
@@ -467,18 +472,20 @@ __device__ __forceinline__ void multiply_streamed_rows(
     send(begin, 0);
     send(begin + step, 1);
     const uint32_t of_lane = shared_address(x + min(quad, p.n - 1) * x_stride + 8 * part);
+    const int turn = TileRing<D>::turn_of_row(quad);
     int at = 0;
 #pragma unroll 1
     for (int first = begin; first < n; first += step) {
         wait_for_copies<1>();
         __syncwarp();
-        const uint32_t rows = shared_address(ring.tiles[at] + quad * kStride + 8 * part);
+        const uint32_t rows = shared_address(ring.tiles[at] + quad * D + 8 * part);
         float c[2][4] = {};
 #pragma unroll
         for (int i = 0; i < kPieces; i++) {
+            const uint32_t row = rows + 2 * kPieceColumns * (i ^ turn);
             TilePiece<true> piece;
-            piece.row[0][0] = load_words(rows + 2 * kPieceColumns * i);
-            piece.row[1][0] = load_words(rows + 2 * (8 * kStride + kPieceColumns * i));
+            piece.row[0][0] = load_words(row);
+            piece.row[1][0] = load_words(row + 2 * 8 * D);
             const uint32_t from = of_lane + 4 * kPieceColumns * i;
             piece.multiply(c, load_words(from), load_words(from + 16));
         }

@@ -36,6 +36,7 @@ FAISS_SAAP_HOST_DEVICE constexpr int seek_groups(int threads) {
 /// What a visit of a row begins with; it may change meanwhile.
 struct SeekVisit {
     int2 ahead; ///< assigned and sought_parts
+    int steps_left; ///< until the keys must be known, this one included
     ListProgress* progress;
     uint16_t* cells; ///< ListState::cells
 };
@@ -47,7 +48,8 @@ struct SeekGroup {
     unsigned long long best[kSeekWarps][kMostAhead];
     TileRing<D> rings[kSeekWarps];
     uint32_t bits[kSeekWarps]; ///< one for each thread
-    SeekVisit visits[kSeekThreads]; ///< of the rows that the threads look at
+    int rows[kSeekThreads];    ///< the group's, each looked at by a thread
+    SeekVisit visits[kSeekThreads];
 };
 
 /// A barrier of a group.
@@ -102,19 +104,19 @@ __device__ __forceinline__ bool are_sought(
             keys_that_are_there(row.kv, assigned, kMostAhead) == kMostAhead;
 }
 
-/// Whether the sequence is visited in this step. Sequences take turns: of the kMostAhead steps
-/// from one key that must be known to the next, each has its own to begin with.
-/// @param leaving  the slot that leaves the window in this step
-/// @param ahead    assigned and sought_parts
-__device__ __forceinline__ bool is_visited(
+/// Whether it is the sequence's turn: visit k of item i is due from a step on that depends on
+/// both, of the kMostAhead ones between two in which keys must be known. So visits of sequences
+/// that are equally far are spread over all steps.
+/// @param left   steps until the keys must be known, this one included
+/// @param parts  that are done
+__device__ __forceinline__ bool is_due(
         const DecodeParams& p,
         int item,
-        int leaving,
-        const int2& ahead) {
-    const int visits = p.grid.visits;
-    const int step = kMostAhead + kSeekSlack - (ahead.x - leaving);
-    const int visit = ahead.y / parts_of_visit(visits);
-    return kMostAhead * visit + item % kMostAhead < (step + 1) * visits;
+        int left,
+        int parts) {
+    const int visits = p.grid.visits, step = kMostAhead + kSeekSlack - left;
+    const int visit = parts / parts_of_visit(visits);
+    return step >= (kMostAhead * visit + item % kMostAhead) / visits;
 }
 
 /// The row's number among those that groups share out: those that are visited in the same
@@ -124,7 +126,8 @@ __device__ __forceinline__ int number_of_row(const DecodeParams& p, const BatchR
     return (turn * visits + row.item % kMostAhead % visits) * p.heads_kv + row.kv_head;
 }
 
-/// The last KV head of a sequence knows whether all have been through the visit's parts.
+/// The last KV head of a sequence knows whether all have been through the visit's parts. What
+/// they have found is read by later kernels alone, so nobody waits for it.
 __device__ __forceinline__ void note_visit(
         const DecodeParams& p,
         const BatchRow& row,
@@ -144,7 +147,7 @@ __device__ __forceinline__ void note_visit(
     }
 }
 
-/// Whether the row is visited in this step, and what a visit begins with.
+/// Whether a visit of the row is due, and what it begins with.
 __device__ __forceinline__ bool find_visit(
         const DecodeParams& p,
         const DecodeRow& row,
@@ -154,9 +157,10 @@ __device__ __forceinline__ bool find_visit(
     visit.ahead = __ldcg(reinterpret_cast<const int2*>(&sequence.assigned));
     visit.progress = row.row.lists->progress; // arrays may have moved
     visit.cells = row.row.lists->cells;
-    const auto leaving = static_cast<int>(leaving_slot(length, p.sink, p.window));
-    return are_sought(p, row, length, visit.ahead.x) &&
-            is_visited(p, row.row.item, leaving, visit.ahead);
+    visit.steps_left =
+            visit.ahead.x - static_cast<int>(leaving_slot(length, p.sink, p.window));
+    return is_due(p, row.row.item, visit.steps_left, visit.ahead.y) &&
+            are_sought(p, row, length, visit.ahead.x);
 }
 
 /// Compares the row's keys with the cells of some parts. By a group, which has its description.
@@ -246,53 +250,78 @@ __device__ __forceinline__ unsigned long long bits_of_group(SeekGroup<D>& s, boo
     return static_cast<unsigned long long>(s.bits[1]) << 32 | s.bits[0];
 }
 
-/// By the clusters behind those of rows. Each group has some rows, one after the other.
-/// @param first  where they begin, along the grid's y
+/// Finds the rows that the group has, of all.
+/// @return  how many
+template <int D>
+__device__ __forceinline__ int find_rows(
+        const DecodeParams& p,
+        SeekGroup<D>& s,
+        int group,
+        int groups) {
+    const int thread = threadIdx.x % kSeekThreads;
+    int n = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < p.nrow; begin += kSeekThreads) {
+        const int row = begin + thread;
+        const bool own =
+                row < p.nrow && number_of_row(p, p.rows[row].row) % groups == group;
+        const unsigned long long bits = bits_of_group(s, own);
+        if (own) {
+            s.rows[n + __popcll(bits & ((1ull << thread) - 1))] = row;
+        }
+        n += __popcll(bits);
+        sync_group();
+    }
+    return n;
+}
+
+/// By the clusters behind those of rows. Groups share these out, as many as have something to do
+/// in a step each in a block of its own, if there are so many: a processor does not read faster
+/// for more of them.
+/// @param first  where the clusters begin, along the grid's y
 template <int D>
 static __device__ __noinline__ void seek_ahead(
         const DecodeParams& p,
         char* shared,
         int first) {
-    const int group = threadIdx.x / kSeekThreads, thread = threadIdx.x % kSeekThreads;
     const int of_block = seek_groups(static_cast<int>(blockDim.x));
+    const int in_block = threadIdx.x / kSeekThreads, thread = threadIdx.x % kSeekThreads;
     const int block = (blockIdx.y - first) * gridDim.x + blockIdx.x;
     const int blocks = (gridDim.y - first) * gridDim.x;
-    SeekGroup<D>& s = reinterpret_cast<SeekGroup<D>*>(shared)[group];
-    int described = -1; // the row that s has
-#pragma unroll 1
-    for (int begin = 0; begin < p.nrow; begin += kSeekThreads) {
-        const DecodeRow& row = p.rows[min(begin + thread, p.nrow - 1)];
-        const bool own = begin + thread < p.nrow &&
-                number_of_row(p, row.row) % (blocks * of_block) == group * blocks + block;
-        const int first_own = __ffsll(bits_of_group(s, own)) - 1;
-        if (described < 0 && first_own >= 0) { // mostly the only one
-            described = begin + first_own;
-            describe_row(s, p.rows[described]);
-        }
-        if (begin == 0) {
-            wait_for_previous();
-        }
-        sync_group();
-        const bool visits = own && find_visit(p, row, s.visits[thread]);
-        if (own && !visits) {
+    SeekGroup<D>& s = reinterpret_cast<SeekGroup<D>*>(shared)[in_block];
+    const int n = find_rows(p, s, in_block * blocks + block, of_block * blocks);
+    if (n == 1) {
+        describe_row(s, p.rows[s.rows[0]]);
+    }
+    wait_for_previous();
+    sync_group();
+    bool is_due = false;
+    if (thread < n) {
+        const DecodeRow& row = p.rows[s.rows[thread]];
+        is_due = find_visit(p, row, s.visits[thread]);
+        if (!is_due) {
             note_visit(p, row.row, false, s.visits[thread].ahead);
         }
-        unsigned long long due = bits_of_group(s, visits);
+    }
+    unsigned long long due = bits_of_group(s, is_due);
 #pragma unroll 1
-        for (; due; due &= due - 1) {
-            const int i = __ffsll(due) - 1;
-            if (described != begin + i) {
-                described = begin + i;
-                describe_row(s, p.rows[described]);
+    for (int done = 0; due; due &= due - 1) {
+        const int i = __ffsll(due) - 1;
+        const SeekVisit& visit = s.visits[i];
+        // Sequences that are not equally far may all be due: what can wait does.
+        const bool visits = done < p.grid.most_visits || visit.steps_left <= 1 + kSeekSlack;
+        if (visits) {
+            if (n > 1) {
+                describe_row(s, p.rows[s.rows[i]]);
                 sync_group();
             }
-            compare_parts<D>(p, s, s.visits[i]);
-            if (thread == 0) {
-                note_visit(p, s.row.row, true, s.visits[i].ahead);
-            }
-            sync_group(); // the row is done with
+            compare_parts<D>(p, s, visit);
+            done++;
         }
-        sync_group();
+        if (thread == 0) {
+            note_visit(p, p.rows[s.rows[i]].row, visits, visit.ahead);
+        }
+        sync_group(); // the row is done with
     }
 }
 

@@ -431,81 +431,104 @@ TEST_F(GpuAdapter, StepsAfterATruncationListWhatIsThereNow) {
     expect_steps_after_a_truncation_to_list_what_is_there(c);
 }
 
+/// Rows of a step that cells are found ahead of.
+struct RowsAhead {
+    int d, heads_kv, sequences;
+    int ncell = 24;
+    bool bf16_centroids = false; ///< which come through shared memory
+};
+
+class GpuAdapterAhead : public GpuAdapter, public testing::WithParamInterface<RowsAhead> {};
+
 /// In no step does anything wait for the search for a key's cell: a key that only this step
 /// would find elsewhere is listed where it was.
-TEST_F(GpuAdapter, StepsKnowCellsBeforeTheyNeedThem) {
+TEST_P(GpuAdapterAhead, StepsKnowCellsBeforeTheyNeedThem) {
     cudaDeviceProp properties;
     ASSERT_EQ(cudaGetDeviceProperties(&properties, 0), cudaSuccess);
     if (properties.major < 9) {
         GTEST_SKIP() << "without clusters of blocks, cells are found as they are needed";
     }
-    struct Shape {
-        int d, heads_kv, sequences;
-    };
-    for (const Shape& shape : {
-                 Shape{64, 2, 1},
-                 {96, 2, 1},
-                 {128, 2, 1},
-                 {64, 4, 9},
-                 {64, 4, 24}, // rows of two blocks that share processors
-                 {96, 4, 40}, // pairs of rows
-                 {128, 8, 31},
-         }) {
-        SCOPED_TRACE(
-                "d " + std::to_string(shape.d) + ", " + std::to_string(shape.heads_kv) +
-                " KV heads, sequences: " + std::to_string(shape.sequences));
-        AdapterCase c;
-        c.name = "";
-        c.d = shape.d;
-        c.heads_kv = shape.heads_kv;
-        c.lengths = {600};
-        c.sink = 0; // then the leaving slot is all that differs
-        Pair p(c, 600);
-        const OnDevice<char> queries(as_type(
-                c.dtype, p.random.normal(shape.sequences * c.heads_q * c.d)));
-        OnDevice<float> output(shape.sequences * c.heads_q * c.d);
-        AttendOutput out;
-        out.output = output.data();
-        p.append(300);
-        std::vector<SequenceInput> inputs = {p.input(1, p.n)};
-        while (static_cast<int>(inputs.size()) < shape.sequences) {
-            inputs.push_back(inputs[0]);
-            inputs.back().sequence = p.device.fork(p.on_device);
-        }
-        const auto step = p.device.plan(inputs);
-        const KvView view = p.host.view(p.n);
-        for (int i = 0; i < 60; i++) {
-            const int64_t leaving = p.device.length(p.on_device) - c.window;
-            for (int h = 0; h < c.heads_kv && i >= 20; h++) {
-                const char* key = static_cast<const char*>(view.key(h, leaving));
-                std::vector<char> opposite(key, key + 2 * c.d);
-                for (int j = 0; j < c.d; j++) {
-                    opposite[2 * j + 1] ^= static_cast<char>(0x80); // the sign
-                }
-                write_to_device(
-                        p.cache.k.data() + (key - p.host.k.data()),
-                        opposite.data(),
-                        opposite.size());
+    const RowsAhead& rows = GetParam();
+    if (rows.heads_kv * rows.sequences + 8 > 2 * properties.multiProcessorCount) {
+        GTEST_SKIP() << "no blocks have room beside so many rows";
+    }
+    AdapterCase c;
+    c.name = "";
+    c.d = rows.d;
+    c.heads_kv = rows.heads_kv;
+    c.ncell = rows.ncell;
+    c.bf16_centroids = rows.bf16_centroids;
+    c.lengths = {600};
+    c.sink = 0; // then the leaving slot is all that differs
+    Pair p(c, 600);
+    const OnDevice<char> queries(
+            as_type(c.dtype, p.random.normal(rows.sequences * c.heads_q * c.d)));
+    OnDevice<float> output(rows.sequences * c.heads_q * c.d);
+    AttendOutput out;
+    out.output = output.data();
+    p.append(300);
+    std::vector<SequenceInput> inputs = {p.input(1, p.n)};
+    while (static_cast<int>(inputs.size()) < rows.sequences) {
+        inputs.push_back(inputs[0]);
+        inputs.back().sequence = p.device.fork(p.on_device);
+    }
+    const auto step = p.device.plan(inputs);
+    const KvView view = p.host.view(p.n);
+    for (int i = 0; i < 60; i++) {
+        const int64_t leaving = p.device.length(p.on_device) - c.window;
+        for (int h = 0; h < c.heads_kv && i >= 20; h++) {
+            const char* key = static_cast<const char*>(view.key(h, leaving));
+            std::vector<char> opposite(key, key + 2 * c.d);
+            for (int j = 0; j < c.d; j++) {
+                opposite[2 * j + 1] ^= static_cast<char>(0x80); // the sign
             }
-            p.device.step(*step, queries.data(), out);
-            ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+            write_to_device(
+                    p.cache.k.data() + (key - p.host.k.data()),
+                    opposite.data(),
+                    opposite.size());
         }
-        p.cpu.append(p.on_cpu, p.host.view(360));
-        for (const SequenceInput& input : inputs) {
-            p.expect_same(p.on_cpu, input.sequence);
-        }
+        p.device.step(*step, queries.data(), out);
+        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    }
+    p.cpu.append(p.on_cpu, p.host.view(360));
+    for (const SequenceInput& input : inputs) {
+        p.expect_same(p.on_cpu, input.sequence);
     }
 }
+
+INSTANTIATE_TEST_SUITE_P(
+        Rows,
+        GpuAdapterAhead,
+        testing::Values(
+                RowsAhead{64, 2, 1},
+                RowsAhead{96, 2, 1},
+                RowsAhead{128, 2, 1},
+                RowsAhead{64, 4, 9},
+                RowsAhead{64, 4, 24}, // rows of two blocks that share processors
+                RowsAhead{96, 4, 40}, // pairs of rows
+                RowsAhead{128, 8, 31},
+                RowsAhead{128, 2, 1, 600, true},
+                RowsAhead{64, 4, 40, 1100, true},
+                RowsAhead{96, 8, 16, 1000, true},
+                RowsAhead{128, 8, 32, 1024, true}), // few blocks have room: one visit each
+        [](const testing::TestParamInfo<RowsAhead>& rows) {
+            return "d" + std::to_string(rows.param.d) + "heads" +
+                    std::to_string(rows.param.heads_kv) + "cells" +
+                    std::to_string(rows.param.ncell) + "sequences" +
+                    std::to_string(rows.param.sequences);
+        });
 
 /// Cells of later keys are sought over several steps, in which blocks share rows out
 /// differently.
 TEST_F(GpuAdapter, StepsInOtherBatchesListTheSame) {
     AdapterCase c;
     c.name = "";
+    c.heads_kv = 4;
     c.ncell = 1100;
+    c.bf16_centroids = true;
     c.lengths = {600};
     Pair p(c, 600);
-    constexpr int kOthers = 69;
+    constexpr int kOthers = 63;
     const OnDevice<char> queries(
             as_type(c.dtype, p.random.normal((kOthers + 1) * c.heads_q * c.d)));
     OnDevice<float> output((kOthers + 1) * c.heads_q * c.d);
@@ -518,7 +541,7 @@ TEST_F(GpuAdapter, StepsInOtherBatchesListTheSame) {
         inputs.back().sequence = p.device.create({}, 600);
     }
     std::vector<std::unique_ptr<gpu::GpuBatch>> batches;
-    for (int n : {1, 2, 16, 40, kOthers + 1}) {
+    for (int n : {1, 2, 16, 24, 40, kOthers + 1}) {
         batches.push_back(p.device.plan({inputs.begin(), inputs.begin() + n}));
     }
     const gpu::GpuBatch* batch = batches[0].get();
