@@ -295,22 +295,22 @@ static __device__ __noinline__ void seek_ahead(
     }
     wait_for_previous();
     sync_group();
-    bool is_due = false;
+    bool visits = false;
     if (thread < n) {
         const DecodeRow& row = p.rows[s.rows[thread]];
-        is_due = find_visit(p, row, s.visits[thread]);
-        if (!is_due) {
+        visits = find_visit(p, row, s.visits[thread]);
+        if (!visits) {
             note_visit(p, row.row, false, s.visits[thread].ahead);
         }
     }
-    unsigned long long due = bits_of_group(s, is_due);
+    unsigned long long due = bits_of_group(s, visits);
 #pragma unroll 1
     for (int done = 0; due; due &= due - 1) {
         const int i = __ffsll(due) - 1;
         const SeekVisit& visit = s.visits[i];
         // Sequences that are not equally far may all be due: what can wait does.
-        const bool visits = done < p.grid.most_visits || visit.steps_left <= 1 + kSeekSlack;
-        if (visits) {
+        const bool now = done < p.grid.most_visits || visit.steps_left <= 1 + kSeekSlack;
+        if (now) {
             if (n > 1) {
                 describe_row(s, p.rows[s.rows[i]]);
                 sync_group();
@@ -319,7 +319,7 @@ static __device__ __noinline__ void seek_ahead(
             done++;
         }
         if (thread == 0) {
-            note_visit(p, p.rows[s.rows[i]].row, visits, visit.ahead);
+            note_visit(p, p.rows[s.rows[i]].row, now, visit.ahead);
         }
         sync_group(); // the row is done with
     }

@@ -509,8 +509,8 @@ INSTANTIATE_TEST_SUITE_P(
                 RowsAhead{128, 8, 31},
                 RowsAhead{128, 2, 1, 600, true},
                 RowsAhead{64, 4, 40, 1100, true},
-                RowsAhead{96, 8, 16, 1000, true},
-                RowsAhead{128, 8, 32, 1024, true}), // few blocks have room: one visit each
+                RowsAhead{96, 8, 16, 100, true},   // few blocks have room: two visits
+                RowsAhead{128, 8, 32, 100, true}), // one visit
         [](const testing::TestParamInfo<RowsAhead>& rows) {
             return "d" + std::to_string(rows.param.d) + "heads" +
                     std::to_string(rows.param.heads_kv) + "cells" +
