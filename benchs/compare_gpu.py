@@ -237,7 +237,8 @@ def plot(report, path):
     left.set_xticks(tokens, [f"{t // 1024}k" for t in tokens])
     left.set_yticks(ticks, [str(t) for t in ticks])
     left.minorticks_off()
-    left.legend()
+    left.set_ylim(top=4 * left.get_ylim()[1])  # room for the legend
+    left.legend(fontsize="small", ncols=2, loc="upper left")
     for r in report["results"]:
         points = [
             (float(n.split()[1]), r["methods"]["flash"]["us"] / m["us"])
