@@ -42,15 +42,15 @@ struct DecodeShape {
     void (*kernel)(DecodeArguments) = nullptr; ///< null: there is not so much memory
     DecodeLayout layout;
     int threads = 0, bytes = 0; ///< of shared memory
+    bool fits_seekers = false;  ///< it is enough for blocks that find cells for later steps
 
-    /// Makes room for what blocks need that find cells for later steps, if there is any. Two
-    /// blocks have it on a processor of 228 KB, by a few KB.
+    /// Makes room for what these need, if there is any. Two blocks have it on a processor of
+    /// 228 KB, by a few KB.
     template <int D>
     void fit_seekers(const DecodeDevice& device) {
         const int wanted = seek_groups(threads) * int(sizeof(SeekGroup<D>));
-        if (wanted <= device.room) {
-            bytes = std::max(bytes, wanted);
-        }
+        fits_seekers = wanted <= device.room;
+        bytes = std::max(bytes, fits_seekers ? wanted : 0);
     }
 
     /// With as many warps that attend as there is room for.
@@ -129,13 +129,11 @@ inline bool leaves_too_much_idle(const DecodeParams& p, int blocks, int processo
 /// rows, or of the last rows where not all run at once, with as many visits as take the least
 /// time. None where they would take longer than these rows. Microseconds, and bytes in one, as
 /// measured on an H100 (docs/gpu-performance.md).
-/// @param of_group  bytes that a group needs
 inline void place_seekers(
         DecodeGrid& grid,
         const DecodeParams& p,
         const DecodeShape& shape,
-        int clusters_at_once,
-        int of_group) {
+        int clusters_at_once) {
     constexpr double kOfStep = 2.9e6, kOfBlock = 30e3, kOfGroup = 9e3;
     constexpr double kOfVisit = 12, kOfLook = 1; // beside what is read
     constexpr int kRowsOfBlock = 4; // visited or not
@@ -145,12 +143,12 @@ inline void place_seekers(
     int n = std::min(wanted, waves * at_once - numbered);
     n = std::min(n, static_cast<int>(kMostRows) - numbered);
     n = grid.pairs ? n / 2 * 2 : n; // clusters there are two of these
-    const int of_block = seek_groups(shape.threads);
     // A smaller window does not have the keys early enough for all parts.
-    if (n <= 0 || p.window <= kMostAhead + kSeekParts || of_block * of_group > shape.bytes) {
+    if (n <= 0 || p.window <= kMostAhead + kSeekParts || !shape.fits_seekers) {
         return;
     }
-    const int blocks = n * grid.row_blocks, sequences = p.nrow / p.heads_kv;
+    const int sequences = p.nrow / p.heads_kv, blocks = n * grid.row_blocks;
+    const int groups = blocks * seek_groups(shape.threads);
     const double part = double(cells_of_part(p.most_cells)) * p.most_cell_bytes;
     const double step = 14 + 6e-3 * p.most_cells + static_cast<double>(p.bytes) / kOfStep;
     double least = step / waves;
@@ -161,11 +159,11 @@ inline void place_seekers(
         }
         const int turns = DecodeLayout::share(sequences, kMostAhead) * visits;
         const int rows = p.heads_kv * std::min(sequences, turns); // due in a step, at most
-        const int numbers = DecodeLayout::share(p.heads_kv * turns, blocks * of_block);
+        const int numbers = DecodeLayout::share(p.heads_kv * turns, groups);
         if (numbers * (kMostAhead / visits) > kSeekThreads) {
             continue; // a group would have more rows than it can look at
         }
-        const int each = DecodeLayout::share(rows, blocks * of_block); // of a group
+        const int each = DecodeLayout::share(rows, groups);
         const double bytes = parts_of_visit(visits) * part;
         const double of_blocks = DecodeLayout::share(rows, blocks) * bytes / kOfBlock;
         const double time = kOfLook * DecodeLayout::share(p.nrow, kSeekThreads) +
@@ -231,7 +229,7 @@ DecodeGrid decode_row_grid(const DecodeParams& p) {
         if (at_once >= p.nrow && leaves_too_much_idle(p, blocks, device.processors)) {
             return {};
         }
-        place_seekers(grid, p, shape, at_once, int(sizeof(SeekGroup<D>)));
+        place_seekers(grid, p, shape, at_once);
         break;
     }
     return grid;

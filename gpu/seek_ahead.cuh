@@ -214,7 +214,7 @@ __device__ __forceinline__ void compare_parts(
     }
 }
 
-/// Reads a row's description. By a group.
+/// Reads a row's description, all words at once. By a group.
 template <int D>
 __device__ __forceinline__ void describe_row(SeekGroup<D>& s, const DecodeRow& row) {
     constexpr int kWords = sizeof(DecodeRow) / 8;
