@@ -23,6 +23,10 @@ struct Flat {
     bool rounded; ///< to bfloat16
 };
 
+void PrintTo(const Flat& f, std::ostream* out) {
+    *out << (f.metric == faiss::METRIC_L2 ? "L2" : "IP") << (f.rounded ? "rounded" : "");
+}
+
 std::shared_ptr<faiss::IndexFlat> flat(tests::Random& random, const Flat& of) {
     std::vector<float> x = random.normal(ncell * d);
     round_to(of.rounded ? DType::bfloat16 : DType::float32, ncell * d, x.data());
@@ -92,10 +96,7 @@ INSTANTIATE_TEST_SUITE_P(
                 Flat{faiss::METRIC_INNER_PRODUCT, false},
                 Flat{faiss::METRIC_L2, true},
                 Flat{faiss::METRIC_INNER_PRODUCT, true}),
-        [](const auto& info) {
-            return std::string(info.param.metric == faiss::METRIC_L2 ? "L2" : "IP") +
-                    (info.param.rounded ? "rounded" : "");
-        });
+        ::testing::PrintToStringParamName());
 
 TEST(QuantizerAssigner, ApproximateQuantizerServesToo) {
     tests::Random random;

@@ -438,6 +438,11 @@ struct RowsAhead {
     bool bf16_centroids = false; ///< which come through shared memory
 };
 
+void PrintTo(const RowsAhead& r, std::ostream* out) {
+    *out << "d" << r.d << "heads" << r.heads_kv << "cells" << r.ncell << "sequences"
+         << r.sequences;
+}
+
 class GpuAdapterAhead : public GpuAdapter, public testing::WithParamInterface<RowsAhead> {};
 
 /// In no step does anything wait for the search for a key's cell: a key that only this step
@@ -511,12 +516,7 @@ INSTANTIATE_TEST_SUITE_P(
                 RowsAhead{64, 4, 40, 1100, true},
                 RowsAhead{96, 8, 16, 100, true},   // few blocks have room: two visits
                 RowsAhead{128, 8, 32, 100, true}), // one visit
-        [](const testing::TestParamInfo<RowsAhead>& rows) {
-            return "d" + std::to_string(rows.param.d) + "heads" +
-                    std::to_string(rows.param.heads_kv) + "cells" +
-                    std::to_string(rows.param.ncell) + "sequences" +
-                    std::to_string(rows.param.sequences);
-        });
+        testing::PrintToStringParamName());
 
 /// Cells of later keys are sought over several steps, in which blocks share rows out
 /// differently.
