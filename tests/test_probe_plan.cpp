@@ -277,17 +277,20 @@ TEST(LayerPlan, AnAdapterFollowsIt) {
             {out.data(), lse.data(), stats.data()});
     for (int h = 0; h < 2; h++) {
         const int first = h ? 12 : 20; // cells of the head's first partition
-        std::vector<int64_t> keys(2);
+        std::vector<int64_t> keys(2), cells(2);
         std::set<int32_t> slots;
         for (int64_t i = probed.begin[h]; i < probed.begin[h + 1]; i++) {
             const int c = probed.cells[i], part = c >= first;
             const auto list = adapter.lists(s, h, part).slots(c - part * first);
             keys[part] += static_cast<int64_t>(list.size());
+            cells[part]++;
             slots.insert(list.begin(), list.end());
         }
         const int64_t far = tokens - 64;
         EXPECT_GT(keys[0], 0);
-        EXPECT_LE(keys[0], (h ? .2 : .15) * far);
+        if (cells[0] > 1) { // a single one is read even where it exceeds the share
+            EXPECT_LE(keys[0], (h ? .2 : .15) * far);
+        }
         EXPECT_LE(keys[1], (h ? .1 : 0) * far);
         EXPECT_EQ(keys[1] > 0, h == 1);
         // Output and LSE are of exactly these, sink and window.

@@ -57,7 +57,7 @@ def trace():
 
 
 def run(program, *options):
-    return subprocess.run([program, *map(str, options)], capture_output=True, text=True, timeout=60)
+    return subprocess.run([program, *map(str, options)], capture_output=True, text=True, timeout=300)
 
 
 def load_layer(path, layer):

@@ -173,10 +173,10 @@ def test_resumed_equals_uninterrupted(programs, trace, tmp_path):
     command[command.index("--layers") : command.index("--layers") + 2] = []
     command = [str(c) for c in command]
     whole, part = tmp_path / "whole.saap", tmp_path / "part.saap"
-    assert subprocess.run([*command, "--out", whole], timeout=60, capture_output=True).returncode == 0
+    assert subprocess.run([*command, "--out", whole], timeout=300, capture_output=True).returncode == 0
     process = subprocess.Popen([*command, "--out", str(part)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = tmp_path / "part.saap.state"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
