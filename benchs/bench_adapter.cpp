@@ -308,7 +308,7 @@ int main(int argc, char** argv) {
             "its full length, and queries ask at each quarter. Cells are chosen "
             "for the group, and for each query head at equal selectivity per "
             "KV head."};
-    app.add_option("--trace", o.trace, "recorded queries, keys and values")
+    add_input(app, "--trace", o.trace, "recorded queries, keys and values")
             ->required()
             ->check(CLI::ExistingFile);
     app.add_option("--layer", o.layers, "layers, as 9,15")
@@ -317,7 +317,8 @@ int main(int argc, char** argv) {
     app.add_option("--kv-head", o.kv_heads, "KV heads, as 0,1")
             ->delimiter(',')
             ->capture_default_str();
-    app.add_option(
+    add_input(
+               app,
                "--partitions", o.partitions, "trained partitions, a .saap file")
             ->check(CLI::ExistingFile);
     app.add_option("--budget", o.budgets, "far keys read per KV head")
@@ -339,7 +340,7 @@ int main(int argc, char** argv) {
     app.add_option("--queries", o.queries, "tokens that ask at each length")
             ->check(CLI::PositiveNumber)
             ->capture_default_str();
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] { run(o); });
+    return run_program(app, [&] { run(o); });
 }

@@ -191,12 +191,13 @@ int main(int argc, char** argv) {
             "database, its later queries ask. Recall@k against the share of the "
             "vectors read and time, of IVF with distinct assigners, plain IVF and "
             "HNSW."};
-    auto* trace = app.add_option("--trace", o.trace, "trace file");
+    auto* trace = add_input(app, "--trace", o.trace, "trace file");
     app.add_option("--layer", o.layer, "of the trace")->capture_default_str();
     app.add_option("--kv-head", o.kv_head, "of the trace")->capture_default_str();
-    auto* base = app.add_option(
+    auto* base = add_input(
+            app,
             "--base", o.base, "database in place of a trace: .fvecs or .fbin");
-    auto* query = app.add_option("--query", o.query, "its queries");
+    auto* query = add_input(app, "--query", o.query, "its queries");
     base->needs(query)->excludes(trace);
     query->needs(base);
     app.add_option("--ncell", o.ncell, "cells")
@@ -212,9 +213,9 @@ int main(int argc, char** argv) {
             "--export",
             o.export_prefix,
             "writes PREFIXbase and PREFIXquery as .fvecs and .fbin");
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] {
+    return run_program(app, [&] {
         FAISS_THROW_IF_NOT_MSG(
                 !o.trace.empty() || !o.base.empty(),
                 "there is nothing to search in: --trace, or --base and --query");

@@ -127,9 +127,9 @@ int main(int argc, char** argv) {
             "tokens that come after the others, one by one");
     add_number(app, "--niter", o.niter, "k-means iterations");
     add_number(app, "--repeat", o.repeat, "runs of assigning and listing");
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] {
+    return run_program(app, [&] {
         if (o.device == "cpu") {
             run(o);
             return;

@@ -139,7 +139,7 @@ int main(int argc, char** argv) {
     add("--queries", o.queries, "timed queries, of which the median counts");
     add("--batch", o.batch, "queries of a batch");
     add("--cold-gib", o.cold_gib, "memory that cold weights are spread over");
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] { run(o); });
+    return run_program(app, [&] { run(o); });
 }

@@ -388,9 +388,9 @@ int main(int argc, char** argv) {
     app.add_option("--selectivity", o.selectivity, "far keys read per KV head")
             ->check(CLI::Range(0.0, 1.0))
             ->capture_default_str();
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] {
+    return run_program(app, [&] {
         if (o.device == "cpu") {
             FAISS_THROW_IF_NOT_FMT(
                     o.ragged == 0, "ragged = %g: on the CPU sequences are alike", o.ragged);

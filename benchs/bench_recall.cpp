@@ -307,7 +307,7 @@ int main(int argc, char** argv) {
             "keys and values. For each method and budget (the largest share of "
             "far keys that a query head may read): the attention mass that was "
             "read, what the partition would allow, and the error of the output."};
-    app.add_option("--trace", o.trace, "trace file")->required();
+    add_input(app, "--trace", o.trace, "trace file")->required();
     app.add_option("--layer", o.layers, "layers, comma-separated")
             ->required()
             ->delimiter(',');
@@ -342,7 +342,8 @@ int main(int argc, char** argv) {
                "rest is inserted")
             ->check(CLI::IsMember({"all", "prefix"}))
             ->capture_default_str();
-    app.add_option(
+    add_input(
+            app,
             "--partitions",
             o.partitions,
             "file of train_partitions, for the methods offline_* and saap*");
@@ -353,12 +354,13 @@ int main(int argc, char** argv) {
             ->check(CLI::PositiveNumber)
             ->capture_default_str();
     app.add_option("--seed", o.seed, "of k-means")->capture_default_str();
-    app.add_option(
+    add_output(
+            app,
             "--save-cells",
             o.save_cells,
             "safetensors file for the post-RoPE cells (cell of each key, cell "
             "means) of the last layer and head");
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] { run(o); });
+    return run_program(app, [&] { run(o); });
 }

@@ -128,7 +128,7 @@ int main(int argc, char** argv) {
     add("--nprobe", o.nprobe, "cells probed");
     add("--k", o.k, "neighbours");
     add("--repeat", o.repeat, "runs, of which the median counts");
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] { run(o); });
+    return run_program(app, [&] { run(o); });
 }

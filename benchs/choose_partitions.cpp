@@ -339,19 +339,21 @@ int main(int argc, char** argv) {
             "blend, cells of the sequence's own rotated keys, or both with a "
             "split of the budget. Prints the plans, and beside them the best "
             "choice per head in hindsight and each method for all heads."};
-    app.add_option("--trace", o.traces, "traces of texts to choose by")
+    add_input(app, "--trace", o.traces, "traces of texts to choose by")
             ->required()
             ->delimiter(',');
-    app.add_option(
+    add_input(
+               app,
                "--lookup-trace",
                o.lookups,
                "traces of texts whose last tokens look something up, at which no "
                "plan may be worse than the classifier")
             ->delimiter(',');
-    app.add_option(
+    add_input(
+               app,
                "--test-trace", o.tests, "traces of other texts, only measured")
             ->delimiter(',');
-    app.add_option("--partitions", o.partitions, "file of train_partitions")
+    add_input(app, "--partitions", o.partitions, "file of train_partitions")
             ->required();
     app.add_option(
                "--byte-budget",
@@ -360,7 +362,7 @@ int main(int argc, char** argv) {
                "and values")
             ->check(CLI::Range(0.0, 1.0))
             ->capture_default_str();
-    app.add_option("--out", o.out, "file for the partitions with their plans");
+    add_output(app, "--out", o.out, "file for the partitions with their plans");
     app.add_option(
                "--layers", o.layers, "comma-separated; all of the file by default")
             ->delimiter(',');
@@ -374,7 +376,7 @@ int main(int argc, char** argv) {
                o.tokens,
                "length of the texts that it is for; that of the first trace by "
                "default")
-            ->check(CLI::PositiveNumber);
+            ->check(CLI::Range(int64_t(1), int64_t(INT32_MAX)));
     app.add_option("--sink", o.sink, "first tokens, always read; as trained")
             ->check(CLI::NonNegativeNumber);
     app.add_option(
@@ -392,7 +394,7 @@ int main(int argc, char** argv) {
     app.add_option("--asked", p.asked, "last tokens of a lookup, which ask")
             ->check(CLI::PositiveNumber)
             ->capture_default_str();
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] { run(o); });
+    return run_program(app, [&] { run(o); });
 }

@@ -497,7 +497,7 @@ int main(int argc, char** argv) {
             "Indexes the keys of a recorded text, decodes its last eighth token "
             "by token and compares dense attention, the best keys one by one, "
             "symmetric and asymmetric assignment of queries."};
-    app.add_option("--trace", o.trace, "trace file")->required();
+    add_input(app, "--trace", o.trace, "trace file")->required();
     app.add_option("--ncell", o.ncell, "cells of the partition")
             ->check(CLI::Range(1, 65536))
             ->capture_default_str();
@@ -510,7 +510,7 @@ int main(int argc, char** argv) {
     app.add_option("--window", o.window, "most recent tokens, always read")
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] { run(o); });
+    return run_program(app, [&] { run(o); });
 }

@@ -40,7 +40,7 @@ std::string stretched(const RopeParams& rope, double by) {
     longer.scaling = RopeScaling::ntk;
     longer.factor =
             (rope.scaling == RopeScaling::ntk ? rope.factor : 1) * std::max(1.0, by);
-    return longer.scaling_text();
+    return longer.factor == 1 ? "" : longer.scaling_text();
 }
 
 std::vector<uint16_t> to_half(const std::vector<float>& x) {
@@ -67,6 +67,13 @@ void run(const Options& o) {
     }
     const Trace& first = traces.front();
     const int d = first.d, group = first.group();
+    check_once(o.layers, "layer");
+    check_once(o.kv_heads, "kv-head");
+    RopeParams longer = first.rope;
+    if (o.rope_scaling != "longer") {
+        longer.set_scaling(o.rope_scaling);
+        RotaryEmbedding checked(longer);
+    }
     const ReplayPath path(lengths, o.tokens, o.run, o.seed);
 
     const auto recorded = [&](const auto& of_trace) {
@@ -168,7 +175,7 @@ int main(int argc, char** argv) {
             "Writes a trace of any length with the geometry of recorded ones: each "
             "token blends two recorded tokens, before RoPE. benchs/README.md says "
             "how far methods fare on it as on recorded texts."};
-    app.add_option("--trace", o.traces, "recorded traces of one model")->required();
+    add_input(app, "--trace", o.traces, "recorded traces of one model")->required();
     app.add_option("--layer", o.layers, "layers, comma-separated")
             ->required()
             ->delimiter(',');
@@ -178,7 +185,7 @@ int main(int argc, char** argv) {
     app.add_option("--tokens", o.tokens, "length of the new text")
             ->check(CLI::Range(int64_t(17), int64_t(1) << 24))
             ->capture_default_str();
-    app.add_option("--out", o.out, "the trace, a .safetensors file")->required();
+    add_output(app, "--out", o.out, "the trace, a .safetensors file")->required();
     app.add_option("--run", o.run, "tokens replayed in a row, on average")
             ->check(CLI::Range(1.0, 1e9))
             ->capture_default_str();
@@ -188,7 +195,7 @@ int main(int argc, char** argv) {
             "as docs/trace-format.md has it; by default NTK, stretched as the text "
             "is");
     app.add_option("--seed", o.seed, "of the walks")->capture_default_str();
-    app.add_option("--json", o.json, "file for what was measured");
+    add_output(app, "--json", o.json, "file for what was measured");
     CLI11_PARSE(app, argc, argv);
-    return run_program([&] { run(o); });
+    return run_program(app, [&] { run(o); });
 }

@@ -224,8 +224,8 @@ void run(Options options) {
     if (options.kv_heads.empty()) {
         options.kv_heads = texts.front().kv_heads;
     }
-    // An unwritable place is told before an hour of training, not after.
-    check_writable(options.out);
+    check_once(options.layers, "layers");
+    check_once(options.kv_heads, "kv-heads");
     PartitionSet set;
     set.model = texts.front().model;
     set.rope = texts.front().rope;
@@ -327,7 +327,7 @@ int main(int argc, char** argv) {
             "attention mass. Prints, per query head, the mass recall at 5 % of "
             "the far keys of the last text, which is held out (of a single "
             "text, its last quarter), and what the partition would allow."};
-    app.add_option("--trace", o.traces, "traces; the last one is held out")
+    add_input(app, "--trace", o.traces, "traces; the last one is held out")
             ->required()
             ->delimiter(',');
     app.add_option("--layers", o.layers, "layers, comma-separated")
@@ -341,7 +341,7 @@ int main(int argc, char** argv) {
     app.add_option("--ncell", p.ncell, "cells of each partition")
             ->check(CLI::Range(1, 65536))
             ->capture_default_str();
-    app.add_option("--out", o.out, "file for the partitions (.saap)")
+    add_output(app, "--out", o.out, "file for the partitions (.saap)")
             ->required();
     app.add_option("--sink", p.sink, "first tokens, no targets")
             ->check(CLI::NonNegativeNumber)
@@ -411,11 +411,11 @@ int main(int argc, char** argv) {
                "are read from the host; 0: as they fit")
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
-    app.add_option("--json", o.json, "file for the results");
+    add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
     p.share_input = !o.separate_inputs && !o.separate_trunks;
     p.share_trunk = !o.separate_trunks;
     p.centroid_dtype = o.fp32_centroids ? DType::float32 : DType::bfloat16;
     p.dtype = o.fp32 ? DType::float32 : DType::bfloat16;
-    return run_program([&] { run(o); });
+    return run_program(app, [&] { run(o); });
 }

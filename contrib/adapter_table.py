@@ -28,13 +28,16 @@ def main() -> None:
             quarter = round(4 * row["tokens"] / longest)
             quarters[quarter] = row["tokens"]
             for figure in FIGURES:
-                values[row["partitions"], row["choice"], quarter, figure].append(row[figure])
+                if row[figure] is not None:  # a text without far keys has no recall
+                    values[row["partitions"], row["choice"], quarter, figure].append(row[figure])
     lines = list(dict.fromkeys((partitions, choice) for partitions, choice, _, _ in values))
     print("| partitions | choice per |", " | ".join(f"{quarters[q]:,} tokens" for q in sorted(quarters)), "|")
     print("|---" * (len(quarters) + 2) + "|")
     for partitions, choice in lines:
         cells = [
-            " / ".join(f"{mean(values[partitions, choice, q, figure]):.3f}" for figure in FIGURES)
+            " / ".join(
+                f"{mean(found):.3f}" if (found := values[partitions, choice, q, figure]) else "–" for figure in FIGURES
+            )
             for q in sorted(quarters)
         ]
         print(f"| {partitions} | {choice} |", " | ".join(cells), "|")

@@ -12,7 +12,7 @@ from statistics import mean
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("json", type=Path, nargs="+", help="results of bench_recall")
+    parser.add_argument("json", type=Path, nargs="+", help="results of bench_recall or demo")
     options = parser.parse_args()
     recall, ceiling = defaultdict(list), defaultdict(list)
     for path in options.json:
@@ -26,7 +26,7 @@ def main() -> None:
     print("| method |", " | ".join(f"{100 * b:g} %" for b in budgets), "| ceiling at 5 % | of its ceiling |")
     print("|---" * (len(budgets) + 3) + "|")
     for method in methods:
-        cells = [f"{mean(recall[method, b]):.3f}" for b in budgets]
+        cells = [f"{mean(recall[method, b]):.3f}" if (method, b) in recall else "–" for b in budgets]
         top = ceiling.get((method, 0.05))
         cells += [f"{mean(top):.3f}", f"{mean(recall[method, 0.05]) / mean(top):.3f}"] if top else ["–", "–"]
         print(f"| {method} |", " | ".join(cells), "|")

@@ -129,8 +129,8 @@ class AttentionAdapter {
     /// @return its number; numbers are never used again
     int64_t create(const HeadPartitions& own = {});
     /// A sequence that begins as a copy: lists are shared until one of both
-    /// changes them. Takes time by the number of cells (and a pointer for every
-    /// 4,096 tokens).
+    /// changes them. Takes time by the number of cells, whose statistics are copied
+    /// (and a pointer for every 4,096 tokens, with key_codes for every 128).
     int64_t fork(int64_t sequence);
     /// Ends a sequence; its memory is used for others.
     void free(int64_t sequence);
@@ -182,7 +182,8 @@ class AttentionAdapter {
     void save(int64_t sequence, const std::string& path) const;
     /// A sequence as it was saved; the caller's cache must hold the same keys.
     /// @throws faiss::FaissException when the file is damaged, or was saved by
-    ///         an adapter with other parameters or partitions
+    ///         an adapter with other partitions, d, heads_kv, sink, window,
+    ///         position_offset or key_codes: what the state depends on
     int64_t load(const std::string& path);
 
     /// Attention of the queries of a batch.

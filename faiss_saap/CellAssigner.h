@@ -56,6 +56,7 @@ struct CellAssigner {
     int d = 0;          ///< dimension of the vectors
     int ncell = 0;      ///< number of cells, 1 to 65,536
     unsigned needs = 0; ///< which fields of the input are read (RoutingNeeds)
+    int group = 0; ///< with NEEDS_HEAD: query heads that it tells apart; 0: any
 
     /// @throws faiss::FaissException when d or ncell is out of range
     CellAssigner(int d, int ncell, unsigned needs);

@@ -46,8 +46,9 @@ struct PartitionSet {
 /// beside and then renamed, so that no half-written file is seen.
 /// @throws faiss::FaissException for a query assigner that is no
 ///         QueryClassifier, a key assigner that is not flat, two partitions or
-///         plans of one head, a plan for a head without a partition, or when
-///         the file cannot be written
+///         plans of one head, a plan for a head without a partition, what
+///         read_partitions would refuse (numbers that are not finite, texts that
+///         are not UTF-8), or when the file cannot be written
 void write_partitions(const PartitionSet& set, const std::string& path);
 
 /// @throws faiss::FaissException naming the file and what is wrong with it:

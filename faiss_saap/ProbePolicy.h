@@ -28,7 +28,9 @@ struct ProbePolicy {
     double refine = 1;
     /// share of the key limit for each partition of a KV head that has several,
     /// in sum at most 1; empty: equal shares. A key that two partitions reach
-    /// counts for both while cells are chosen, and is read once.
+    /// counts for both while cells are chosen, and is read once. Of a partition
+    /// whose share is 0 no cell is read, and of a head all of whose are, no far
+    /// key.
     std::vector<double> split;
     /// shares of each KV head where heads differ, as a `LayerPlan` says:
     /// head_split[h] in place of `split`, one share for each partition, a single

@@ -21,6 +21,9 @@ struct SegmentedAssigner : CellAssigner {
     std::shared_ptr<const CellAssigner> inner;
     int64_t length; ///< tokens of a segment
     int nsegment;   ///< after so many, cells are used again
+    /// Of the segment of a position.
+    /// @throws faiss::FaissException for a negative one, as all functions here do
+    int64_t first_cell(int64_t position) const;
 
     /// @throws faiss::FaissException when inner is null or needs statistics,
     ///         length or nsegment is not positive, or there are more than 65,536

@@ -37,15 +37,16 @@ class Trace {
 
     /// One head as float, pre-RoPE, size tokens * d. Heads count within the
     /// file.
-    /// @throws faiss::FaissException for a layer or head that is not there, or
-    ///         values that are not finite
+    /// @throws faiss::FaissException for a layer that is not in `layers`, a head
+    ///         that is not there, or values that are not finite
     std::vector<float> queries(int layer, int head) const;
     std::vector<float> keys(int layer, int kv_head) const;
     std::vector<float> values(int layer, int kv_head) const;
 
    private:
     std::vector<float> head(
-            const std::string& name,
+            int layer,
+            const char* what,
             int heads,
             int head) const;
     SafetensorsFile file_;

@@ -17,7 +17,7 @@ namespace faiss_saap {
 /// `AIVF1024` has 1024 cells, keys assigned by L2 k-means and queries by inner
 /// product with the cells' means; with `Sph` k-means is spherical, with `Sym`
 /// queries are assigned as keys are. Storage is `Flat`, `SQfp16`, `SQ8` or
-/// `PQ<m>[x<bits>]` (8 bits by default). Examples: "AIVF1024,Flat",
+/// `PQ<m>[x<bits>]` (8 bits by default and at most). Examples: "AIVF1024,Flat",
 /// "SphAIVF256,PQ16x8".
 ///
 /// @param d       1 or more

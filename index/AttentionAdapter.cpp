@@ -43,6 +43,14 @@ void check_partitions(const AdapterParams& p, const HeadPartitions& heads) {
                     h,
                     partition.d(),
                     p.d);
+            const int group = partition.query->group;
+            FAISS_THROW_IF_NOT_FMT(
+                    group == 0 || group == p.heads_q / p.heads_kv,
+                    "a partition of KV head %zd has a query assigner for %d query "
+                    "heads, the adapter has heads_q / heads_kv = %d",
+                    h,
+                    group,
+                    p.heads_q / p.heads_kv);
             const unsigned needs =
                     partition.key->needs | partition.query->needs;
             if (!(needs & NEEDS_PRE_ROPE)) {
@@ -161,6 +169,7 @@ std::unique_ptr<AttentionAdapter::Sequence> AttentionAdapter::make_sequence(
     }
     auto sequence = std::make_unique<Sequence>();
     sequence->heads.resize(params_.heads_kv);
+    sequence->codes.reserve(params_.key_codes ? params_.heads_kv : 0);
     for (int h = 0; h < params_.heads_kv; h++) {
         auto& head = sequence->heads[h];
         for (const HeadPartitions* from : {&partitions_, &own}) {

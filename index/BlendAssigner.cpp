@@ -131,6 +131,7 @@ BlendAssigner::BlendAssigner(
           classifier(std::move(c)),
           weights(std::move(w)),
           scale(s) {
+    group = classifier->group;
     FAISS_THROW_IF_NOT_FMT(
             weights.size() == static_cast<size_t>(classifier->shape.group),
             "blend: weights of %zd query heads, the classifier has %d",

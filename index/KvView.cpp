@@ -117,7 +117,7 @@ void KvView::check_shape() const {
 
 void KvView::check() const {
     check_shape();
-    if (!page_table) {
+    if (!page_table || length == 0) {
         return;
     }
     const int64_t used = (length + page_size - 1) / page_size;

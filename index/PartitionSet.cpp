@@ -115,6 +115,25 @@ json describe(const ProbePlan& p) {
             {"output_error", p.output_error}};
 }
 
+/// As text, which reading gives back.
+/// @param where  of the file, for errors
+std::string text_of(const json& j, const std::string& where) {
+    const json flat = j.flatten();
+    for (const auto& [name, value] : flat.items()) {
+        FAISS_THROW_IF_NOT_FMT(
+                !value.is_number_float() || std::isfinite(value.get<double>()),
+                "%s%s is %f: numbers must be finite",
+                where.c_str(),
+                name.c_str(),
+                value.get<double>());
+    }
+    try {
+        return j.dump();
+    } catch (const json::exception&) {
+        FAISS_THROW_FMT("%s: a text is not valid UTF-8", where.c_str());
+    }
+}
+
 /// Tensors of one file, each of which must be asked for with its shape.
 class Reader {
    public:
@@ -445,7 +464,7 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
             {"format_version", std::to_string(kVersion)},
             {"library_version", FAISS_SAAP_VERSION},
             {"model", set.model},
-            {"texts", json(set.texts).dump()},
+            {"texts", text_of(set.texts, path + ": texts")},
             {"rope",
              json({{"d", set.rope.d},
                    {"theta", set.rope.theta},
@@ -475,11 +494,26 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
                 path.c_str(),
                 p.layer,
                 p.kv_head);
+        FAISS_THROW_IF_NOT_FMT(
+                p.layer >= 0 && p.kv_head >= 0,
+                "%s: a partition of layer %d, KV head %d: neither can be negative",
+                path.c_str(),
+                p.layer,
+                p.kv_head);
         const QueryClassifier& classifier = classifier_of(p);
+        FAISS_THROW_IF_NOT_FMT(
+                p.heads.size() == static_cast<size_t>(classifier.shape.group),
+                "%s: the partition of layer %d, KV head %d has held-out results of "
+                "%zd query heads, its classifier has %d",
+                path.c_str(),
+                p.layer,
+                p.kv_head,
+                p.heads.size(),
+                classifier.shape.group);
         const QuantizerAssigner& key = quantizer_of(p);
         const auto& flat = static_cast<const faiss::IndexFlat&>(*key.quantizer);
         heads.push_back({p.layer, p.kv_head});
-        metadata[prefix] = describe(p).dump();
+        metadata[prefix] = text_of(describe(p), path + ": " + prefix);
         const std::vector<uint16_t>& halves = key.bfloat16_vectors;
         tensors[prefix + ".centroids"] = halves.empty()
                 ? view("F32", {flat.ntotal, flat.d}, flat.get_xb(), 4)
@@ -513,8 +547,8 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
         check_plan(p, set);
         plans.push_back(describe(p));
     }
-    metadata["plans"] = plans.dump();
-    metadata["plan_texts"] = json(set.plan_texts).dump();
+    metadata["plans"] = text_of(plans, path + ": plans");
+    metadata["plan_texts"] = text_of(set.plan_texts, path + ": plan_texts");
     write_safetensors(path, tensors, metadata);
 }
 
@@ -550,7 +584,12 @@ PartitionSet read_partitions(const std::string& path) {
             layout.c_str());
     set.rope.layout =
             layout == "half" ? RopeLayout::half : RopeLayout::interleaved;
-    set.rope.set_scaling(value_of<std::string>(rope, "scaling", where));
+    const auto scaling = value_of<std::string>(rope, "scaling", where);
+    try {
+        set.rope.set_scaling(scaling);
+    } catch (const faiss::FaissException& e) {
+        FAISS_THROW_FMT("%s: %s", where.c_str(), e.what());
+    }
     const json training = reader.parsed("training");
     set.sink = value_of<int64_t>(training, "sink", path + ": training");
     set.window = value_of<int64_t>(training, "window", path + ": training");

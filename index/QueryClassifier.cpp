@@ -102,6 +102,7 @@ QueryClassifier::QueryClassifier(
                   NEEDS_PRE_ROPE | (s.group > 1 ? NEEDS_HEAD : 0u)),
           shape(s),
           dtype(type) {
+    group = shape.group > 1 ? shape.group : 0;
     FAISS_THROW_IF_NOT_FMT(
             dtype == DType::bfloat16 || dtype == DType::float32,
             "classifier: weights of type %s, there are float32 and bfloat16",

@@ -33,6 +33,14 @@ int cells_of(const CellAssigner& inner, int64_t length, int nsegment) {
 
 } // namespace
 
+int64_t SegmentedAssigner::first_cell(int64_t position) const {
+    FAISS_THROW_IF_NOT_FMT(
+            position >= 0,
+            "input.position has %" PRId64 ": segments begin at 0",
+            position);
+    return position / length % nsegment * inner->ncell;
+}
+
 SegmentedAssigner::SegmentedAssigner(
         std::shared_ptr<const CellAssigner> i,
         int64_t l,
@@ -43,7 +51,9 @@ SegmentedAssigner::SegmentedAssigner(
                   checked(i).needs | NEEDS_POSITION),
           inner(std::move(i)),
           length(l),
-          nsegment(n) {}
+          nsegment(n) {
+    group = inner->group;
+}
 
 void SegmentedAssigner::scores(
         const RoutingInput& input,
@@ -54,11 +64,10 @@ void SegmentedAssigner::scores(
     inner->scores(input, nullptr, of_inner.data());
     std::fill(scores, scores + input.n * ncell, -INFINITY);
     for (int64_t i = 0; i < input.n; i++) {
-        const int64_t segment = input.position[i] / length % nsegment;
         std::copy_n(
                 of_inner.data() + i * inner->ncell,
                 inner->ncell,
-                scores + i * ncell + segment * inner->ncell);
+                scores + i * ncell + first_cell(input.position[i]));
     }
 }
 
@@ -76,8 +85,7 @@ void SegmentedAssigner::assign(
     std::vector<float> scores(found.size());
     inner->assign(input, nullptr, some, found.data(), scores.data());
     for (int64_t i = 0; i < input.n; i++) {
-        const auto first = static_cast<int32_t>(
-                input.position[i] / length % nsegment * inner->ncell);
+        const auto first = static_cast<int32_t>(first_cell(input.position[i]));
         for (int j = 0; j < k; j++) {
             const bool there = j < some && found[i * some + j] >= 0;
             cells[i * k + j] = there ? first + found[i * some + j] : -1;

@@ -178,8 +178,15 @@ int Trace::kv_index(int head) const {
     return static_cast<int>(it - kv_heads.begin());
 }
 
-std::vector<float> Trace::head(const std::string& name, int heads, int head)
+std::vector<float> Trace::head(int layer, const char* what, int heads, int head)
         const {
+    // Other layers the file may have were not checked.
+    FAISS_THROW_IF_NOT_FMT(
+            std::find(layers.begin(), layers.end(), layer) != layers.end(),
+            "%s: layer %d is not among those that the trace holds",
+            file_.path().c_str(),
+            layer);
+    const std::string name = tensor_name(layer, what);
     FAISS_THROW_IF_NOT_FMT(
             head >= 0 && head < heads,
             "%s: tensor '%s' has no head %d, it has %d",
@@ -198,15 +205,15 @@ std::vector<float> Trace::head(const std::string& name, int heads, int head)
 }
 
 std::vector<float> Trace::queries(int layer, int h) const {
-    return head(tensor_name(layer, "q"), heads_q, h);
+    return head(layer, "q", heads_q, h);
 }
 
 std::vector<float> Trace::keys(int layer, int h) const {
-    return head(tensor_name(layer, "k"), heads_kv, h);
+    return head(layer, "k", heads_kv, h);
 }
 
 std::vector<float> Trace::values(int layer, int h) const {
-    return head(tensor_name(layer, "v"), heads_kv, h);
+    return head(layer, "v", heads_kv, h);
 }
 
 } // namespace faiss_saap

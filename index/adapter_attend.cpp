@@ -377,10 +377,13 @@ void AttentionAdapter::attend_preassigned(
         cut_far(far.data() + t * rows_per_token, rows_per_token, length, pieces);
         if (params_.attend_dense) {
             // Shorter than pieces of far keys: they come last, and while the
-            // last one is at work other threads wait.
-            const int64_t stretch =
-                    std::max<int64_t>(64, length / (4 * params_.heads_kv));
+            // last one is at work other threads wait. Not so many, where there are
+            // many tokens, that partial results fill the memory.
             const Token& token = tokens[t];
+            const int64_t dense = token.window_end - token.far_keys();
+            const int64_t most = 64 * omp_get_max_threads() / ntoken + 1;
+            const int64_t stretch = std::max<int64_t>(
+                    {64, length / (4 * params_.heads_kv), dense / most});
             cut_dense(0, token.sink_end, stretch, pieces);
             cut_dense(token.window_begin, token.window_end, stretch, pieces);
         }

@@ -181,6 +181,11 @@ int64_t AttentionAdapter::load(const std::string& path) {
                     newest.size(),
                     listed.lists.ncell(),
                     params_.d);
+            check_finite(
+                    newest.data(),
+                    static_cast<int64_t>(newest.size()) / params_.d,
+                    params_.d,
+                    (path + ": corrupt: newest keys").c_str());
             listed.lists.restore(
                     listed_slots,
                     cells.data(),

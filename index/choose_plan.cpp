@@ -272,7 +272,8 @@ void PlanParams::check() const {
             prefill > 0 && prefill < 1,
             "prefill = %g must be between 0 and 1",
             prefill);
-    require(sink >= 0 && window >= 0, "sink and window must not be negative");
+    require(sink >= 0 && sink <= INT32_MAX && window >= 0 && window <= INT32_MAX,
+            "sink and window must be between 0 and 2^31 - 1");
     require(queries >= 1, "queries must be at least 1");
     require(asked >= 1, "asked must be at least 1");
     require(std::isfinite(scale) && scale >= 0, "scale must be positive, or 0");

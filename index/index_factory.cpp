@@ -92,8 +92,8 @@ std::unique_ptr<faiss::IndexIVF> make_lists(
                 pieces,
                 d);
         FAISS_THROW_IF_NOT_FMT(
-                bits <= 16,
-                "description '%s': %d bits must be at most 16",
+                bits <= 8, // IndexIVFPQ's tables
+                "description '%s': %d bits must be at most 8",
                 description.whole.c_str(),
                 bits);
         auto pq = std::make_unique<faiss::IndexIVFPQ>(

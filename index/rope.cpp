@@ -268,6 +268,17 @@ RotaryEmbedding::RotaryEmbedding(const RopeParams& p) : params(p) {
         magnitude = p.attention_factor != 0 ? p.attention_factor
                                             : yarn_magnitude(p.factor, 1);
     }
+    for (double frequency : inverse_frequency) {
+        FAISS_THROW_IF_NOT_FMT(
+                std::isfinite(frequency) && std::isfinite(1 / magnitude),
+                "rope: factor = %g, theta = %g and attention_factor = %g give a frequency "
+                "of %g and a magnitude of %g",
+                p.factor,
+                p.theta,
+                p.attention_factor,
+                frequency,
+                magnitude);
+    }
 }
 
 void RotaryEmbedding::rotate(int64_t n, const int64_t* position, float* x)

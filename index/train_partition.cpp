@@ -1,7 +1,9 @@
 #include <faiss_saap/train_partition.h>
 
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
+#include <utility>
 
 #include <faiss_saap/HeadTraining.h>
 #include <faiss_saap/classifier_loss.h>
@@ -120,8 +122,13 @@ void TrainingParams::check() const {
             ncell >= 1 && ncell <= 65536,
             "training: ncell = %d must be between 1 and 65536",
             ncell);
-    at_least("sink", static_cast<double>(sink), 0);
-    at_least("window", static_cast<double>(window), 0);
+    for (const auto& [name, tokens] : {std::pair("sink", sink), std::pair("window", window)}) {
+        FAISS_THROW_IF_NOT_FMT(
+                tokens >= 0 && tokens <= INT32_MAX,
+                "training: %s = %" PRId64 " must be between 0 and 2^31 - 1",
+                name,
+                tokens);
+    }
     at_least("scale", scale, 0);
     at_least("keys_per_cell", keys_per_cell, 1);
     at_least("steps", steps, 1);

@@ -3,9 +3,13 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
+#include <memory>
 #include <random>
+#include <system_error>
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -30,47 +34,76 @@ class StdioSink : public FileSink {
     FILE* file_;
 };
 
+/// A pipe or a device, say: it is written to, and stays what it is.
+bool is_special(const std::string& path) {
+    struct stat status;
+    return stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode) &&
+            !S_ISDIR(status.st_mode);
+}
+
+/// The file that a link leads to takes the new content, not the link.
+std::string behind_links(const std::string& path) {
+    std::error_code error;
+    const auto real = std::filesystem::canonical(path, error);
+    return error ? path : real.string();
+}
+
+struct Close {
+    void operator()(FILE* file) const {
+        fclose(file);
+    }
+};
+
+/// Runs the body on a file that is open for writing, and closes it.
+/// @param synced  wait until all bytes are on disk
+void write_to(
+        int fd,
+        const std::string& path,
+        bool synced,
+        const std::function<void(FileSink&)>& body) {
+    const std::unique_ptr<FILE, Close> file(fdopen(fd, "wb"));
+    StdioSink sink(path, file.get());
+    body(sink);
+    const bool flushed = fflush(file.get()) == 0 && (!synced || fsync(fd) == 0);
+    FAISS_THROW_IF_NOT_FMT(
+            flushed,
+            "%s: cannot be written: %s",
+            path.c_str(),
+            std::strerror(errno));
+}
+
+void check_created(bool created, const std::string& path) {
+    FAISS_THROW_IF_NOT_FMT(
+            created, "%s: cannot be created: %s", path.c_str(), std::strerror(errno));
+}
+
 } // namespace
 
 void write_file(
         const std::string& path,
         const std::function<void(FileSink&)>& body) {
+    if (is_special(path)) {
+        const int fd = open(path.c_str(), O_WRONLY | O_CLOEXEC);
+        check_created(fd >= 0, path);
+        write_to(fd, path, /*synced=*/false, body);
+        return;
+    }
+    const std::string target = behind_links(path);
     int fd = -1;
     std::string temporary;
     std::random_device random;
     do {
-        temporary = path + ".tmp" + std::to_string(random());
+        temporary = target + ".tmp" + std::to_string(random());
         fd = open(
                 temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     } while (fd < 0 && errno == EEXIST);
-    FAISS_THROW_IF_NOT_FMT(
-            fd >= 0,
-            "%s: cannot be created: %s",
-            path.c_str(),
-            std::strerror(errno));
-    FILE* file = fdopen(fd, "wb");
+    check_created(fd >= 0, path);
     try {
-        StdioSink sink(path, file);
-        body(sink);
-        const bool flushed = fflush(file) == 0 && fsync(fd) == 0;
-        FAISS_THROW_IF_NOT_FMT(
-                flushed,
-                "%s: cannot be written: %s",
-                path.c_str(),
-                std::strerror(errno));
+        write_to(fd, path, /*synced=*/true, body);
+        check_created(rename(temporary.c_str(), target.c_str()) == 0, path);
     } catch (...) {
-        fclose(file);
         unlink(temporary.c_str());
         throw;
-    }
-    fclose(file);
-    if (rename(temporary.c_str(), path.c_str()) != 0) {
-        const int error = errno;
-        unlink(temporary.c_str());
-        FAISS_THROW_FMT(
-                "%s: cannot be created: %s",
-                path.c_str(),
-                std::strerror(error));
     }
 }
 

@@ -16,7 +16,8 @@ class FileSink {
 
 /// Writes a file through a temporary one beside it, which is renamed when the
 /// body has returned and all bytes are on disk, and removed when anything
-/// throws.
+/// throws. A link goes on leading to the file; what is no regular file (a pipe, a
+/// device) is written to directly.
 /// @throws faiss::FaissException naming the file, and whatever body throws
 void write_file(
         const std::string& path,

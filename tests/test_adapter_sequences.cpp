@@ -1,11 +1,13 @@
 // AttentionAdapter over batches, forks, several partitions and files; its
 // exactness in every layout.
+#include <algorithm>
 #include <fstream>
 #include <numeric>
 #include <set>
 
 #include <faiss/IndexFlat.h>
 
+#include <faiss_saap/BlendAssigner.h>
 #include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 
@@ -514,6 +516,42 @@ TEST_F(Sequences, SavedAndLoaded) {
     written("SaIx");
     EXPECT_SENTENCE(adapter.load(file.path), "too few");
     EXPECT_SENTENCE(adapter.save(77, file.path), "never made");
+}
+
+/// Damage that the checksum does not show, as the file was made like that.
+TEST(SequenceFile, NewestKeysMustBeFinite) {
+    tests::Random random;
+    const World world(random, 4, 2, 8, 60, 6, NEEDS_PRE_ROPE);
+    ClassifierShape shape;
+    shape.d = 8;
+    shape.group = 2;
+    shape.ncell = 6;
+    shape.width = 4;
+    const auto classifier = std::make_shared<QueryClassifier>(
+            shape, random.normal(parameter_count(shape)).data());
+    auto partitions = world.partitions;
+    for (Partition& p : partitions) {
+        p.query = std::make_shared<BlendAssigner>(
+                classifier, std::vector<BlendWeights>(2), .3f);
+    }
+    AttentionAdapter adapter(world.params(4, 10), partitions);
+    const int64_t sequence = adapter.create();
+    adapter.append(sequence, world.view(60));
+    const tests::TemporaryFile file;
+    adapter.save(sequence, file.path);
+    std::ifstream in(file.path, std::ios::binary);
+    std::vector<uint8_t> bytes((std::istreambuf_iterator<char>(in)), {});
+    // The key that has left the window last is the newest of its cell.
+    const auto* key = reinterpret_cast<const uint8_t*>(world.k.data() + 49 * 2 * 8);
+    const auto at = std::search(bytes.begin(), bytes.end(), key, key + 32);
+    ASSERT_NE(at, bytes.end());
+    const float nan = NAN;
+    std::memcpy(&*at, &nan, sizeof(nan));
+    tests::seal(bytes);
+    std::ofstream(file.path, std::ios::binary)
+            .write(reinterpret_cast<const char*>(bytes.data()),
+                   static_cast<std::streamsize>(bytes.size()));
+    EXPECT_SENTENCE(adapter.load(file.path), "corrupt: newest keys");
 }
 
 /// An assigner that the library does not know, with the same score for all.

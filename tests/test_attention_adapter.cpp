@@ -5,6 +5,7 @@
 #include <set>
 
 #include <faiss_saap/CellMeanAssigner.h>
+#include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/attend_slots.h>
 #include <faiss_saap/merge_states.h>
 
@@ -470,6 +471,16 @@ TEST(AttentionAdapter, WrongParameters) {
     EXPECT_SENTENCE(make([](P, V v) { v[1].rope.d = 0; }), "no RoPE parameters");
     EXPECT_SENTENCE(make([](P, V v) { v[1].rope.theta = 0; }), "theta = 0");
     EXPECT_SENTENCE(make([](P p, V) { p.scale = -1; }), "scale = -1");
+    ClassifierShape shape; // for groups of three, not of two
+    shape.d = 8;
+    shape.group = 3;
+    shape.ncell = 6;
+    shape.width = 4;
+    const auto parameters = random.normal(parameter_count(shape));
+    const auto classifier = std::make_shared<QueryClassifier>(shape, parameters.data());
+    EXPECT_SENTENCE(
+            make([&](P, V v) { v[1].query = classifier; }),
+            "KV head 1 has a query assigner for 3 query heads");
 }
 
 } // namespace

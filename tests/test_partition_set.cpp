@@ -182,6 +182,21 @@ TEST(PartitionSet, RefusesWhatCannotBeWritten) {
     set = good;
     set.partitions[1].partition.rope.theta = 3;
     EXPECT_SENTENCE(write_partitions(set, file.path), "other RoPE parameters");
+    set = good;
+    set.partitions[0].kv_head = -1;
+    EXPECT_SENTENCE(write_partitions(set, file.path), "KV head -1");
+    set = good;
+    set.partitions[1].heads.pop_back();
+    EXPECT_SENTENCE(write_partitions(set, file.path), "2 query heads, its classifier has 3");
+    set = good;
+    set.partitions[1].heads[2].recall = NAN;
+    EXPECT_SENTENCE(write_partitions(set, file.path), "layer.3.kv.1/held_out/2/0 is nan");
+    set = good;
+    set.texts[1] = "\xff\xfe";
+    EXPECT_SENTENCE(write_partitions(set, file.path), "not valid UTF-8");
+    set = good;
+    set.plan_texts = {"\xff"};
+    EXPECT_SENTENCE(write_partitions(set, file.path), "plan_texts");
     EXPECT_TRUE(bytes_of(file.path).empty()); // nothing half-written
     EXPECT_SENTENCE(
             write_partitions(good, "/no/such/folder/p.saap"),
@@ -238,7 +253,8 @@ TEST(PartitionSet, WrongFiles) {
     EXPECT_SENTENCE(with("rope", "{"), "'rope' is no JSON");
     EXPECT_SENTENCE(with("rope", "{}"), "'d' is missing");
     EXPECT_SENTENCE(replaced("rope", "interleaved", "spiral"), "spiral");
-    EXPECT_SENTENCE(replaced("rope", "ntk:4", "ntk"), "ntk");
+    EXPECT_SENTENCE(replaced("rope", "ntk:4", "ntk"), "rope_scaling: 'ntk'");
+    EXPECT_SENTENCE(replaced("rope", "ntk:4", "ntk"), ": rope: "); // of the file
     EXPECT_SENTENCE(replaced("rope", "\"d\":10", "\"d\":12"), "d = 12");
     EXPECT_SENTENCE(with("heads", "[[3,0],[3,0]]"), "once");
     EXPECT_SENTENCE(with("heads", "[[3]]"), "once");

@@ -109,6 +109,10 @@ TEST(Rope, WrongInput) {
         EXPECT_SENTENCE(p.set_scaling(text), "rope");
         EXPECT_EQ(p, before) << text;
     }
+    RopeParams tiny = p;
+    tiny.scaling = RopeScaling::linear;
+    tiny.factor = 1e-310;
+    EXPECT_SENTENCE(RotaryEmbedding{tiny}, "frequency of inf");
     const std::string deep = std::string(200000, '[') + std::string(200000, ']');
     EXPECT_SENTENCE(p.set_scaling("yarn:{\"factor\":" + deep + "}"), "rope");
     EXPECT_SENTENCE(p.set_scaling("yarn:{\"factor\":[[1]]}"), "factor is of type array");

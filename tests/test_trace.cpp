@@ -95,7 +95,7 @@ TEST(Trace, ReadsWhatWasWritten) {
             0);
     EXPECT_SENTENCE(trace.queries(5, 4), "no head 4");
     EXPECT_SENTENCE(trace.keys(5, -1), "no head -1");
-    EXPECT_SENTENCE(trace.keys(4, 0), "no tensor 'layer.4.k'");
+    EXPECT_SENTENCE(trace.keys(4, 0), "layer 4 is not among");
     EXPECT_SENTENCE(trace.kv_index(2), "KV head 2 is not in the trace");
 }
 
@@ -142,6 +142,21 @@ TEST(Trace, WrongMetadataOrShape) {
     EXPECT_SENTENCE(shaped("layer.3.q", {tokens, d}), "2 dimensions");
     EXPECT_SENTENCE(shaped("layer.3.k", {2, 0, d}), "a dimension of 0");
     EXPECT_SENTENCE(shaped("layer.3.k", {1, tokens, d}, "I64"), "dtype I64");
+}
+
+TEST(Trace, OtherLayersOfTheFileAreNotRead) {
+    for (const std::vector<int64_t>& shape :
+         {std::vector<int64_t>{4, 2, d}, {4, tokens, d}, {}}) {
+        Parts p;
+        TensorView& t = p.tensors["layer.7.q"] = p.tensors["layer.5.q"];
+        t.shape = shape;
+        t.bytes = t.elements() * 4;
+        const tests::TemporaryFile file;
+        p.write(file.path);
+        const Trace trace(file.path);
+        EXPECT_EQ(trace.queries(5, 3).size(), size_t(tokens * d));
+        EXPECT_SENTENCE(trace.queries(7, 3), "layer 7 is not among");
+    }
 }
 
 TEST(Trace, NotFiniteValues) {

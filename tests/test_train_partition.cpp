@@ -397,6 +397,7 @@ TEST(TrainPartition, WrongInput) {
     };
     EXPECT_SENTENCE(with([](auto& p) { p.ncell = 0; }), "ncell = 0");
     EXPECT_SENTENCE(with([](auto& p) { p.sink = -1; }), "sink = -1");
+    EXPECT_SENTENCE(with([](auto& p) { p.window = int64_t(1) << 62; }), "window = 46");
     EXPECT_SENTENCE(with([](auto& p) { p.window = -1; }), "window = -1");
     EXPECT_SENTENCE(with([](auto& p) { p.steps = 0; }), "steps = 0");
     EXPECT_SENTENCE(

@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "SyntheticCache.h"
+#include "arguments.h"
 
 namespace faiss_saap::benchs {
 
@@ -26,17 +27,5 @@ struct CacheOptions {
     /// For the results.
     nlohmann::json config() const;
 };
-
-/// A number of at least one.
-template <class T>
-void add_number(
-        CLI::App& app,
-        const char* name,
-        T& value,
-        const char* help) {
-    app.add_option(name, value, help)
-            ->check(CLI::PositiveNumber)
-            ->capture_default_str();
-}
 
 } // namespace faiss_saap::benchs

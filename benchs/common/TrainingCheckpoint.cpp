@@ -119,15 +119,4 @@ void TrainingCheckpoint::remove() const {
     unlink(state_.c_str());
 }
 
-void check_writable(const std::string& path) {
-    const auto folder =
-            std::filesystem::absolute(std::filesystem::path(path)).parent_path();
-    FAISS_THROW_IF_NOT_FMT(
-            std::filesystem::is_directory(folder) &&
-                    access(folder.c_str(), W_OK) == 0 &&
-                    !std::filesystem::is_directory(path),
-            "%s: cannot be created",
-            path.c_str());
-}
-
 } // namespace faiss_saap::benchs

@@ -31,7 +31,4 @@ class TrainingCheckpoint {
     std::string partitions_, state_, config_;
 };
 
-/// @throws faiss::FaissException when no file can be made at this path
-void check_writable(const std::string& path);
-
 } // namespace faiss_saap::benchs

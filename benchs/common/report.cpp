@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <ctime>
 #include <fstream>
-#include <stdexcept>
 #include <thread>
 
 #include <faiss/Index.h>
@@ -14,6 +13,7 @@
 #include <unistd.h>
 
 #include <faiss_saap/version.h>
+#include <index/write_file.h>
 
 namespace faiss_saap::benchs {
 
@@ -55,14 +55,8 @@ void write_json(
             {"environment", environment()},
             {"rows", rows}};
     report.update(more);
-    const std::string temporary = path + ".tmp";
-    std::ofstream file(temporary);
-    file << report.dump(1) << "\n";
-    file.close();
-    if (!file || std::rename(temporary.c_str(), path.c_str()) != 0) {
-        std::remove(temporary.c_str());
-        throw std::runtime_error(path + ": cannot be written");
-    }
+    const std::string text = report.dump(1) + "\n";
+    write_file(path, [&](FileSink& file) { file.write(text.data(), text.size()); });
 }
 
 void print_table(

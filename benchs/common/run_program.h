@@ -6,13 +6,17 @@
 
 #include <faiss_saap/sentence_of.h>
 
+#include "arguments.h"
+
 namespace faiss_saap::benchs {
 
-/// Runs a program's body; an exception becomes one sentence on stderr and exit
-/// code 1.
+/// Runs a program's body, once its arguments are checked; an exception becomes one
+/// sentence on stderr and exit code 1.
+/// @param app  after it has read the arguments
 template <class Body>
-int run_program(const Body& body) {
+int run_program(const CLI::App& app, const Body& body) {
     try {
+        check_arguments(app);
         body();
         return 0;
     } catch (const std::exception& e) {

@@ -6,6 +6,8 @@
 
 #include <faiss/impl/FaissAssert.h>
 
+#include <index/write_file.h>
+
 namespace faiss_saap::benchs {
 
 namespace {
@@ -69,24 +71,20 @@ VectorFile read_vectors(const std::string& path) {
 
 void write_vectors(const std::string& path, const VectorFile& vectors) {
     const bool fvecs = is_fvecs(path);
-    std::ofstream file(path, std::ios::binary);
     const int32_t d = vectors.d;
     const auto n = static_cast<int32_t>(vectors.rows());
-    const auto put = [&](const void* p, size_t bytes) {
-        file.write(static_cast<const char*>(p), static_cast<std::streamsize>(bytes));
-    };
-    if (!fvecs) {
-        put(&n, 4);
-        put(&d, 4);
-    }
-    for (int32_t i = 0; i < n; i++) {
-        if (fvecs) {
-            put(&d, 4);
+    write_file(path, [&](FileSink& file) {
+        if (!fvecs) {
+            file.write(&n, 4);
+            file.write(&d, 4);
         }
-        put(&vectors.x[int64_t(i) * d], size_t(d) * 4);
-    }
-    file.close();
-    FAISS_THROW_IF_NOT_FMT(file.good(), "%s: cannot be written", path.c_str());
+        for (int32_t i = 0; i < n; i++) {
+            if (fvecs) {
+                file.write(&d, 4);
+            }
+            file.write(&vectors.x[int64_t(i) * d], size_t(d) * 4);
+        }
+    });
 }
 
 } // namespace faiss_saap::benchs

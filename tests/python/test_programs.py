@@ -111,8 +111,49 @@ def test_demo_on_wrong_input(tmp_path):
     result = run(Path(BIN) / "demo", "--trace", tmp_path / "absent")
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    result = run(Path(BIN) / "demo", "--trace", TRACE, "--json", tmp_path / "no" / "folder.json", "--ncell", 8192)
+    result = run(Path(BIN) / "demo", "--trace", TRACE, "--json", tmp_path / "demo.json", "--ncell", 8192)
     assert result.returncode == 1 and "ncell = 8192" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_do_not_take_the_place_of_other_files(tmp_path):
+    trace = tmp_path / "trace.safetensors"
+    trace.symlink_to(TRACE)
+    for program, options, named in (
+        ("demo", ["--trace", trace, "--json", tmp_path / "." / "trace.safetensors"], "--json"),
+        ("bench_recall", ["--trace", trace, "--layer", 9, "--save-cells", TRACE], "--save-cells"),
+        ("generate_trace", ["--trace", trace, "--layer", 9, "--out", tmp_path / "a", "--json", tmp_path / "a"], "--out"),
+        ("generate_trace", ["--trace", trace, "--layer", 9, "--out", tmp_path / "no" / "a"], "--out"),
+        ("train_partitions", ["--trace", trace, "--layers", 9, "--out", tmp_path], "--out"),
+    ):
+        result = run(Path(BIN) / program, *options)
+        assert result.returncode == 1 and result.stderr.startswith(f"error: {named}"), result.stderr
+        assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [trace] and trace.is_symlink()
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    options = ["--n", 500, "--ncell", 4, "--queries", 4, "--repeat", 1]
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert run(Path(BIN) / "bench_search", *options, "--json", link).returncode == 0
+    assert link.is_symlink() and json.loads(target.read_text())["rows"]
+    done = run(Path(BIN) / "bench_search", *options, "--json", "/dev/stderr")
+    assert done.returncode == 0 and json.loads(done.stderr)["rows"]
+
+
+def test_numbers_must_be_finite_and_heads_given_once(tmp_path):
+    out = tmp_path / "out"
+    for program, options, sentence in (
+        ("bench_recall", ["--trace", TRACE, "--layer", 9, "--budget", "nan"], "--budget: nan must be a finite number"),
+        ("generate_trace", ["--trace", TRACE, "--layer", "9,9", "--out", out], "--layer has 9 more than once"),
+        ("generate_trace", ["--trace", TRACE, "--layer", 9, "--out", out, "--rope-scaling", "cubic:2"], "'cubic:2'"),
+        ("train_partitions", ["--trace", TRACE, "--layers", "9,9", "--out", out], "--layers has 9 more than once"),
+    ):
+        result = run(Path(BIN) / program, *options)
+        assert result.returncode == 1 and sentence in result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_generated_trace_is_a_trace(tmp_path):
