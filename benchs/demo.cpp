@@ -1,6 +1,7 @@
 /// The main job on the embedded trace: index a text's keys, decode its last
 /// part token by token, and read a twentieth of the cache.
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
 #include <limits>
 
@@ -213,6 +214,13 @@ void decode(
         IndexFigures& figures) {
     const int64_t prefix = data.tokens / 8 * 7;
     const int d = data.d;
+    FAISS_THROW_IF_NOT_FMT(
+            far_range(prefix, options.sink, options.window).size() > 0,
+            "sink = %" PRId64 " and window = %" PRId64
+            " leave no far keys to token %" PRId64 ", the first that asks",
+            options.sink,
+            options.window,
+            prefix);
 
     // An index over the keys: cells by L2 k-means, queries by inner product.
     double start = seconds_now();

@@ -57,7 +57,8 @@ struct IndexAsymmetricIVF : faiss::Index {
     /// the key assigner while the index is empty
     Partition partition;
     int ncell = 0;
-    size_t nprobe = 1;    ///< cells to probe; more than ncell is clamped
+    /// cells to probe; more than ncell is clamped, but a negative number in it refused
+    size_t nprobe = 1;
     size_t max_codes = 0; ///< stop after this many vectors; 0: no limit
     CellTraining training;
     bool cells_given = false; ///< `train` leaves the partition as it is

@@ -114,6 +114,8 @@ def test_demo_on_wrong_input(tmp_path):
     result = run(Path(BIN) / "demo", "--trace", TRACE, "--json", tmp_path / "demo.json", "--ncell", 8192)
     assert result.returncode == 1 and "ncell = 8192" in result.stderr
     assert not list(tmp_path.iterdir())
+    result = run(Path(BIN) / "demo", "--trace", TRACE, "--window", 7168)
+    assert result.returncode == 1 and "window = 7168 leave no far keys to token 7168" in result.stderr
 
 
 def test_results_do_not_take_the_place_of_other_files(tmp_path):
