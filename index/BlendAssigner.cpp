@@ -19,13 +19,6 @@ std::array<float, kBlendFeatures> in_order(const BlendWeights& w) {
     return {w.classifier, w.mean, w.newest, w.age, w.count};
 }
 
-/// Checked before the base is made from it, in whatever order.
-const QueryClassifier& checked(
-        const std::shared_ptr<const QueryClassifier>& classifier) {
-    FAISS_THROW_IF_NOT_MSG(classifier, "blend: the classifier is null");
-    return *classifier;
-}
-
 /// Loss of the weights, with its gradient and its second derivatives.
 double loss_of(
         const std::vector<BlendExample>& examples,
@@ -124,9 +117,9 @@ BlendAssigner::BlendAssigner(
         std::vector<BlendWeights> w,
         float s)
         : CellAssigner(
-                  checked(c).d,
-                  checked(c).ncell,
-                  checked(c).needs | NEEDS_POST_ROPE | NEEDS_POSITION | NEEDS_STATS |
+                  not_null(c, "blend: the classifier").d,
+                  not_null(c, "blend: the classifier").ncell,
+                  not_null(c, "blend: the classifier").needs | NEEDS_POST_ROPE | NEEDS_POSITION | NEEDS_STATS |
                           NEEDS_NEWEST_KEYS),
           classifier(std::move(c)),
           weights(std::move(w)),

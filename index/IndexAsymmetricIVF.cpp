@@ -23,13 +23,6 @@ namespace {
 using faiss::DirectMap;
 using faiss::InvertedLists;
 
-// Arguments of a base's constructor are evaluated in any order: each of them
-// checks the pointer.
-const faiss::IndexIVF& not_null(const std::unique_ptr<faiss::IndexIVF>& lists) {
-    FAISS_THROW_IF_NOT_MSG(lists, "lists is null");
-    return *lists;
-}
-
 /// Fewer vectors than this are added without the parallel region of
 /// IndexIVF::add_core, which costs more than a token's insertion.
 constexpr idx_t kSequentialAdd = 32;
@@ -194,7 +187,7 @@ void check_results(
 } // namespace
 
 IndexAsymmetricIVF::IndexAsymmetricIVF(std::unique_ptr<faiss::IndexIVF> l)
-        : Index(not_null(l).d, not_null(l).metric_type),
+        : Index(not_null(l, "lists").d, not_null(l, "lists").metric_type),
           lists(std::move(l)),
           ncell(static_cast<int>(lists->nlist)) {
     adopt_storage(*lists);
@@ -213,7 +206,7 @@ IndexAsymmetricIVF::IndexAsymmetricIVF(std::unique_ptr<faiss::IndexIVF> l)
 IndexAsymmetricIVF::IndexAsymmetricIVF(
         std::unique_ptr<faiss::IndexIVF> l,
         Partition p)
-        : Index(not_null(l).d, not_null(l).metric_type),
+        : Index(not_null(l, "lists").d, not_null(l, "lists").metric_type),
           lists(std::move(l)),
           partition(std::move(p)),
           ncell(static_cast<int>(lists->nlist)),

@@ -1,6 +1,7 @@
 #include <faiss_saap/PartitionSet.h>
 
 #include <cmath>
+#include <cstring>
 #include <set>
 
 #include <faiss/IndexFlat.h>
@@ -343,16 +344,11 @@ TrainedPartition read_partition(
         static_assert(
                 sizeof(BlendWeights) == kBlendFeatures * sizeof(float),
                 "weights are written as they are");
-        for (int g = 0; g < s.group; g++) {
-            const float* w = weights.data() + g * kBlendFeatures;
-            BlendWeights head;
-            head.classifier = w[0];
-            head.mean = w[1];
-            head.newest = w[2];
-            head.age = w[3];
-            head.count = w[4];
-            p.blend.push_back(head);
-        }
+        p.blend.resize(s.group);
+        std::memcpy(
+                static_cast<void*>(p.blend.data()),
+                weights.data(),
+                weights.size() * sizeof(float));
         try {
             p.blended();
         } catch (const faiss::FaissException& e) {

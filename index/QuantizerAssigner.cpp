@@ -34,21 +34,14 @@ std::vector<uint16_t> exact_bfloat16(int64_t n, const float* x) {
     return held;
 }
 
-// Arguments of a base's constructor are evaluated in any order: each of them
-// checks the pointer.
-const faiss::Index& not_null(const std::shared_ptr<const faiss::Index>& q) {
-    FAISS_THROW_IF_NOT_MSG(q, "quantizer is null");
-    return *q;
-}
-
 } // namespace
 
 QuantizerAssigner::QuantizerAssigner(
         std::shared_ptr<const faiss::Index> q,
         RoutingNeeds space)
         : CellAssigner(
-                  not_null(q).d,
-                  static_cast<int>(std::min<idx_t>(not_null(q).ntotal, 65537)),
+                  not_null(q, "quantizer").d,
+                  static_cast<int>(std::min<idx_t>(not_null(q, "quantizer").ntotal, 65537)),
                   space),
           quantizer(std::move(q)) {
     FAISS_THROW_IF_NOT_FMT(

@@ -8,6 +8,15 @@
 
 namespace faiss_saap {
 
+/// What a pointer leads to. Arguments of a base's constructor are evaluated in any order:
+/// each of them checks the pointer.
+/// @throws faiss::FaissException when it is null
+template <class Pointer>
+const auto& not_null(const Pointer& pointer, const char* name) {
+    FAISS_THROW_IF_NOT_FMT(pointer, "%s is null", name);
+    return *pointer;
+}
+
 /// Whether all components are finite and so is the squared norm: then every
 /// inner product and distance between checked vectors is finite too.
 inline bool finite_norm(const float* x, int64_t d) {

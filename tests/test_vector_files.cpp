@@ -33,5 +33,5 @@ TEST(VectorFiles, AreReadAsWritten) {
 TEST(VectorFiles, WrongOnesAreRefused) {
     EXPECT_SENTENCE(read_vectors("x.npy"), ".fvecs or .fbin");
     EXPECT_SENTENCE(read_vectors("/nowhere/x.fvecs"), "cannot be read");
-    EXPECT_SENTENCE(write_vectors("/nowhere/x.fbin", {1, {1}}), "cannot be written");
+    EXPECT_SENTENCE(write_vectors("/nowhere/x.fbin", {1, {1}}), "cannot be created");
 }
