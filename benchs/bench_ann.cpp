@@ -212,7 +212,8 @@ int main(int argc, char** argv) {
     app.add_option(
             "--export",
             o.export_prefix,
-            "writes PREFIXbase and PREFIXquery as .fvecs and .fbin");
+            "writes PREFIXbase and PREFIXquery as .fvecs and .fbin")
+            ->excludes(base);
     add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
     return run_program(app, [&] {

@@ -69,11 +69,15 @@ void run(const Options& o) {
     const int d = first.d, group = first.group();
     check_once(o.layers, "layer");
     check_once(o.kv_heads, "kv-head");
-    RopeParams longer = first.rope;
-    if (o.rope_scaling != "longer") {
-        longer.set_scaling(o.rope_scaling);
-        RotaryEmbedding checked(longer);
-    }
+    RopeParams rope = first.rope;
+    rope.set_scaling(
+            o.rope_scaling != "longer"
+                    ? o.rope_scaling
+                    : stretched(
+                              first.rope,
+                              static_cast<double>(o.tokens) /
+                                      *std::max_element(lengths.begin(), lengths.end())));
+    RotaryEmbedding checked(rope);
     const ReplayPath path(lengths, o.tokens, o.run, o.seed);
 
     const auto recorded = [&](const auto& of_trace) {
@@ -148,12 +152,7 @@ void run(const Options& o) {
     metadata["text"] = fmt::format("generated from {}", fmt::join(texts, ", "));
     metadata["layers"] = fmt::format("{}", fmt::join(o.layers, ","));
     metadata["kv_heads"] = fmt::format("{}", fmt::join(o.kv_heads, ","));
-    metadata["rope_scaling"] = o.rope_scaling != "longer"
-            ? o.rope_scaling
-            : stretched(
-                      first.rope,
-                      static_cast<double>(o.tokens) /
-                              *std::max_element(lengths.begin(), lengths.end()));
+    metadata["rope_scaling"] = rope.scaling_text();
     write_safetensors(o.out, tensors, metadata);
     if (!o.json.empty()) {
         write_json(

@@ -270,7 +270,8 @@ RotaryEmbedding::RotaryEmbedding(const RopeParams& p) : params(p) {
     }
     for (double frequency : inverse_frequency) {
         FAISS_THROW_IF_NOT_FMT(
-                std::isfinite(frequency) && std::isfinite(1 / magnitude),
+                std::isfinite(frequency) && std::isfinite(magnitude) &&
+                        std::isfinite(1 / magnitude),
                 "rope: factor = %g, theta = %g and attention_factor = %g give a frequency "
                 "of %g and a magnitude of %g",
                 p.factor,

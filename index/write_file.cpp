@@ -34,20 +34,6 @@ class StdioSink : public FileSink {
     FILE* file_;
 };
 
-/// A pipe or a device, say: it is written to, and stays what it is.
-bool is_special(const std::string& path) {
-    struct stat status;
-    return stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode) &&
-            !S_ISDIR(status.st_mode);
-}
-
-/// The file that a link leads to takes the new content, not the link.
-std::string behind_links(const std::string& path) {
-    std::error_code error;
-    const auto real = std::filesystem::canonical(path, error);
-    return error ? path : real.string();
-}
-
 struct Close {
     void operator()(FILE* file) const {
         fclose(file);
@@ -79,11 +65,32 @@ void check_created(bool created, const std::string& path) {
 
 } // namespace
 
+bool is_written_in_place(const std::string& path) {
+    for (const char* numbered : {"/dev/std", "/dev/fd/", "/proc/"}) {
+        if (path.rfind(numbered, 0) == 0) {
+            return true;
+        }
+    }
+    struct stat status;
+    return stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode) &&
+            !S_ISDIR(status.st_mode);
+}
+
+std::string behind_links(const std::string& path) {
+    namespace fs = std::filesystem;
+    fs::path at = path;
+    std::error_code error;
+    for (int i = 0; i < 40 && fs::is_symlink(at, error); i++) { // as many as Linux follows
+        at = at.parent_path() / fs::read_symlink(at, error);
+    }
+    return at.string();
+}
+
 void write_file(
         const std::string& path,
         const std::function<void(FileSink&)>& body) {
-    if (is_special(path)) {
-        const int fd = open(path.c_str(), O_WRONLY | O_CLOEXEC);
+    if (is_written_in_place(path)) {
+        const int fd = open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
         check_created(fd >= 0, path);
         write_to(fd, path, /*synced=*/false, body);
         return;

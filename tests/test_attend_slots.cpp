@@ -420,8 +420,8 @@ TEST(KvView, WrongInput) {
     EXPECT_SENTENCE(paged(16, 4, {3, 1, 4, 2}), "page_table[2] = 4");
     EXPECT_SENTENCE(paged(16, 4, {3, -1, 0, 2}), "page_table[1] = -1");
     EXPECT_SENTENCE(paged(16, 0, {0}), "page_size = 0");
-    paged(0, 0, {}); // there is no page
-    paged(0, -1, {});
+    paged(0, 0, {0}); // no page is looked at
+    paged(0, -1, {0});
     const auto plain = [&](const void* k, int64_t length, int heads, int d) {
         KvView::token_major(k, x.data(), DType::float32, length, heads, d, d);
     };

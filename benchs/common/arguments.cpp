@@ -10,6 +10,8 @@
 
 #include <unistd.h>
 
+#include <index/write_file.h>
+
 namespace faiss_saap::benchs {
 
 namespace {
@@ -21,27 +23,34 @@ struct Named {
     bool written;
 };
 
-bool same_file(const std::string& a, const std::string& b) {
-    std::error_code error; // what cannot be looked at is compared by its name
-    const bool equivalent = fs::equivalent(a, b, error);
-    return equivalent || fs::weakly_canonical(a, error) == fs::weakly_canonical(b, error);
+/// @param kind  kInput or kOutput; behind it stand an option's checks
+bool is_of(const CLI::Option* option, const std::string& kind) {
+    const std::string type = option->get_type_name();
+    return type.substr(0, type.find(':')) == kind;
 }
 
-/// What is written to such a file takes no other's place: /dev/stdout, say.
-bool is_device(const std::string& path) {
-    std::error_code error;
-    return fs::exists(path, error) && fs::is_other(path, error);
+bool same_file(const std::string& a, const std::string& b) {
+    std::error_code error; // of one that is not there yet
+    if (fs::equivalent(a, b, error)) {
+        return true;
+    }
+    const auto where = [](const std::string& path) {
+        std::error_code failed;
+        const auto at = fs::weakly_canonical(fs::absolute(behind_links(path)), failed);
+        return failed ? fs::path(path) : at;
+    };
+    return where(a) == where(b);
 }
 
 std::vector<Named> files_of(const CLI::App& app) {
     std::vector<Named> files;
     for (const CLI::Option* option : app.get_options()) {
-        const bool written = option->get_type_name() == kOutput;
-        if (!written && option->get_type_name() != kInput) {
+        const bool written = is_of(option, kOutput);
+        if (!written && !is_of(option, kInput)) {
             continue;
         }
         for (const std::string& path : option->results()) {
-            if (!path.empty()) {
+            if (!path.empty() || option->get_required()) {
                 files.push_back({option->get_name(), path, written});
             }
         }
@@ -51,8 +60,16 @@ std::vector<Named> files_of(const CLI::App& app) {
 
 void check_files(const std::vector<Named>& files) {
     for (const Named& out : files) {
-        if (!out.written || is_device(out.path)) {
+        if (!out.written || is_written_in_place(out.path)) {
             continue;
+        }
+        const fs::path target = behind_links(out.path);
+        const fs::path directory =
+                target.has_parent_path() ? target.parent_path() : fs::path(".");
+        std::error_code error;
+        if (out.path.empty() || fs::is_directory(target, error) ||
+            !fs::is_directory(directory, error) || access(directory.c_str(), W_OK) != 0) {
+            throw std::runtime_error(out.option + ": '" + out.path + "' cannot be created");
         }
         for (const Named& other : files) {
             if (&other != &out && same_file(other.path, out.path)) {
@@ -60,12 +77,6 @@ void check_files(const std::vector<Named>& files) {
                         out.option + ": " + out.path + " is the file of " + other.option +
                         ", too, and would take its place");
             }
-        }
-        const fs::path directory = fs::absolute(out.path).parent_path();
-        std::error_code error;
-        if (fs::is_directory(out.path, error) || !fs::is_directory(directory, error) ||
-            access(directory.c_str(), W_OK) != 0) {
-            throw std::runtime_error(out.option + ": " + out.path + ": cannot be created");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -118,12 +119,17 @@ def test_demo_on_wrong_input(tmp_path):
     assert result.returncode == 1 and "window = 7168 leave no far keys to token 7168" in result.stderr
 
 
-def test_results_do_not_take_the_place_of_other_files(tmp_path):
-    trace = tmp_path / "trace.safetensors"
-    trace.symlink_to(TRACE)
+def test_results_do_not_take_the_place_of_other_files(tmp_path, monkeypatch):
+    real, trace = tmp_path / "real.safetensors", tmp_path / "trace.safetensors"
+    shutil.copy(TRACE, real)
+    trace.symlink_to(real)
+    monkeypatch.chdir(tmp_path)
     for program, options, named in (
         ("demo", ["--trace", trace, "--json", tmp_path / "." / "trace.safetensors"], "--json"),
-        ("bench_recall", ["--trace", trace, "--layer", 9, "--save-cells", TRACE], "--save-cells"),
+        ("bench_recall", ["--trace", trace, "--layer", 9, "--save-cells", real], "--save-cells"),
+        ("bench_adapter", ["--trace", trace, "--layer", 9, "--json", "trace.safetensors"], "--json"),
+        ("generate_trace", ["--trace", trace, "--layer", 9, "--out", "a", "--json", "./a"], "--out"),
+        ("generate_trace", ["--trace", trace, "--layer", 9, "--out", ""], "--out"),
         ("generate_trace", ["--trace", trace, "--layer", 9, "--out", tmp_path / "a", "--json", tmp_path / "a"], "--out"),
         ("generate_trace", ["--trace", trace, "--layer", 9, "--out", tmp_path / "no" / "a"], "--out"),
         ("train_partitions", ["--trace", trace, "--layers", 9, "--out", tmp_path], "--out"),
@@ -131,7 +137,8 @@ def test_results_do_not_take_the_place_of_other_files(tmp_path):
         result = run(Path(BIN) / program, *options)
         assert result.returncode == 1 and result.stderr.startswith(f"error: {named}"), result.stderr
         assert result.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == [trace] and trace.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [real, trace] and trace.is_symlink()
+    assert real.read_bytes() == Path(TRACE).read_bytes()
 
 
 def test_links_and_pipes_stay_what_they_are(tmp_path):
@@ -141,6 +148,14 @@ def test_links_and_pipes_stay_what_they_are(tmp_path):
     link.symlink_to(target)
     assert run(Path(BIN) / "bench_search", *options, "--json", link).returncode == 0
     assert link.is_symlink() and json.loads(target.read_text())["rows"]
+    later = tmp_path / "later.json"
+    link.unlink()
+    link.symlink_to("later.json")  # which is not there yet
+    assert run(Path(BIN) / "bench_search", *options, "--json", link).returncode == 0
+    assert link.is_symlink() and json.loads(later.read_text())["rows"]
+    with (tmp_path / "table").open("w") as table:
+        subprocess.run([Path(BIN) / "bench_search", *map(str, options), "--json", "/dev/stdout"], stdout=table, check=True)
+    assert "ratio" in (tmp_path / "table").read_text() and '"rows"' in (tmp_path / "table").read_text()
     done = run(Path(BIN) / "bench_search", *options, "--json", "/dev/stderr")
     assert done.returncode == 0 and json.loads(done.stderr)["rows"]
 

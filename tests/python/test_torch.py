@@ -87,11 +87,11 @@ def test_what_cannot_be_read_is_refused_with_a_sentence():
     asking = [fs.SequenceInput(sequence, fs.KvView.token_major(k, v))]
     for wrong, sentence in [
         (lambda: adapter.attend(asking, q.to("meta")), "queries is a torch.Tensor"),
-        (lambda: adapter.attend(asking, q.int()), "queries has elements of DLPack type"),
+        (lambda: adapter.attend(asking, q.int()), "queries has elements of type int32"),
         (lambda: adapter.attend(asking, q[:, :3]), r"queries has the shape \(1, 3, 16\)"),
         (lambda: adapter.attend(asking, q, output=torch.zeros(1, HEADS_Q, D, dtype=torch.float64)), "output must be"),
         (lambda: fs.KvView.token_major(k, v.half()), "different types"),
-        (lambda: fs.KvView.token_major(k.double(), v.double()), "k has elements of DLPack type"),
+        (lambda: fs.KvView.token_major(k.double(), v.double()), "k has elements of type float64"),
     ]:
         with pytest.raises(fs.Error, match=sentence):
             wrong()

@@ -140,13 +140,14 @@ DType dtype_of(const AnyArray& x, const char* name) {
             return DType::bfloat16;
         }
     }
-    const char* kinds[] = {"int", "uint", "float"}; // by DLPack's codes
+    const char* kinds[] = {// by DLPack's codes
+                           "int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
     const int kind = static_cast<int>(x.dtype().code);
     FAISS_THROW_FMT(
             "%s has elements of type %s%d, expected float32, float16, bfloat16, or "
             "uint16 that holds the bits of bfloat16",
             name,
-            kind < 3 ? kinds[kind] : "other",
+            kind < 7 ? kinds[kind] : "other",
             bits);
 }
 
