@@ -45,8 +45,10 @@ struct RopeParams {
 
     /// Sets `scaling` and its fields from the text a trace carries: empty,
     /// "linear:2", "ntk:4", "llama3:{json}" or "yarn:{json}", the json with
-    /// the keys of Hugging Face's `rope_scaling`.
-    /// @throws faiss::FaissException when the text has another form
+    /// the keys of Hugging Face's `rope_scaling`, of which those that name the kind
+    /// or theta count for nothing here.
+    /// @throws faiss::FaissException when the text has another form or a key
+    ///         that is not known
     void set_scaling(const std::string& text);
     /// The text that `set_scaling` reads.
     std::string scaling_text() const;

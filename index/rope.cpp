@@ -1,6 +1,7 @@
 #include <faiss_saap/rope.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include <fmt/format.h>
@@ -34,6 +35,18 @@ nlohmann::json parse_json(const std::string& text) {
             j.is_object(),
             "rope_scaling: '%.200s' is not a JSON object",
             text.c_str());
+    // One that is misspelt would leave its default in place.
+    constexpr std::array kKnown = {
+            "rope_type", "type", "rope_theta", "finetuned", "factor",
+            "original_max_position_embeddings", "low_freq_factor",
+            "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
+            "mscale", "mscale_all_dim", "truncate"};
+    for (const auto& [key, value] : j.items()) {
+        FAISS_THROW_IF_NOT_FMT(
+                std::find(kKnown.begin(), kKnown.end(), key) != kKnown.end(),
+                "rope_scaling: the key '%.200s' is not known",
+                key.c_str());
+    }
     return j;
 }
 
@@ -200,9 +213,12 @@ void RopeParams::set_scaling(const std::string& text) {
             p.attention_factor = yarn_magnitude(p.factor, mscale) /
                     yarn_magnitude(p.factor, mscale_all);
         }
-        const auto truncate_it = j.find("truncate");
-        p.truncate = truncate_it == j.end() || !truncate_it->is_boolean() ||
-                truncate_it->get<bool>();
+        const auto truncate = j.value("truncate", nlohmann::json());
+        FAISS_THROW_IF_NOT_FMT(
+                truncate.is_null() || truncate.is_boolean(),
+                "rope_scaling: truncate is of type %s, not true or false",
+                truncate.type_name());
+        p.truncate = truncate.is_null() || truncate.get<bool>();
     } else {
         FAISS_THROW_FMT(
                 "rope_scaling: '%s' must be empty, linear:S, ntk:S, "

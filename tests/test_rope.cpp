@@ -109,6 +109,11 @@ TEST(Rope, WrongInput) {
         EXPECT_SENTENCE(p.set_scaling(text), "rope");
         EXPECT_EQ(p, before) << text;
     }
+    EXPECT_SENTENCE(
+            p.set_scaling("llama3:{\"factor\":8,\"low_freq_facto\":2}"),
+            "the key 'low_freq_facto' is not known");
+    EXPECT_SENTENCE(
+            p.set_scaling("yarn:{\"factor\":8,\"truncate\":0}"), "truncate is of type number");
     RopeParams tiny = p;
     tiny.scaling = RopeScaling::linear;
     tiny.factor = 1e-310;
