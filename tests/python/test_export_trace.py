@@ -46,12 +46,12 @@ def model() -> smollm2.SmolLM2:
 def loaded_once(model, monkeypatch):
     """Lets the exporter share one model: reading the file takes seconds."""
 
-    def shared(rope_scale: float, device: str) -> smollm2.SmolLM2:
+    def shared(rope_scale: float) -> smollm2.SmolLM2:
         scaled = copy.copy(model)
         scaled.rope_scale = rope_scale
         return scaled
 
-    monkeypatch.setattr(export_trace, "SmolLM2", shared)
+    monkeypatch.setattr(export_trace.smollm2, "SmolLM2", shared)
 
 
 @needs_model
