@@ -9,6 +9,7 @@
 #include <fmt/core.h>
 
 #include <faiss/IndexFlat.h>
+#include <faiss/impl/FaissAssert.h>
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/attend_slots.h>
 #include <faiss_saap/index_factory.h>

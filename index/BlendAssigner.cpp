@@ -119,8 +119,8 @@ BlendAssigner::BlendAssigner(
         : CellAssigner(
                   not_null(c, "blend: the classifier").d,
                   not_null(c, "blend: the classifier").ncell,
-                  not_null(c, "blend: the classifier").needs | NEEDS_POST_ROPE | NEEDS_POSITION | NEEDS_STATS |
-                          NEEDS_NEWEST_KEYS),
+                  not_null(c, "blend: the classifier").needs | NEEDS_POST_ROPE |
+                          NEEDS_POSITION | NEEDS_STATS | NEEDS_NEWEST_KEYS),
           classifier(std::move(c)),
           weights(std::move(w)),
           scale(s) {

@@ -462,13 +462,14 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
             {"model", set.model},
             {"texts", text_of(set.texts, path + ": texts")},
             {"rope",
-             json({{"d", set.rope.d},
-                   {"theta", set.rope.theta},
-                   {"layout",
-                    set.rope.layout == RopeLayout::half ? "half"
-                                                        : "interleaved"},
-                   {"scaling", set.rope.scaling_text()}})
-                     .dump()},
+             text_of(
+                     {{"d", set.rope.d},
+                      {"theta", set.rope.theta},
+                      {"layout",
+                       set.rope.layout == RopeLayout::half ? "half"
+                                                           : "interleaved"},
+                      {"scaling", set.rope.scaling_text()}},
+                     path + ": rope")},
             {"training",
              json({{"sink", set.sink},
                    {"window", set.window},

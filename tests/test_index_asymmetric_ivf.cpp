@@ -589,8 +589,8 @@ TEST(IndexFactory, RefusesWhatItDoesNotUnderstand) {
     for (const char* wrong :
          {"", "AIVF", "AIVF20", "AIVF20,", "IVF20,Flat", "AIVF0,Flat",
           "AIVF65537,Flat", "AIVF99999999999999,Flat", "AIVF20,PQ", "AIVF20,PQ5",
-          "AIVF20,PQ4x0", "AIVF20,PQ4x9", "AIVF20,PQ0", "AIVF20,Flat,",
-          "AIVF20,SQ4", "xAIVF20,Flat", "AIVF-1,Flat",
+          "AIVF20,PQ4x0", "AIVF20,PQ4x9", "AIVF20,PQ4x17", "AIVF20,PQ0",
+          "AIVF20,Flat,", "AIVF20,SQ4", "xAIVF20,Flat", "AIVF-1,Flat",
           "AIVF20,PQ99999999999999"}) {
         EXPECT_SENTENCE(index_factory(d, wrong), "description");
     }
