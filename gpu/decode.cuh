@@ -149,6 +149,9 @@ inline void place_seekers(
     }
     const int sequences = p.nrow / p.heads_kv, blocks = n * grid.row_blocks;
     const int groups = blocks * seek_groups(shape.threads);
+    if (groups < p.heads_kv || rows_of_group(sequences, p.heads_kv, groups) > kSeekThreads) {
+        return; // a group would have more rows than it can look at
+    }
     const double part = double(cells_of_part(p.most_cells)) * p.most_cell_bytes;
     const double step = 14 + 6e-3 * p.most_cells + static_cast<double>(p.bytes) / kOfStep;
     double least = step / waves;
@@ -157,13 +160,10 @@ inline void place_seekers(
         if (DecodeLayout::share(kSeekParts, parts_of_visit(visits)) >= shape.layout.ahead) {
             continue;
         }
-        const int turns = DecodeLayout::share(sequences, kMostAhead) * visits;
-        const int rows = p.heads_kv * std::min(sequences, turns); // due in a step, at most
-        const int numbers = DecodeLayout::share(p.heads_kv * turns, groups);
-        if (numbers * (kMostAhead / visits) > kSeekThreads) {
-            continue; // a group would have more rows than it can look at
-        }
-        const int each = DecodeLayout::share(rows, groups);
+        const int each = DecodeLayout::share(
+                rows_of_group(sequences, p.heads_kv, groups) * visits_of_parts(visits, 0),
+                kMostAhead);
+        const int rows = std::min(p.nrow, each * groups); // visited in a step
         const double bytes = parts_of_visit(visits) * part;
         const double of_blocks = DecodeLayout::share(rows, blocks) * bytes / kOfBlock;
         const double time = kOfLook * DecodeLayout::share(p.nrow, kSeekThreads) +
@@ -172,7 +172,6 @@ inline void place_seekers(
             least = time;
             grid.seekers = n;
             grid.visits = visits;
-            grid.most_visits = each;
         }
     }
 }

@@ -19,7 +19,6 @@ struct DecodeGrid {
     int dense = 0;      ///< by the kernel for keys in sink and window alone (dense_rows.cuh)
     int seekers = 0;    ///< clusters that find cells for later steps (seek_ahead.cuh)
     int visits = 1;     ///< of a sequence for its next eight keys: 1, 2, 4, or 8, of which 7 do
-    int most_visits = 1; ///< that one of their groups makes in a step, if it can choose
     int pairs = 0;      ///< rows, of one block each, are clusters of two that share weights
 
     /// n rows as they are numbered: the last pair may have one.

@@ -5,8 +5,8 @@
 /// must be known. The steps until then compare them with the cells one part after the other, so
 /// that none has more to do than others; of a sequence for which they did not come that far,
 /// the rows' blocks find the cells when they need them (find_cells.cuh). Where processors that
-/// have time for this are few, a step visits some of the sequences only and does several parts
-/// for these at once: DecodeGrid::visits.
+/// have time for this are few, a step visits some of the sequences only (seek_schedule.h) and
+/// does several parts for these at once: DecodeGrid::visits.
 ///
 /// Rows of the same step may read and change the sequence meanwhile. Where cells are sought
 /// here, the rows of the step find none and leave `assigned` alone, or have changed it before
@@ -15,18 +15,13 @@
 #pragma once
 
 #include "decode_begin.cuh"
+#include "seek_schedule.h"
 
 namespace faiss_saap::gpu {
 
 namespace {
 
 constexpr int kSeekWarps = 2, kSeekThreads = 32 * kSeekWarps; ///< of a group, for a row
-/// Of the cells. In the step that has to find cells because there are none ahead, the next
-/// ones cannot be sought yet.
-constexpr int kSeekParts = kMostAhead - 1;
-/// Steps that visits are ahead of when they must be done: some KV heads may take a sequence for
-/// visited and others not, where the rows of a step end before all have looked.
-constexpr int kSeekSlack = 1;
 
 /// Groups of a block.
 FAISS_SAAP_HOST_DEVICE constexpr int seek_groups(int threads) {
@@ -50,6 +45,7 @@ struct SeekGroup {
     uint32_t bits[kSeekWarps]; ///< one for each thread
     int rows[kSeekThreads];    ///< the group's, each looked at by a thread
     SeekVisit visits[kSeekThreads];
+    int order[kSeekThreads]; ///< those that can be visited, by the steps that are left
 };
 
 /// A barrier of a group.
@@ -65,11 +61,6 @@ __device__ __forceinline__ void sync_group() {
 /// Cells of each part but the last, in whole tiles.
 FAISS_SAAP_HOST_DEVICE inline int cells_of_part(int ncell) {
     return kTileRows * DecodeLayout::share(DecodeLayout::share(ncell, kTileRows), kSeekParts);
-}
-
-/// Parts that a visit does, of kSeekParts.
-FAISS_SAAP_HOST_DEVICE inline int parts_of_visit(int visits) {
-    return DecodeLayout::share(kSeekParts, visits);
 }
 
 /// The rows of some parts of the cells, for kMostAhead keys.
@@ -98,32 +89,10 @@ __device__ __forceinline__ bool are_sought(
         int64_t length,
         int assigned) {
     const int64_t leaving = leaving_slot(length, p.sink, p.window);
-    return leaving >= 0 && leaving < assigned && assigned <= leaving + kMostAhead + kSeekSlack &&
+    return leaving >= 0 && leaving < assigned && assigned <= leaving + kMostLeft &&
             assigned + kMostAhead < length && // the last one may be this step's
             assigned + kMostAhead <= row.row.view_length &&
             keys_that_are_there(row.kv, assigned, kMostAhead) == kMostAhead;
-}
-
-/// Whether it is the sequence's turn: visit k of item i is due from a step on that depends on
-/// both, of the kMostAhead ones between two in which keys must be known. So visits of sequences
-/// that are equally far are spread over all steps.
-/// @param left   steps until the keys must be known, this one included
-/// @param parts  that are done
-__device__ __forceinline__ bool is_due(
-        const DecodeParams& p,
-        int item,
-        int left,
-        int parts) {
-    const int visits = p.grid.visits, step = kMostAhead + kSeekSlack - left;
-    const int visit = parts / parts_of_visit(visits);
-    return step >= (kMostAhead * visit + item % kMostAhead) / visits;
-}
-
-/// The row's number among those that groups share out: those that are visited in the same
-/// step, if their sequences are equally far, follow each other.
-__device__ __forceinline__ int number_of_row(const DecodeParams& p, const BatchRow& row) {
-    const int turn = row.item / kMostAhead, visits = p.grid.visits;
-    return (turn * visits + row.item % kMostAhead % visits) * p.heads_kv + row.kv_head;
 }
 
 /// The last KV head of a sequence knows whether all have been through the visit's parts. What
@@ -147,7 +116,7 @@ __device__ __forceinline__ void note_visit(
     }
 }
 
-/// Whether a visit of the row is due, and what it begins with.
+/// Whether the row can be visited, and what a visit begins with.
 __device__ __forceinline__ bool find_visit(
         const DecodeParams& p,
         const DecodeRow& row,
@@ -159,8 +128,7 @@ __device__ __forceinline__ bool find_visit(
     visit.cells = row.row.lists->cells;
     visit.steps_left =
             visit.ahead.x - static_cast<int>(leaving_slot(length, p.sink, p.window));
-    return is_due(p, row.row.item, visit.steps_left, visit.ahead.y) &&
-            are_sought(p, row, length, visit.ahead.x);
+    return are_sought(p, row, length, visit.ahead.x);
 }
 
 /// Compares the row's keys with the cells of some parts. By a group, which has its description.
@@ -263,8 +231,9 @@ __device__ __forceinline__ int find_rows(
 #pragma unroll 1
     for (int begin = 0; begin < p.nrow; begin += kSeekThreads) {
         const int row = begin + thread;
+        const BatchRow* of = row < p.nrow ? &p.rows[row].row : nullptr;
         const bool own =
-                row < p.nrow && number_of_row(p, p.rows[row].row) % groups == group;
+                of && group_of_row(of->item, of->kv_head, p.heads_kv, groups) == group;
         const unsigned long long bits = bits_of_group(s, own);
         if (own) {
             s.rows[n + __popcll(bits & ((1ull << thread) - 1))] = row;
@@ -273,6 +242,25 @@ __device__ __forceinline__ int find_rows(
         sync_group();
     }
     return n;
+}
+
+/// Puts those of the group's n rows that can be visited in order.
+/// @return  how many
+template <int D>
+__device__ __forceinline__ int order_visits(SeekGroup<D>& s, int n, bool can_visit) {
+    const int thread = threadIdx.x % kSeekThreads;
+    const unsigned long long rows = bits_of_group(s, can_visit);
+    if (can_visit) {
+        const int left = s.visits[thread].steps_left;
+        int before = 0;
+        for (int i = 0; i < n; i++) {
+            const int other = s.visits[i].steps_left;
+            before += rows >> i & 1 && (other < left || (other == left && i < thread));
+        }
+        s.order[before] = thread;
+    }
+    sync_group();
+    return __popcll(rows);
 }
 
 /// By the clusters behind those of rows. Groups share these out, as many as have something to do
@@ -295,28 +283,31 @@ static __device__ __noinline__ void seek_ahead(
     }
     wait_for_previous();
     sync_group();
-    bool visits = false;
+    bool can_visit = false;
     if (thread < n) {
         const DecodeRow& row = p.rows[s.rows[thread]];
-        visits = find_visit(p, row, s.visits[thread]);
-        if (!visits) {
+        can_visit = find_visit(p, row, s.visits[thread]);
+        if (!can_visit) {
             note_visit(p, row.row, false, s.visits[thread].ahead);
         }
     }
-    unsigned long long due = bits_of_group(s, visits);
+    const int rows = order_visits(s, n, can_visit);
+    SeekPace pace;
+    for (int r = 0; r < rows; r++) {
+        const SeekVisit& visit = s.visits[s.order[r]];
+        pace.add(visit.steps_left, visits_of_parts(p.grid.visits, visit.ahead.y));
+    }
 #pragma unroll 1
-    for (int done = 0; due; due &= due - 1) {
-        const int i = __ffsll(due) - 1;
+    for (int r = 0; r < rows; r++) {
+        const int i = s.order[r];
         const SeekVisit& visit = s.visits[i];
-        // Sequences that are not equally far may all be due: what can wait does.
-        const bool now = done < p.grid.most_visits || visit.steps_left <= 1 + kSeekSlack;
+        const bool now = r < pace.visits;
         if (now) {
             if (n > 1) {
                 describe_row(s, p.rows[s.rows[i]]);
                 sync_group();
             }
             compare_parts<D>(p, s, visit);
-            done++;
         }
         if (thread == 0) {
             note_visit(p, p.rows[s.rows[i]].row, now, visit.ahead);
