@@ -218,6 +218,7 @@ class AttentionAdapter {
    private:
     struct Sequence;
     struct Token;
+    struct Call;
     Sequence& at(int64_t sequence);
     const Sequence& at(int64_t sequence) const;
     int64_t insert(std::unique_ptr<Sequence> sequence);
@@ -228,20 +229,8 @@ class AttentionAdapter {
             int kv_head,
             int64_t size,
             const KvView& kv) const;
-    /// Checks a batch and its queries; the tokens that ask.
-    std::vector<Token> tokens_of(
-            const std::vector<SequenceInput>& batch,
-            const float* queries) const;
-
     /// Throws where a policy refines and there are no codes.
     void check_refine(const ProbePolicy& policy) const;
-    /// Slots of the far keys in some cells, ascending, each once.
-    std::vector<int32_t> far_slots(
-            const Token& token,
-            int kv_head,
-            const int32_t* cells,
-            const int32_t* cells_end,
-            int64_t* distinct) const;
 
     AdapterParams params_;
     int group_ = 0;

@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include <omp.h>
-
-#include <faiss_saap/merge_states.h>
 
 #include "check.h"
 #include "parallel_for.h"
@@ -137,26 +136,28 @@ void attend_dense(
     const int64_t stretches =
             std::max<int64_t>(1, (end - begin + stretch - 1) / stretch);
     const int64_t size = int64_t(heads_q) * kv.d_v;
-    std::vector<float> part(stretches * size), part_lse(stretches * heads_q);
+    // Not a vector, which would fill it with zeros first.
+    const std::unique_ptr<float[]> part(new float[stretches * size]);
+    std::vector<float> part_lse(stretches * heads_q);
     parallel_for(stretches, [&](int64_t i) {
         AttendKernelParams p = whole;
         p.begin = begin + i * stretch;
         p.end = std::min(p.begin + stretch, end);
-        p.output = part.data() + i * size;
+        p.output = part.get() + i * size;
         p.lse = part_lse.data() + i * heads_q;
         attend_kernel(p);
     });
-    std::copy_n(part.data(), size, output);
-    std::copy_n(part_lse.data(), heads_q, lse);
-    for (int64_t i = 1; i < stretches; i++) {
-        merge_states(
+    std::fill_n(output, size, 0.0f);
+    parallel_for(heads_q, [&](int64_t h) {
+        lse[h] = merge_parts(
+                stretches,
                 heads_q,
                 kv.d_v,
-                output,
-                lse,
-                part.data() + i * size,
-                part_lse.data() + i * heads_q);
-    }
+                part.get() + h * kv.d_v,
+                part_lse.data() + h,
+                output + h * kv.d_v,
+                -INFINITY);
+    });
 }
 
 } // namespace faiss_saap

@@ -884,6 +884,50 @@ void InnerProducts(
     }
 }
 
+float MergeParts(
+        int64_t n,
+        int64_t stride,
+        int d_v,
+        const float* part,
+        const float* part_lse,
+        float* output,
+        float lse) {
+    float maximum = lse;
+    for (int64_t i = 0; i < n; i++) {
+        maximum = std::max(maximum, part_lse[i * stride]);
+    }
+    const float shift = maximum > -INFINITY ? maximum : 0.0f;
+    std::vector<float> weights(n + 1); // the last one for what is there
+    float sum = 0;
+    for (int64_t i = 0; i <= n; i++) {
+        weights[i] = std::exp((i < n ? part_lse[i * stride] : lse) - shift);
+        sum += weights[i];
+    }
+    if (sum == 0) {
+        return lse; // all of them are empty
+    }
+    const D d;
+    const int lanes = static_cast<int>(hn::Lanes(d));
+    const V norm = hn::Set(d, 1 / sum);
+    int c = 0;
+    for (; c + lanes <= d_v; c += lanes) {
+        V all = hn::Mul(hn::Set(d, weights[n]), hn::LoadU(d, output + c));
+        for (int64_t i = 0; i < n; i++) {
+            all = hn::MulAdd(
+                    hn::Set(d, weights[i]), hn::LoadU(d, part + i * stride * d_v + c), all);
+        }
+        hn::StoreU(hn::Mul(all, norm), d, output + c);
+    }
+    for (; c < d_v; c++) {
+        float all = weights[n] * output[c];
+        for (int64_t i = 0; i < n; i++) {
+            all += weights[i] * part[i * stride * d_v + c];
+        }
+        output[c] = all / sum;
+    }
+    return shift + std::log(sum);
+}
+
 /// bfloat16, in place: a call for each block would cost as much as the block.
 HWY_INLINE float bfloat16_at(const uint8_t* p) {
     uint16_t upper;
@@ -996,6 +1040,22 @@ void CodeProducts(
     }
 }
 
+void CountBits(int64_t n, const uint64_t* words, uint8_t* counts) {
+    const hn::CappedTag<uint64_t, 8> d;
+    const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+    alignas(64) uint64_t of_lane[8];
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        hn::Store(hn::PopulationCount(hn::LoadU(d, words + i)), d, of_lane);
+        for (int64_t j = 0; j < lanes; j++) {
+            counts[i + j] = static_cast<uint8_t>(of_lane[j]);
+        }
+    }
+    for (; i < n; i++) {
+        counts[i] = static_cast<uint8_t>(__builtin_popcountll(words[i]));
+    }
+}
+
 void ShareScores(
         int nhead,
         int ncell,
@@ -1074,7 +1134,9 @@ namespace faiss_saap {
 
 HWY_EXPORT(Attend);
 HWY_EXPORT(InnerProducts);
+HWY_EXPORT(MergeParts);
 HWY_EXPORT(CodeProducts);
+HWY_EXPORT(CountBits);
 HWY_EXPORT(ShareScores);
 
 void attend_kernel(const AttendKernelParams& params) {
@@ -1091,6 +1153,17 @@ void inner_products(
     HWY_DYNAMIC_DISPATCH(InnerProducts)(nq, d, q, n, rows, out);
 }
 
+float merge_parts(
+        int64_t n,
+        int64_t stride,
+        int d_v,
+        const float* part,
+        const float* part_lse,
+        float* output,
+        float lse) {
+    return HWY_DYNAMIC_DISPATCH(MergeParts)(n, stride, d_v, part, part_lse, output, lse);
+}
+
 void code_products(
         int nq,
         int d,
@@ -1099,6 +1172,10 @@ void code_products(
         const uint8_t* const* codes,
         float* out) {
     HWY_DYNAMIC_DISPATCH(CodeProducts)(nq, d, q, n, codes, out);
+}
+
+void count_bits(int64_t n, const uint64_t* words, uint8_t* counts) {
+    HWY_DYNAMIC_DISPATCH(CountBits)(n, words, counts);
 }
 
 void share_scores_kernel(

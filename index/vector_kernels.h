@@ -56,6 +56,21 @@ void inner_products(
         const VectorRows& rows,
         float* out);
 
+/// Partial results of a query, merged exactly as by merge_states.h, in one pass.
+/// @param n       parts, `stride` queries apart
+/// @param part    output of the first one, of stride * d_v values each
+/// @param lse     likewise, of stride each
+/// @param output  in and out, size d_v: merged with the parts
+/// @return        LSE of all
+float merge_parts(
+        int64_t n,
+        int64_t stride,
+        int d_v,
+        const float* part,
+        const float* part_lse,
+        float* output,
+        float lse);
+
 /// Codes of KeyCodes: components of a block, and its bytes (base and step as
 /// bfloat16, then component i in the low half of byte i and i + 16 in its high
 /// half).
@@ -72,6 +87,9 @@ void code_products(
         int64_t n,
         const uint8_t* const* codes,
         float* out);
+
+/// How many bits of each of n words are set.
+void count_bits(int64_t n, const uint64_t* words, uint8_t* counts);
 
 /// See share_scores in ProbePolicy.h.
 /// @param counts  size ncell
