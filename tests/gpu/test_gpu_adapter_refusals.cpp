@@ -69,13 +69,18 @@ TEST_F(GpuAdapterRefusals, Partitions) {
     EXPECT_SENTENCE(with(many, many), "8193 cells");
     const auto few = flat(3);
     EXPECT_SENTENCE(with(few, few, 16), "has 17 partitions"); // and the adapter's
-    ClassifierShape shape;
-    shape.d = kD, shape.ncell = 3, shape.group = 3, shape.width = 8, shape.depth = 1;
+    const auto classifier = [&](int group) {
+        ClassifierShape shape;
+        shape.d = kD, shape.ncell = 3, shape.group = group, shape.width = 8, shape.depth = 1;
+        return std::make_shared<QueryClassifier>(
+                shape, random.normal(parameter_count(shape)).data());
+    };
     EXPECT_SENTENCE(
-            with(few,
-                 std::make_shared<QueryClassifier>(
-                         shape, random.normal(parameter_count(shape)).data())),
-            "a classifier for 3 query heads cannot serve a group of 4");
+            with(few, classifier(3)),
+            "a query assigner for 3 query heads, the adapter has heads_q / heads_kv = 4");
+    EXPECT_SENTENCE(
+            with(few, classifier(1)),
+            "a classifier for 1 query heads cannot serve a group of 4");
     EXPECT_SENTENCE(
             GpuAttentionAdapter(p.world.params, HeadPartitions()).create(),
             "KV head 0 has no partition");
