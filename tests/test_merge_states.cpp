@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common.h"
+#include "index/vector_kernels.h"
 
 namespace faiss_saap {
 namespace {
@@ -71,6 +72,70 @@ TEST(MergeStates, NaNIsNotLost) {
     EXPECT_TRUE(std::isnan(merge_weights(-INFINITY, NAN).lse));
     EXPECT_TRUE(std::isnan(merge_weights(NAN, 1).lse));
     EXPECT_TRUE(std::isnan(merge_weights(1, NAN).lse));
+}
+
+/// All parts of a query at once are what they are one after the other.
+TEST(MergeParts, EqualsMergesInTurn) {
+    tests::Random random;
+    for (int d_v : {1, 3, 64, 80, 128, 131}) {
+        for (int64_t n : {0, 1, 2, 7, 40}) {
+            for (float spread : {1.0f, 50.0f}) {
+                const int64_t stride = 3; // others' results lie between
+                std::vector<float> part = random.normal(n * stride * d_v);
+                std::vector<float> lse = random.normal(n * stride, spread);
+                for (int64_t i = 0; i < n; i += 3) { // an empty one
+                    lse[i * stride] = -INFINITY;
+                    std::fill_n(part.begin() + i * stride * d_v, d_v, 0.0f);
+                }
+                for (bool merge : {false, true}) {
+                    std::vector<float> got(d_v, 0.0f);
+                    float start = -INFINITY;
+                    if (merge) {
+                        got = random.normal(d_v);
+                        start = random.normal(1, spread)[0];
+                    }
+                    double sum = std::exp(double(start));
+                    std::vector<double> expected(d_v);
+                    for (int j = 0; j < d_v; j++) {
+                        expected[j] = sum * got[j];
+                    }
+                    for (int64_t i = 0; i < n; i++) {
+                        const double w = std::exp(double(lse[i * stride]));
+                        sum += w;
+                        for (int j = 0; j < d_v; j++) {
+                            expected[j] += w * part[i * stride * d_v + j];
+                        }
+                    }
+                    const float all = merge_parts(
+                            n, stride, d_v, part.data(), lse.data(), got.data(), start);
+                    if (sum == 0) {
+                        EXPECT_EQ(all, -INFINITY);
+                        EXPECT_EQ(got, std::vector<float>(d_v, 0.0f));
+                        continue;
+                    }
+                    EXPECT_NEAR(all, std::log(sum), 1e-5 * spread);
+                    for (int j = 0; j < d_v; j++) {
+                        EXPECT_NEAR(got[j], expected[j] / sum, 2e-5 * spread);
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(MergeParts, WhatIsNotANumberIsSeen) {
+    const float part[2] = {1, 2};
+    for (float start : {-INFINITY, 0.0f}) {
+        for (float other : {-INFINITY, 3.0f}) {
+            for (int first : {0, 1}) {
+                float lse[2] = {other, other};
+                lse[first] = NAN;
+                float output = 0;
+                EXPECT_TRUE(std::isnan(merge_parts(2, 1, 1, part, lse, &output, start)));
+                EXPECT_TRUE(std::isnan(output));
+            }
+        }
+    }
 }
 
 } // namespace
