@@ -188,6 +188,8 @@ void run(const Options& o) {
                     "%s: %lld tokens are too few to cluster a quarter of them",
                     o.trace.c_str(),
                     static_cast<long long>(data.tokens));
+            const int64_t first = data.tokens / 4;
+            check_far_keys(first - first / 8, o.sink, o.window);
             AdapterParams params;
             params.heads_q = data.group;
             params.heads_kv = 1;

@@ -1,7 +1,6 @@
 /// The main job on the embedded trace: index a text's keys, decode its last
 /// part token by token, and read a twentieth of the cache.
 #include <algorithm>
-#include <cinttypes>
 #include <cmath>
 #include <limits>
 
@@ -9,7 +8,6 @@
 #include <fmt/core.h>
 
 #include <faiss/IndexFlat.h>
-#include <faiss/impl/FaissAssert.h>
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/attend_slots.h>
 #include <faiss_saap/index_factory.h>
@@ -215,13 +213,7 @@ void decode(
         IndexFigures& figures) {
     const int64_t prefix = data.tokens / 8 * 7;
     const int d = data.d;
-    FAISS_THROW_IF_NOT_FMT(
-            far_range(prefix, options.sink, options.window).size() > 0,
-            "sink = %" PRId64 " and window = %" PRId64
-            " leave no far keys to token %" PRId64 ", the first that asks",
-            options.sink,
-            options.window,
-            prefix);
+    check_far_keys(prefix, options.sink, options.window);
 
     // An index over the keys: cells by L2 k-means, queries by inner product.
     double start = seconds_now();

@@ -1,7 +1,10 @@
 #include "GroundTruth.h"
 
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
+
+#include <faiss/impl/FaissAssert.h>
 
 namespace faiss_saap::benchs {
 
@@ -10,6 +13,16 @@ FarRange far_range(int64_t token, int64_t sink, int64_t window) {
     far.begin = std::min(sink, token + 1);
     far.end = std::max(far.begin, token + 1 - window);
     return far;
+}
+
+void check_far_keys(int64_t token, int64_t sink, int64_t window) {
+    FAISS_THROW_IF_NOT_FMT(
+            far_range(token, sink, window).size() > 0,
+            "sink = %" PRId64 " and window = %" PRId64
+            " leave no far keys to token %" PRId64 ", the first that asks",
+            sink,
+            window,
+            token);
 }
 
 GroundTruth::GroundTruth(const HeadData& data, int64_t token, int head)

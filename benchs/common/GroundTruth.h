@@ -16,6 +16,8 @@ struct FarRange {
     }
 };
 FarRange far_range(int64_t token, int64_t sink, int64_t window);
+/// Throws unless the first token that asks has far keys.
+void check_far_keys(int64_t token, int64_t sink, int64_t window);
 
 /// What attention does at one token for one query head.
 struct GroundTruth {

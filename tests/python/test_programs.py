@@ -104,6 +104,8 @@ def test_bench_adapter_measures_while_the_sequence_grows(tmp_path):
         if row["partitions"] == "de-rotated, means":  # cells of rotated keys outgrow the budget
             assert 0 < row["selectivity"] <= 0.0501
         pairs.setdefault((row["tokens"], row["partitions"]), {})[row["choice"]] = row["selectivity"]
+    result = run(Path(BIN) / "bench_adapter", *options, "--window", 1792)
+    assert result.returncode == 1 and "window = 1792 leave no far keys to token 1792" in result.stderr
     for choices in pairs.values():  # compared at equal selectivity per KV head
         assert abs(choices["group"] - choices["query head"]) < 0.005
 
