@@ -217,7 +217,6 @@ class AttentionAdapter {
 
    private:
     struct Sequence;
-    struct Token;
     struct Call;
     Sequence& at(int64_t sequence);
     const Sequence& at(int64_t sequence) const;
@@ -229,6 +228,7 @@ class AttentionAdapter {
             int kv_head,
             int64_t size,
             const KvView& kv) const;
+
     /// Throws where a policy refines and there are no codes.
     void check_refine(const ProbePolicy& policy) const;
 

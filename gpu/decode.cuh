@@ -149,20 +149,22 @@ inline void place_seekers(
     }
     const int sequences = p.nrow / p.heads_kv, blocks = n * grid.row_blocks;
     const int groups = blocks * seek_groups(shape.threads);
-    if (groups < p.heads_kv || rows_of_group(sequences, p.heads_kv, groups) > kSeekThreads) {
-        return; // a group would have more rows than it can look at
+    if (groups < p.heads_kv) {
+        return;
+    }
+    const int of_group = rows_of_group(sequences, p.heads_kv, groups);
+    if (of_group > kSeekThreads) {
+        return; // more rows than it can look at
     }
     const double part = double(cells_of_part(p.most_cells)) * p.most_cell_bytes;
     const double step = 14 + 6e-3 * p.most_cells + static_cast<double>(p.bytes) / kOfStep;
     double least = step / waves;
     for (int visits : {8, 4, 2, 1}) {
         // Where rows find fewer keys' cells at once, they do so again before all visits are made.
-        if (DecodeLayout::share(kSeekParts, parts_of_visit(visits)) >= shape.layout.ahead) {
+        if (visits_of_parts(visits, 0) >= shape.layout.ahead || !is_in_time(visits, of_group)) {
             continue;
         }
-        const int each = DecodeLayout::share(
-                rows_of_group(sequences, p.heads_kv, groups) * visits_of_parts(visits, 0),
-                kMostAhead);
+        const int each = planned_visits(visits, of_group);
         const int rows = std::min(p.nrow, each * groups); // visited in a step
         const double bytes = parts_of_visit(visits) * part;
         const double of_blocks = DecodeLayout::share(rows, blocks) * bytes / kOfBlock;

@@ -33,7 +33,9 @@ FAISS_SAAP_HOST_DEVICE constexpr int visits_of_parts(int visits, int parts_done)
 }
 
 /// Groups share rows out so that all KV heads of a sequence are visited in the same step: the
-/// groups that have them have the same sequences, and so the same to choose from.
+/// groups that have them have the same sequences, and so the same to choose from. But where rows
+/// of the step end before all groups have looked at their lengths, heads may choose differently,
+/// and a visit that not all have made is made again.
 /// @param groups  heads_kv at least
 FAISS_SAAP_HOST_DEVICE constexpr int group_of_row(
         int item,
@@ -46,6 +48,19 @@ FAISS_SAAP_HOST_DEVICE constexpr int group_of_row(
 /// Of the sequences of the batch, at most.
 FAISS_SAAP_HOST_DEVICE constexpr int rows_of_group(int sequences, int heads_kv, int groups) {
     return seek_share(sequences, groups / heads_kv);
+}
+
+/// Whether a group's rows are visited in time, whenever they began: one that needs many visits,
+/// of which it gets one a step, must not wait long for others that have fewer steps left. By
+/// running the schedule (test_seek_schedule.cpp).
+/// @param rows  of the group
+constexpr bool is_in_time(int visits, int rows) {
+    return visits == 1 || rows <= (visits == 2 ? 8 : visits == 4 ? 3 : 2);
+}
+
+/// Visits that a group makes in a step where its rows' steps differ.
+constexpr int planned_visits(int visits, int rows) {
+    return seek_share(rows * visits_of_parts(visits, 0), kMostAhead);
 }
 
 /// Visits that a group makes in a step.

@@ -8,7 +8,6 @@
 
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/faiss_compat.h>
-#include <faiss_saap/merge_states.h>
 
 #include "adapter_state.h"
 #include "check.h"
@@ -18,23 +17,23 @@
 
 namespace faiss_saap {
 
-/// A token of a batch, and what it attends to: [0, sink_end) and [window_begin,
-/// window_end) densely, the slots between them through cells.
-struct AttentionAdapter::Token {
-    const SequenceInput* from = nullptr;
-    const Sequence* sequence = nullptr;
-    int64_t sink_end = 0, window_begin = 0, window_end = 0;
-
-    int64_t slot() const {
-        return window_end - 1;
-    }
-    int64_t far_keys() const {
-        return window_begin - sink_end;
-    }
-};
-
 /// A call of `route` or `attend`: a batch, its queries, and the tokens that ask.
 struct AttentionAdapter::Call {
+    /// A token of a batch, and what it attends to: [0, sink_end) and [window_begin,
+    /// window_end) densely, the slots between them through cells.
+    struct Token {
+        const SequenceInput* from = nullptr;
+        const Sequence* sequence = nullptr;
+        int64_t sink_end = 0, window_begin = 0, window_end = 0;
+
+        int64_t slot() const {
+            return window_end - 1;
+        }
+        int64_t far_keys() const {
+            return window_begin - sink_end;
+        }
+    };
+
     const AttentionAdapter& adapter;
     const std::vector<SequenceInput>& batch;
     const float* queries;
@@ -355,18 +354,19 @@ namespace {
 
 /// Slots begin .. end - 1 of a token's cache, or its far keys in such words.
 struct Piece {
-    int64_t begin, end;
+    int64_t token, begin, end;
     bool is_far;
     int64_t far_keys;
 };
 
 void cut_dense(
+        int64_t token,
         int64_t begin,
         int64_t end,
         int64_t length,
         std::vector<Piece>& pieces) {
     for (; begin < end; begin += length) {
-        pieces.push_back({begin, std::min(begin + length, end), false, 0});
+        pieces.push_back({token, begin, std::min(begin + length, end), false, 0});
     }
 }
 
@@ -381,8 +381,8 @@ void AttentionAdapter::Call::attend(
     const int64_t rows = static_cast<int64_t>(far.size()) / ntoken(); // of a token
     const int nq = params.heads_q / static_cast<int>(rows); // query heads of a row
     // Tokens are cut into pieces, so that one long sequence occupies all cores;
-    // partial results merge exactly. Few pieces, because the first rows of each are read
-    // without a prefetch, and results must be merged, but some for every thread.
+    // partial results merge exactly. Few pieces, because results must be merged and the
+    // first rows of each are read without a prefetch, but some for every thread.
     int64_t keys = 0;
     for (const FarKeys& f : far) {
         keys += f.n;
@@ -393,7 +393,7 @@ void AttentionAdapter::Call::attend(
     std::vector<int64_t> first_piece = {0}; // of each token
     for (int64_t t = 0; t < ntoken(); t++) {
         for (const FarPiece& p : cut_far(far.data() + t * rows, rows, length)) {
-            pieces.push_back({p.begin, p.end, true, p.keys});
+            pieces.push_back({t, p.begin, p.end, true, p.keys});
         }
         if (params.attend_dense) {
             // Shorter than pieces of far keys: they come last, and while the
@@ -404,17 +404,10 @@ void AttentionAdapter::Call::attend(
             const int64_t most = int64_t(64) * threads / ntoken() + 1;
             const int64_t stretch = std::max<int64_t>(
                     {64, length / (4 * params.heads_kv), dense / most});
-            cut_dense(0, token.sink_end, stretch, pieces);
-            cut_dense(token.window_begin, token.window_end, stretch, pieces);
+            cut_dense(t, 0, token.sink_end, stretch, pieces);
+            cut_dense(t, token.window_begin, token.window_end, stretch, pieces);
         }
         first_piece.push_back(static_cast<int64_t>(pieces.size()));
-    }
-    std::vector<int64_t> token_of(pieces.size());
-    for (int64_t t = 0; t < ntoken(); t++) {
-        std::fill(
-                token_of.begin() + first_piece[t],
-                token_of.begin() + first_piece[t + 1],
-                t);
     }
     const int d_v = tokens[0].from->kv.d_v;
     const int64_t results = params.heads_q; // of a piece
@@ -424,7 +417,7 @@ void AttentionAdapter::Call::attend(
     std::vector<float> part_lse(pieces.size() * results);
     parallel_for(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
         const Piece& piece = pieces[i];
-        const int64_t t = token_of[i];
+        const int64_t t = piece.token;
         AttendKernelParams p;
         p.kv = &tokens[t].from->kv;
         p.scale = params.scale;
@@ -459,26 +452,22 @@ void AttentionAdapter::Call::attend(
         const int64_t t = row / results;
         const int64_t from = first_piece[t] * results + row - t * results;
         const int64_t n = first_piece[t + 1] - first_piece[t];
-        float* output = out.output + row * d_v;
-        if (!out.merge) {
-            std::fill_n(output, d_v, 0.0f);
-        }
         const float lse = merge_parts(
                 n,
                 results,
                 d_v,
                 part.get() + from * d_v,
                 part_lse.data() + from,
-                output,
+                out.output + row * d_v,
                 out.merge ? out.lse[row] : -INFINITY);
         if (out.lse) {
             out.lse[row] = lse;
         }
         if (out.stats) {
-            float dense = -INFINITY;
-            for (int64_t i = 0; i < n; i++) {
+            float dense = 0;
+            for (int64_t i = 0; i < n && lse > -INFINITY; i++) {
                 if (!pieces[first_piece[t] + i].is_far) {
-                    dense = merge_weights(dense, part_lse[from + i * results]).lse;
+                    dense += std::exp(part_lse[from + i * results] - lse);
                 }
             }
             AttendStats& stats = out.stats[row];
@@ -487,7 +476,7 @@ void AttentionAdapter::Call::attend(
             stats.keys_ranked = static_cast<int32_t>(keys_of_row.ranked);
             stats.keys_read = keys_of_row.n;
             stats.far_keys = tokens[t].far_keys();
-            stats.dense_mass = lse == -INFINITY ? 0 : std::exp(dense - lse);
+            stats.dense_mass = std::min(dense, 1.0f);
         }
     });
 }
@@ -523,10 +512,11 @@ void AttentionAdapter::attend_preassigned(
         const ProbedCells& probed,
         const AttendOutput& out,
         const ProbePolicy* policy) const {
-    const Call call(*this, batch, queries);
     if (policy) {
-        call.check_policy(*policy);
+        policy->check();
+        check_refine(*policy);
     }
+    const Call call(*this, batch, queries);
     call.check_views();
     call.check_output(out);
     call.check_probed(probed);

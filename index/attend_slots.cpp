@@ -135,6 +135,12 @@ void attend_dense(
     const int64_t stretch = stretch_length(end - begin);
     const int64_t stretches =
             std::max<int64_t>(1, (end - begin + stretch - 1) / stretch);
+    if (stretches == 1) {
+        whole.begin = begin;
+        whole.end = end;
+        attend_kernel(whole);
+        return;
+    }
     const int64_t size = int64_t(heads_q) * kv.d_v;
     // Not a vector, which would fill it with zeros first.
     const std::unique_ptr<float[]> part(new float[stretches * size]);
@@ -147,7 +153,6 @@ void attend_dense(
         p.lse = part_lse.data() + i * heads_q;
         attend_kernel(p);
     });
-    std::fill_n(output, size, 0.0f);
     parallel_for(heads_q, [&](int64_t h) {
         lse[h] = merge_parts(
                 stretches,

@@ -13,14 +13,14 @@ struct FarKeys {
     int64_t first_slot = 0; ///< of the first word's first bit
     int64_t cells = 0;      ///< distinct ones
     int64_t ranked = 0;     ///< keys compared by their codes
-    int64_t n = 0;
+    int64_t n = 0;          ///< keys
     std::vector<uint64_t> words;
     std::vector<uint8_t> of_word; ///< keys of each
 
     FarKeys() = default;
     /// No keys yet, of `slots` possible ones.
     FarKeys(int64_t first_slot, int64_t slots);
-    /// To be called when bits have been set.
+    /// To be called when bits of words have been set.
     void count();
     /// Keeps these alone.
     void assign(const std::vector<int32_t>& slots);

@@ -892,6 +892,9 @@ float MergeParts(
         const float* part_lse,
         float* output,
         float lse) {
+    if (lse == -INFINITY) {
+        std::fill_n(output, d_v, 0.0f);
+    }
     float maximum = lse;
     for (int64_t i = 0; i < n; i++) {
         maximum = std::max(maximum, part_lse[i * stride]);

@@ -56,12 +56,13 @@ void inner_products(
         const VectorRows& rows,
         float* out);
 
-/// Partial results of a query, merged exactly as by merge_states.h, in one pass.
-/// @param n       parts, `stride` queries apart
-/// @param part    output of the first one, of stride * d_v values each
-/// @param lse     likewise, of stride each
-/// @param output  in and out, size d_v: merged with the parts
-/// @return        LSE of all
+/// Merges partial results of a query (merge_states.h) in one pass.
+/// @param n         parts, `stride` queries apart
+/// @param part      output of the first one; finite
+/// @param part_lse  likewise
+/// @param output    in and out, size d_v: merged with the parts; where `lse` is -infinity
+///                  it does not matter what is there
+/// @return          LSE of all
 float merge_parts(
         int64_t n,
         int64_t stride,

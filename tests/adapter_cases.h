@@ -747,6 +747,7 @@ inline void check_case(
                 }
                 EXPECT_NEAR(got.lse[row], most + std::log(sum), lse_tolerance);
                 EXPECT_NEAR(stats.dense_mass, dense_sum / sum, lse_tolerance);
+                EXPECT_LE(stats.dense_mass, 1);
                 double difference = 0, norm = 0;
                 for (int j = 0; j < c.d; j++) {
                     o[j] /= sum;

@@ -18,10 +18,10 @@ void PrintTo(const Batch& b, std::ostream* out) {
          << b.visits << "visits" << (b.together ? "together" : "");
 }
 
-class SeekSchedule : public ::testing::TestWithParam<Batch> {};
+class SeekSchedules : public ::testing::TestWithParam<Batch> {};
 
 /// Steps of sequences that begin in any of the first 64.
-TEST_P(SeekSchedule, CellsAreKnownInTimeAndStepsAreAlike) {
+TEST_P(SeekSchedules, CellsAreKnownInTimeAndStepsAreAlike) {
     tests::Random random;
     const Batch& b = GetParam();
     struct Sequence {
@@ -31,9 +31,9 @@ TEST_P(SeekSchedule, CellsAreKnownInTimeAndStepsAreAlike) {
     for (Sequence& s : all) {
         s.begins = b.together ? 0 : static_cast<int>(random.below(64));
     }
-    const int each = seek_share(
-            rows_of_group(b.sequences, b.heads_kv, b.groups) * visits_of_parts(b.visits, 0),
-            kMostAhead);
+    const int rows_of_each = rows_of_group(b.sequences, b.heads_kv, b.groups);
+    ASSERT_TRUE(is_in_time(b.visits, rows_of_each));
+    const int each = planned_visits(b.visits, rows_of_each);
     for (int step = 0; step < 400; step++) {
         std::vector<int> left(b.sequences, 0); // 0: nothing to seek
         for (int i = 0; i < b.sequences; i++) {
@@ -82,13 +82,29 @@ TEST_P(SeekSchedule, CellsAreKnownInTimeAndStepsAreAlike) {
     }
 }
 
+/// A group of more rows that each need many visits has some that wait too long.
+TEST(SeekSchedule, RowsThatWouldBeLateAreRefused) {
+    EXPECT_FALSE(is_in_time(8, 3));
+    EXPECT_FALSE(is_in_time(4, 4));
+    EXPECT_FALSE(is_in_time(2, 9));
+    for (int rows = 1; rows <= 64; rows++) {
+        EXPECT_TRUE(is_in_time(1, rows));
+        EXPECT_EQ(planned_visits(1, rows), (rows + 7) / 8); // each once in eight steps
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(
         Batches,
-        SeekSchedule,
+        SeekSchedules,
         ::testing::Values(
                 Batch{1, 8, 32, 8, false},
                 Batch{8, 8, 64, 8, false},
                 Batch{9, 4, 32, 4, false},
+                Batch{2, 1, 1, 8, false},
+                Batch{3, 1, 1, 4, false},
+                Batch{7, 1, 1, 2, false},
+                Batch{8, 1, 1, 2, false},
+                Batch{40, 1, 1, 1, false},
                 Batch{16, 8, 100, 2, false},
                 Batch{31, 8, 64, 2, false},
                 Batch{32, 8, 32, 1, false},
