@@ -50,7 +50,7 @@ struct AttentionAdapter::Call {
     void check_output(const AttendOutput& out) const;
     void check_probed(const ProbedCells& probed) const;
 
-    auto ntoken() const {
+    int64_t ntoken() const {
         return static_cast<int64_t>(tokens.size());
     }
     const float* queries_of(int64_t token, int kv_head) const {
