@@ -70,11 +70,16 @@ std::vector<Configuration> configurations(
     return all;
 }
 
+/// The first token that asks at a stage.
+int64_t first_to_ask(int64_t length) {
+    return length - length / 8;
+}
+
 /// Tokens that ask at a stage: evenly spaced in the last eighth of the text so
 /// far.
 std::vector<int64_t> tokens_that_ask(int64_t length, int queries) {
     std::vector<int64_t> tokens;
-    const int64_t begin = length - length / 8;
+    const int64_t begin = first_to_ask(length);
     const int64_t n = std::min<int64_t>(queries, length - begin);
     for (int64_t i = 0; i < n; i++) {
         tokens.push_back(begin + i * (length - begin) / n);
@@ -188,8 +193,7 @@ void run(const Options& o) {
                     "%s: %lld tokens are too few to cluster a quarter of them",
                     o.trace.c_str(),
                     static_cast<long long>(data.tokens));
-            const int64_t first = data.tokens / 4;
-            check_far_keys(first - first / 8, o.sink, o.window);
+            check_far_keys(first_to_ask(data.tokens / 4), o.sink, o.window);
             AdapterParams params;
             params.heads_q = data.group;
             params.heads_kv = 1;

@@ -229,8 +229,8 @@ class AttentionAdapter {
             int64_t size,
             const KvView& kv) const;
 
-    /// Throws where a policy refines and there are no codes.
-    void check_refine(const ProbePolicy& policy) const;
+    /// Throws where a policy is invalid, or refines and there are no codes.
+    void check_policy(const ProbePolicy& policy) const;
 
     AdapterParams params_;
     int group_ = 0;

@@ -109,8 +109,7 @@ AttentionAdapter::AttentionAdapter(
             p.dense_below >= 0,
             "dense_below = %" PRId64 " must not be negative",
             p.dense_below);
-    p.policy.check();
-    check_refine(p.policy);
+    check_policy(p.policy);
     if (p.scale == 0) {
         p.scale = 1 / std::sqrt(static_cast<float>(p.d));
     }
@@ -128,7 +127,8 @@ AttentionAdapter::AttentionAdapter(
         const std::vector<Partition>& partitions)
         : AttentionAdapter(params, one_each(partitions)) {}
 
-void AttentionAdapter::check_refine(const ProbePolicy& policy) const {
+void AttentionAdapter::check_policy(const ProbePolicy& policy) const {
+    policy.check();
     FAISS_THROW_IF_NOT_FMT(
             policy.refine == 1 || params_.key_codes,
             "policy.refine = %g ranks keys by their codes, but the adapter was "

@@ -13,6 +13,7 @@
 #include "check.h"
 #include "far_keys.h"
 #include "parallel_for.h"
+#include "partial_results.h"
 #include "vector_kernels.h"
 
 namespace faiss_saap {
@@ -45,7 +46,7 @@ struct AttentionAdapter::Call {
     Call(const AttentionAdapter& to,
          const std::vector<SequenceInput>& batch_in,
          const float* queries_in);
-    void check_policy(const ProbePolicy& policy) const;
+    void check_policy_of_heads(const ProbePolicy& policy) const;
     void check_views() const;
     void check_output(const AttendOutput& out) const;
     void check_probed(const ProbedCells& probed) const;
@@ -131,9 +132,8 @@ AttentionAdapter::Call::Call(
     check_finite(queries, ntoken() * params.heads_q, params.d, "queries");
 }
 
-void AttentionAdapter::Call::check_policy(const ProbePolicy& policy) const {
-    policy.check();
-    adapter.check_refine(policy);
+void AttentionAdapter::Call::check_policy_of_heads(const ProbePolicy& policy) const {
+    adapter.check_policy(policy);
     for (const SequenceInput& in : batch) {
         const auto& heads = adapter.at(in.sequence).heads;
         for (int h = 0; h < params.heads_kv; h++) {
@@ -355,8 +355,7 @@ namespace {
 /// Slots begin .. end - 1 of a token's cache, or its far keys in such words.
 struct Piece {
     int64_t token, begin, end;
-    bool is_far;
-    int64_t far_keys;
+    int64_t far_keys; ///< 0: slots
 };
 
 void cut_dense(
@@ -366,7 +365,7 @@ void cut_dense(
         int64_t length,
         std::vector<Piece>& pieces) {
     for (; begin < end; begin += length) {
-        pieces.push_back({token, begin, std::min(begin + length, end), false, 0});
+        pieces.push_back({token, begin, std::min(begin + length, end), 0});
     }
 }
 
@@ -393,7 +392,7 @@ void AttentionAdapter::Call::attend(
     std::vector<int64_t> first_piece = {0}; // of each token
     for (int64_t t = 0; t < ntoken(); t++) {
         for (const FarPiece& p : cut_far(far.data() + t * rows, rows, length)) {
-            pieces.push_back({t, p.begin, p.end, true, p.keys});
+            pieces.push_back({t, p.begin, p.end, p.keys});
         }
         if (params.attend_dense) {
             // Shorter than pieces of far keys: they come last, and while the
@@ -411,10 +410,7 @@ void AttentionAdapter::Call::attend(
     }
     const int d_v = tokens[0].from->kv.d_v;
     const int64_t results = params.heads_q; // of a piece
-    // Not a vector, which would fill it with zeros first.
-    const std::unique_ptr<float[]> part(
-            new float[pieces.size() * results * d_v]);
-    std::vector<float> part_lse(pieces.size() * results);
+    PartialResults parts(static_cast<int64_t>(pieces.size()), results, d_v);
     parallel_for(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
         const Piece& piece = pieces[i];
         const int64_t t = piece.token;
@@ -424,7 +420,7 @@ void AttentionAdapter::Call::attend(
         p.queries = queries_of(t, 0);
         std::unique_ptr<int32_t[]> slots;
         std::vector<SlotList> lists;
-        if (piece.is_far) {
+        if (piece.far_keys > 0) {
             slots.reset(new int32_t[piece.far_keys + 1]);
             int32_t* begin = slots.get();
             for (int64_t r = 0; r < rows; r++) {
@@ -443,21 +439,19 @@ void AttentionAdapter::Call::attend(
             p.begin = piece.begin;
             p.end = piece.end;
         }
-        p.output = part.get() + i * results * d_v;
-        p.lse = part_lse.data() + i * results;
+        p.output = parts.output(i);
+        p.lse = parts.lse(i);
         attend_kernel(p);
     });
 
     parallel_for(ntoken() * results, [&](int64_t row) { // of a query head
         const int64_t t = row / results;
-        const int64_t from = first_piece[t] * results + row - t * results;
-        const int64_t n = first_piece[t + 1] - first_piece[t];
-        const float lse = merge_parts(
-                n,
-                results,
-                d_v,
-                part.get() + from * d_v,
-                part_lse.data() + from,
+        const int64_t query = row % results;
+        const int64_t begin = first_piece[t], end = first_piece[t + 1];
+        const float lse = parts.merge(
+                begin,
+                end,
+                query,
                 out.output + row * d_v,
                 out.merge ? out.lse[row] : -INFINITY);
         if (out.lse) {
@@ -465,9 +459,9 @@ void AttentionAdapter::Call::attend(
         }
         if (out.stats) {
             float dense = 0;
-            for (int64_t i = 0; i < n && lse > -INFINITY; i++) {
-                if (!pieces[first_piece[t] + i].is_far) {
-                    dense += std::exp(part_lse[from + i * results] - lse);
+            for (int64_t i = begin; i < end && lse > -INFINITY; i++) {
+                if (pieces[i].far_keys == 0) {
+                    dense += std::exp(parts.lse(i)[query] - lse);
                 }
             }
             AttendStats& stats = out.stats[row];
@@ -487,7 +481,7 @@ ProbedCells AttentionAdapter::route(
         const ProbePolicy* given) const {
     const ProbePolicy& policy = given ? *given : params_.policy;
     const Call call(*this, batch, queries);
-    call.check_policy(policy);
+    call.check_policy_of_heads(policy);
     const int64_t heads = call.ntoken() * params_.heads_kv;
     std::vector<std::vector<std::vector<int32_t>>> chosen(heads);
     parallel_for(heads, [&](int64_t i) {
@@ -513,8 +507,7 @@ void AttentionAdapter::attend_preassigned(
         const AttendOutput& out,
         const ProbePolicy* policy) const {
     if (policy) {
-        policy->check();
-        check_refine(*policy);
+        check_policy(*policy);
     }
     const Call call(*this, batch, queries);
     call.check_views();
@@ -545,7 +538,7 @@ void AttentionAdapter::attend(
         const ProbePolicy* given) const {
     const ProbePolicy& policy = given ? *given : params_.policy;
     const Call call(*this, batch, queries);
-    call.check_policy(policy);
+    call.check_policy_of_heads(policy);
     call.check_views();
     call.check_output(out);
     const int choices = policy.share_group ? 1 : group_, nheads = group_ / choices;

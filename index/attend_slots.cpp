@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include <omp.h>
 
 #include "check.h"
 #include "parallel_for.h"
+#include "partial_results.h"
 #include "vector_kernels.h"
 
 namespace faiss_saap {
@@ -141,27 +141,17 @@ void attend_dense(
         attend_kernel(whole);
         return;
     }
-    const int64_t size = int64_t(heads_q) * kv.d_v;
-    // Not a vector, which would fill it with zeros first.
-    const std::unique_ptr<float[]> part(new float[stretches * size]);
-    std::vector<float> part_lse(stretches * heads_q);
+    PartialResults parts(stretches, heads_q, kv.d_v);
     parallel_for(stretches, [&](int64_t i) {
         AttendKernelParams p = whole;
         p.begin = begin + i * stretch;
         p.end = std::min(p.begin + stretch, end);
-        p.output = part.get() + i * size;
-        p.lse = part_lse.data() + i * heads_q;
+        p.output = parts.output(i);
+        p.lse = parts.lse(i);
         attend_kernel(p);
     });
     parallel_for(heads_q, [&](int64_t h) {
-        lse[h] = merge_parts(
-                stretches,
-                heads_q,
-                kv.d_v,
-                part.get() + h * kv.d_v,
-                part_lse.data() + h,
-                output + h * kv.d_v,
-                -INFINITY);
+        lse[h] = parts.merge(0, stretches, h, output + h * kv.d_v, -INFINITY);
     });
 }
 

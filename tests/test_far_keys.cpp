@@ -1,7 +1,6 @@
 #include "index/far_keys.h"
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "common.h"

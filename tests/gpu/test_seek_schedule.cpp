@@ -56,7 +56,7 @@ TEST_P(SeekSchedules, CellsAreKnownInTimeAndStepsAreAlike) {
                     }
                 }
             }
-            ASSERT_LE(rows.size(), rows_of_group(b.sequences, b.heads_kv, b.groups));
+            ASSERT_LE(rows.size(), rows_of_each);
             std::sort(rows.begin(), rows.end());
             SeekPace pace;
             for (const auto& [steps, i] : rows) {
