@@ -161,7 +161,7 @@ inline void place_seekers(
     double least = step / waves;
     for (int visits : {8, 4, 2, 1}) {
         // Where rows find fewer keys' cells at once, they do so again before all visits are made.
-        if (visits_of_parts(visits, 0) >= shape.layout.ahead || !is_in_time(visits, of_group)) {
+        if (visits_of_parts(visits, 0) >= shape.layout.ahead) {
             continue;
         }
         const int each = planned_visits(visits, of_group);

@@ -31,7 +31,7 @@ FAISS_SAAP_HOST_DEVICE constexpr int seek_groups(int threads) {
 /// What a visit of a row begins with; it may change meanwhile.
 struct SeekVisit {
     int2 ahead; ///< assigned and sought_parts
-    int steps_left; ///< until the keys must be known, this one included
+    SeekRow row;
     ListProgress* progress;
     uint16_t* cells; ///< ListState::cells
 };
@@ -45,7 +45,7 @@ struct SeekGroup {
     uint32_t bits[kSeekWarps]; ///< one for each thread
     int rows[kSeekThreads];    ///< the group's, each looked at by a thread
     SeekVisit visits[kSeekThreads];
-    int order[kSeekThreads]; ///< those that can be visited, by the steps that are left
+    int order[kSeekThreads]; ///< those that can be visited, by the steps that they can wait for
 };
 
 /// A barrier of a group.
@@ -126,8 +126,9 @@ __device__ __forceinline__ bool find_visit(
     visit.ahead = __ldcg(reinterpret_cast<const int2*>(&sequence.assigned));
     visit.progress = row.row.lists->progress; // arrays may have moved
     visit.cells = row.row.lists->cells;
-    visit.steps_left =
+    visit.row.steps_left =
             visit.ahead.x - static_cast<int>(leaving_slot(length, p.sink, p.window));
+    visit.row.visits_left = visits_of_parts(p.grid.visits, visit.ahead.y);
     return are_sought(p, row, length, visit.ahead.x);
 }
 
@@ -251,11 +252,11 @@ __device__ __forceinline__ int order_visits(SeekGroup<D>& s, int n, bool can_vis
     const int thread = threadIdx.x % kSeekThreads;
     const unsigned long long rows = bits_of_group(s, can_visit);
     if (can_visit) {
-        const int left = s.visits[thread].steps_left;
+        const int wait = s.visits[thread].row.can_wait();
         int before = 0;
         for (int i = 0; i < n; i++) {
-            const int other = s.visits[i].steps_left;
-            before += rows >> i & 1 && (other < left || (other == left && i < thread));
+            const int other = s.visits[i].row.can_wait();
+            before += rows >> i & 1 && (other < wait || (other == wait && i < thread));
         }
         s.order[before] = thread;
     }
@@ -294,8 +295,7 @@ static __device__ __noinline__ void seek_ahead(
     const int rows = order_visits(s, n, can_visit);
     SeekPace pace;
     for (int r = 0; r < rows; r++) {
-        const SeekVisit& visit = s.visits[s.order[r]];
-        pace.add(visit.steps_left, visits_of_parts(p.grid.visits, visit.ahead.y));
+        pace.add(s.visits[s.order[r]].row);
     }
 #pragma unroll 1
     for (int r = 0; r < rows; r++) {

@@ -1,7 +1,7 @@
 /// When blocks beside the rows of a decode step look for the cells of keys that leave the window
-/// in later steps (seek_ahead.cuh): the rows with the fewest steps left first, and as many
-/// as it takes for all to be done evenly in time. So a step has no more to do than others,
-/// however far the sequences of the batch have come.
+/// in later steps (seek_ahead.cuh): the rows that can wait for the fewest steps first, and as
+/// many as it takes for all to be done evenly in time. So a step has hardly more to do than
+/// others, however far the sequences of the batch have come.
 #pragma once
 
 #include "sequence_state.h"
@@ -50,29 +50,33 @@ FAISS_SAAP_HOST_DEVICE constexpr int rows_of_group(int sequences, int heads_kv, 
     return seek_share(sequences, groups / heads_kv);
 }
 
-/// Whether a group's rows are visited in time, whenever they began: one that needs many visits,
-/// of which it gets one a step, must not wait long for others that have fewer steps left. By
-/// running the schedule (test_seek_schedule.cpp).
-/// @param rows  of the group
-constexpr bool is_in_time(int visits, int rows) {
-    return visits == 1 || rows <= (visits == 2 ? 8 : visits == 4 ? 3 : 2);
-}
-
 /// Visits that a group makes in a step where its rows' steps differ.
 constexpr int planned_visits(int visits, int rows) {
     return seek_share(rows * visits_of_parts(visits, 0), kMostAhead);
 }
 
-/// Visits that a group makes in a step.
-struct SeekPace {
-    int due = 0;    ///< visits to be made until the rows seen have none left
-    int visits = 0; ///< in this step
+/// A row that can be visited.
+struct SeekRow {
+    int steps_left = 0;  ///< until the keys must be known, this one included
+    int visits_left = 0; ///< of which a step makes one
 
-    /// Rows in the order of the steps that they have left.
-    FAISS_SAAP_HOST_DEVICE void add(int steps_left, int visits_left) {
-        due += visits_left;
-        const int steps = steps_left > kSeekSlack ? steps_left - kSeekSlack : 1;
-        const int each = seek_share(due, steps);
+    /// Steps without a visit until there is one to spare for each that is left.
+    FAISS_SAAP_HOST_DEVICE int can_wait() const {
+        return steps_left - visits_left - kSeekSlack;
+    }
+};
+
+/// Visits that a group makes in a step: of the rows that can wait for the fewest steps, of all
+/// that can wait for none.
+struct SeekPace {
+    int visits = 0;          ///< in this step
+    int rows = 0, due = 0;   ///< seen; visits to be made until these have none left
+
+    /// Rows in the order of the steps that they can wait for.
+    FAISS_SAAP_HOST_DEVICE void add(const SeekRow& row) {
+        rows++;
+        due += row.visits_left;
+        const int each = row.can_wait() > 0 ? seek_share(due, row.steps_left - kSeekSlack) : rows;
         visits = each > visits ? each : visits;
     }
 };
