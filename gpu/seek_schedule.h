@@ -60,7 +60,7 @@ struct SeekRow {
     int steps_left = 0;  ///< until the keys must be known, this one included
     int visits_left = 0; ///< of which a step makes one
 
-    /// Steps without a visit until there is one to spare for each that is left.
+    /// Steps that may pass without a visit, so that kSeekSlack are still left over.
     FAISS_SAAP_HOST_DEVICE int can_wait() const {
         return steps_left - visits_left - kSeekSlack;
     }
@@ -69,14 +69,15 @@ struct SeekRow {
 /// Visits that a group makes in a step: of the rows that can wait for the fewest steps, of all
 /// that can wait for none.
 struct SeekPace {
-    int visits = 0;          ///< in this step
-    int rows = 0, due = 0;   ///< seen; visits to be made until these have none left
+    int visits = 0; ///< in this step
+    int rows = 0, due = 0; ///< seen, and visits to be made until these have none left
 
     /// Rows in the order of the steps that they can wait for.
     FAISS_SAAP_HOST_DEVICE void add(const SeekRow& row) {
         rows++;
         due += row.visits_left;
-        const int each = row.can_wait() > 0 ? seek_share(due, row.steps_left - kSeekSlack) : rows;
+        const int each =
+                row.can_wait() > 0 ? seek_share(due, row.steps_left - kSeekSlack) : rows;
         visits = each > visits ? each : visits;
     }
 };

@@ -30,7 +30,7 @@ void run(const Batch& b, tests::Random& random) {
     }
     const int rows_of_each = rows_of_group(b.sequences, b.heads_kv, b.groups);
     const int each = planned_visits(b.visits, rows_of_each);
-    // Many rows of many visits each: more than one may come to where none can wait.
+    // Where many need many visits, several may come to where they cannot wait at once.
     const int most = b.visits == 1 || rows_of_each <= 2 ? each : 2 * each;
     // The first time a row has fewer steps: not the one that finds cells, none to spare.
     const int first = std::max(
