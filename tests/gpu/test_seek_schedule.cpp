@@ -30,13 +30,14 @@ void run(const Batch& b, tests::Random& random) {
     }
     const int rows_of_each = rows_of_group(b.sequences, b.heads_kv, b.groups);
     const int each = planned_visits(b.visits, rows_of_each);
-    // Where many need many visits, several may come to where they cannot wait at once.
-    const int most = b.visits == 1 || rows_of_each <= 2 ? each : 2 * each;
+    // Of rows with more than one visit some may come at once to where they cannot wait: of those
+    // with four, as many again as are planned, of others an eighth of the rows.
+    const int at_once = b.visits == 4 ? rows_of_each / 2 : rows_of_each / 8;
+    const int most = b.visits == 1 || rows_of_each <= 2 ? each : each + at_once;
     // The first time a row has fewer steps: not the one that finds cells, none to spare.
-    const int first = std::max(
-            most,
-            seek_share(
-                    rows_of_each * visits_of_parts(b.visits, 0), kMostAhead - 1 - kSeekSlack));
+    const int of_all = seek_share(
+            rows_of_each * visits_of_parts(b.visits, 0), kMostAhead - 1 - kSeekSlack);
+    const int first = std::max(most + 1, b.together ? of_all : 0);
     for (int step = 0; step < 400; step++) {
         std::vector<int> left(b.sequences, 0); // 0: nothing to seek
         for (int i = 0; i < b.sequences; i++) {
@@ -97,7 +98,7 @@ TEST_P(SeekSchedules, CellsAreKnownInTimeAndStepsAreAlike) {
 TEST(SeekSchedule, AnyNumbersOfRowsAndVisits) {
     tests::Random random;
     for (int visits : {1, 2, 4, 8}) {
-        for (int rows = 1; rows <= 40; rows++) {
+        for (int rows = 1; rows <= 64; rows++) {
             for (bool together : {false, true}) {
                 const Batch b = {rows, 1, 1, visits, together};
                 SCOPED_TRACE(::testing::PrintToString(b));
