@@ -162,6 +162,10 @@ struct IndexAsymmetricIVF : faiss::Index {
     void merge_from(faiss::Index& other, idx_t add_id = 0) override;
     void check_compatible_for_merge(const faiss::Index& other) const override;
 
+    /// @throws faiss::FaissException unless `partition`, a public field, fits the lists; so
+    ///         does every function that needs it
+    void check_partition() const;
+
    private:
     void check_call(idx_t n, const float* x, const char* name) const;
     /// The given cells, or new ones with distinct assigners.

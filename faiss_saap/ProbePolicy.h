@@ -30,7 +30,7 @@ struct ProbePolicy {
     /// in sum at most 1; empty: equal shares. A key that two partitions reach
     /// counts for both while cells are chosen, and is read once. Of a partition
     /// whose share is 0 no cell is read, and of a head all of whose are, no far
-    /// key.
+    /// key, unless there are so few that an adapter reads them all.
     std::vector<double> split;
     /// shares of each KV head where heads differ, as a `LayerPlan` says:
     /// head_split[h] in place of `split`, one share for each partition, a single
@@ -42,10 +42,11 @@ struct ProbePolicy {
     /// The number of keys that max_keys and max_selectivity allow.
     int64_t key_limit(int64_t far_keys) const;
     /// The share of one of a head's partitions, the same for all heads.
-    /// @throws faiss::FaissException with head_split, or when `split` has
-    ///         another number of shares
+    /// @throws faiss::FaissException with head_split, when `split` has
+    ///         another number of shares, or there is no such partition
     double share(int partition, int npartition) const;
     /// The same for KV head `kv_head`, which may have shares of its own.
+    /// @throws faiss::FaissException when there is no such head or partition
     double share(int kv_head, int partition, int npartition) const;
     /// Far keys that one of a head's partitions may propose, `refine` included.
     int64_t candidate_limit(

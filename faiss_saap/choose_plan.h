@@ -56,6 +56,7 @@ struct PlanFigures {
 };
 
 /// Means over texts of the figures of one plan; [text][plan].
+/// @throws faiss::FaissException when a text has none of it
 PlanFigures mean_figures(
         const std::vector<std::vector<PlanFigures>>& texts,
         size_t plan);

@@ -6,6 +6,7 @@
 #include <faiss_saap/CellMeanAssigner.h>
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
+#include <faiss_saap/exactly.h>
 
 namespace faiss_saap::gpu {
 
@@ -29,7 +30,7 @@ struct Lowering {
     }
 
     bool flat(const CellAssigner& assigner, DeviceAssigner& a) {
-        const auto* q = dynamic_cast<const QuantizerAssigner*>(&assigner);
+        const auto* q = exactly<QuantizerAssigner>(assigner);
         const auto* index = q
                 ? dynamic_cast<const faiss::IndexFlat*>(q->quantizer.get())
                 : nullptr;
@@ -104,14 +105,14 @@ struct Lowering {
         if (flat(assigner, a)) {
             return;
         }
-        if (const auto* c = dynamic_cast<const QueryClassifier*>(&assigner)) {
+        if (const auto* c = exactly<QueryClassifier>(assigner)) {
             classifier(*c, a);
-        } else if (dynamic_cast<const CellMeanAssigner*>(&assigner)) {
+        } else if (exactly<CellMeanAssigner>(assigner)) {
             BlendWeights mean;
             mean.classifier = 0;
             mean.mean = 1;
             blend(std::vector<BlendWeights>(group, mean), a);
-        } else if (const auto* b = dynamic_cast<const BlendAssigner*>(&assigner)) {
+        } else if (const auto* b = exactly<BlendAssigner>(assigner)) {
             classifier(*b->classifier, a);
             blend(b->weights, a);
             a.reads_newest = 1;

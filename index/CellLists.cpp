@@ -30,6 +30,7 @@ CellLists::CellLists(
             ncell >= 1 && ncell <= 65536,
             "ncell = %d must be between 1 and 65536",
             ncell);
+    FAISS_THROW_IF_NOT_FMT(d >= 1, "d = %d must be at least 1", d);
     FAISS_THROW_IF_NOT_FMT(
             first_slot >= 0 && first_slot <= INT32_MAX,
             "first_slot = %" PRId64 " must be between 0 and 2^31 - 1",

@@ -15,8 +15,11 @@ void CellMeanAssigner::scores(
         const CellStats* stats,
         float* scores) const {
     check(input, stats);
+    if (input.n == 0) {
+        return;
+    }
     FAISS_THROW_IF_NOT_MSG(
-            input.n == 0 || stats->mean_post_rope,
+            stats->mean_post_rope,
             "stats->mean_post_rope is null but the assigner needs it");
     inner_products(
             static_cast<int>(input.n),

@@ -218,11 +218,14 @@ IndexAsymmetricIVF::IndexAsymmetricIVF(
     lists->is_trained = is_trained;
 }
 
+void IndexAsymmetricIVF::check_partition() const {
+    check_partition_for_index(partition, d, ncell);
+}
+
 void IndexAsymmetricIVF::check_call(idx_t n, const float* x, const char* name)
         const {
     FAISS_THROW_IF_NOT_MSG(is_trained, "the index is not trained");
-    // The field is public: what does not fit must not reach Faiss.
-    check_partition_for_index(partition, d, ncell);
+    check_partition(); // what does not fit must not reach Faiss
     check_sizes(n, x, name);
     check_finite(x, n, d, name);
 }
@@ -593,6 +596,8 @@ void IndexAsymmetricIVF::check_compatible_for_merge(
     FAISS_THROW_IF_NOT_MSG(other != this, "other is this index itself");
     FAISS_THROW_IF_NOT_MSG(
             is_trained && other->is_trained, "both indexes must be trained");
+    check_partition();
+    other->check_partition();
     FAISS_THROW_IF_NOT_FMT(
             other->d == d, "other has d = %d, this has d = %d", other->d, d);
     FAISS_THROW_IF_NOT_MSG(

@@ -101,12 +101,25 @@ void KvView::check_shape() const {
             heads >= 1, "kv.heads = %d must be at least 1", heads);
     FAISS_THROW_IF_NOT_FMT(d >= 1, "kv.d = %d must be at least 1", d);
     FAISS_THROW_IF_NOT_FMT(d_v >= 1, "kv.d_v = %d must be at least 1", d_v);
+    FAISS_THROW_IF_NOT_FMT(
+            dtype == DType::float32 || dtype == DType::float16 ||
+                    dtype == DType::bfloat16,
+            "kv.dtype = %d is none of float32, float16 and bfloat16",
+            static_cast<int>(dtype));
     if (length == 0) {
         return;
     }
     FAISS_THROW_IF_NOT_MSG(k, "kv.k is null");
     FAISS_THROW_IF_NOT_MSG(v, "kv.v is null");
+    FAISS_THROW_IF_NOT_MSG(
+            length == 1 || page_size == 1 || (k_token_stride != 0 && v_token_stride != 0),
+            "kv.k_token_stride or kv.v_token_stride is 0: all tokens would be the same");
     if (!page_table) {
+        FAISS_THROW_IF_NOT_FMT(
+                page_size == 0 && npages == 0,
+                "kv.page_table is null, but kv.page_size = %d and kv.npages = %" PRId64,
+                page_size,
+                npages);
         return;
     }
     FAISS_THROW_IF_NOT_FMT(

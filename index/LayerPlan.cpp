@@ -10,6 +10,7 @@
 namespace faiss_saap {
 
 Partition planned_partition(const TrainedPartition& p, const ProbePlan& plan) {
+    p.partition.check();
     switch (plan.trained) {
         case TrainedQuery::classifier:
             return p.partition;

@@ -8,6 +8,7 @@
 
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/SafetensorsFile.h>
+#include <faiss_saap/exactly.h>
 #include <faiss_saap/version.h>
 
 #include "check.h"
@@ -56,7 +57,7 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 /// The key assigner, over a faiss::IndexFlat.
 const QuantizerAssigner& quantizer_of(const TrainedPartition& p) {
     const auto* key =
-            dynamic_cast<const QuantizerAssigner*>(p.partition.key.get());
+            exactly<QuantizerAssigner>(not_null(p.partition.key, "partition.key"));
     FAISS_THROW_IF_NOT_FMT(
             key && dynamic_cast<const faiss::IndexFlat*>(key->quantizer.get()) &&
                     key->needs == NEEDS_PRE_ROPE,
@@ -67,7 +68,7 @@ const QuantizerAssigner& quantizer_of(const TrainedPartition& p) {
 
 const QueryClassifier& classifier_of(const TrainedPartition& p) {
     const auto* classifier =
-            dynamic_cast<const QueryClassifier*>(p.partition.query.get());
+            exactly<QueryClassifier>(not_null(p.partition.query, "partition.query"));
     FAISS_THROW_IF_NOT_FMT(
             classifier,
             "%s: the query assigner is no QueryClassifier",

@@ -72,7 +72,20 @@ void ProbePolicy::check() const {
     }
 }
 
+namespace {
+
+void check_number(int partition, int npartition) {
+    FAISS_THROW_IF_NOT_FMT(
+            partition >= 0 && partition < npartition,
+            "partition = %d, there are %d",
+            partition,
+            npartition);
+}
+
+} // namespace
+
 double ProbePolicy::share(int partition, int npartition) const {
+    check_number(partition, npartition);
     FAISS_THROW_IF_NOT_MSG(
             head_split.empty(),
             "policy.head_split gives each KV head shares of its own, which is "
@@ -93,10 +106,11 @@ double ProbePolicy::share(int kv_head, int partition, int npartition) const {
         return share(partition, npartition);
     }
     FAISS_THROW_IF_NOT_FMT(
-            static_cast<size_t>(kv_head) < head_split.size(),
+            kv_head >= 0 && static_cast<size_t>(kv_head) < head_split.size(),
             "policy.head_split is for %zd KV heads, there is a KV head %d",
             head_split.size(),
             kv_head);
+    check_number(partition, npartition);
     const std::vector<double>& shares = head_split[kv_head];
     FAISS_THROW_IF_NOT_FMT(
             shares.size() == static_cast<size_t>(npartition),

@@ -183,6 +183,10 @@ void write_safetensors(
     uint64_t at = 0;
     for (const auto& [name, t] : tensors) {
         const std::string where = path + ": tensor '" + name + "'";
+        FAISS_THROW_IF_NOT_FMT(
+                name != "__metadata__",
+                "%s: the format keeps this name for the metadata",
+                where.c_str());
         const size_t bytes = bytes_of(t.dtype, t.shape, where);
         FAISS_THROW_IF_NOT_FMT(
                 bytes == t.bytes && (t.data || bytes == 0),

@@ -16,6 +16,9 @@ const CellAssigner& checked(const std::shared_ptr<const CellAssigner>& inner) {
     FAISS_THROW_IF_NOT_MSG(
             !(inner->needs & NEEDS_STATS),
             "inner needs cell statistics, which are of other cells");
+    FAISS_THROW_IF_NOT_MSG(
+            !dynamic_cast<const SegmentedAssigner*>(inner.get()),
+            "inner is segmented itself");
     return *inner;
 }
 

@@ -180,15 +180,17 @@ void AttentionAdapter::Call::check_probed(const ProbedCells& probed) const {
             " rows need one more than that",
             probed.begin.size(),
             rows);
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t r = 0; r <= rows; r++) {
         FAISS_THROW_IF_NOT_FMT(
-                0 <= probed.begin[r] &&
-                        probed.begin[r] <= probed.begin[r + 1] &&
-                        probed.begin[r + 1] <=
-                                static_cast<int64_t>(probed.cells.size()),
-                "probed.begin[%" PRId64 "] = %" PRId64 " is out of order",
+                (r > 0 ? probed.begin[r - 1] : 0) <= probed.begin[r] &&
+                        probed.begin[r] <= static_cast<int64_t>(probed.cells.size()),
+                "probed.begin[%" PRId64 "] = %" PRId64
+                " is out of order, or beyond the %zd probed.cells",
                 r,
-                probed.begin[r]);
+                probed.begin[r],
+                probed.cells.size());
+    }
+    for (int64_t r = 0; r < rows; r++) {
         const auto h = static_cast<int>(r / choices % params.heads_kv);
         int64_t ncell = 0;
         for (const auto& l : tokens[r / rows_per_token].sequence->heads[h]) {

@@ -250,7 +250,12 @@ PlanFigures mean_figures(
     m.recall = 0;
     for (const auto& figures : texts) {
         const auto n = static_cast<double>(texts.size());
-        const PlanFigures& f = figures.at(plan);
+        FAISS_THROW_IF_NOT_FMT(
+                plan < figures.size(),
+                "plan = %zd, a text has figures of %zd",
+                plan,
+                figures.size());
+        const PlanFigures& f = figures[plan];
         m.recall += f.recall / n;
         m.output_error += f.output_error / n;
         m.selectivity += f.selectivity / n;
@@ -274,8 +279,9 @@ void PlanParams::check() const {
             prefill);
     require(sink >= 0 && sink <= INT32_MAX && window >= 0 && window <= INT32_MAX,
             "sink and window must be between 0 and 2^31 - 1");
-    require(queries >= 1, "queries must be at least 1");
-    require(asked >= 1, "asked must be at least 1");
+    FAISS_THROW_IF_NOT_FMT(queries >= 1, "queries = %d must be at least 1", queries);
+    FAISS_THROW_IF_NOT_FMT(
+            asked >= 1, "asked = %" PRId64 " must be at least 1", asked);
     require(std::isfinite(scale) && scale >= 0, "scale must be positive, or 0");
     for (int keys : keys_per_cell) {
         FAISS_THROW_IF_NOT_FMT(
@@ -314,6 +320,7 @@ std::vector<ProbePlan> candidate_plans(
     params.check();
     FAISS_THROW_IF_NOT_FMT(
             tokens >= 1, "tokens = %" PRId64 " must be at least 1", tokens);
+    trained.partition.check();
     const int d = trained.partition.d();
     const double dense = 2 * kNumberBytes * static_cast<double>(tokens) * d;
     std::vector<ProbePlan> plans;

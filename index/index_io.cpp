@@ -59,6 +59,7 @@ void check_writable(const IndexAsymmetricIVF& index) {
             static_cast<int64_t>(index.nprobe) >= 1,
             "nprobe = %" PRId64 " must be at least 1",
             static_cast<int64_t>(index.nprobe));
+    index.check_partition();
 }
 
 void write_body(const IndexAsymmetricIVF& index, faiss::IOWriter& writer) {

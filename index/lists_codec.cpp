@@ -1,7 +1,6 @@
 #include "lists_codec.h"
 
 #include <memory>
-#include <typeinfo>
 
 #include <faiss/IndexFlat.h>
 #include <faiss/IndexIVFFlat.h>
@@ -9,15 +8,11 @@
 #include <faiss/IndexScalarQuantizer.h>
 #include <faiss/impl/FaissAssert.h>
 
+#include <faiss_saap/exactly.h>
+
 namespace faiss_saap {
 
 namespace {
-
-template <class T>
-const T* exactly(const faiss::IndexIVF& lists) {
-    // Subclasses (IndexIVFPQR, IndexIVFFlatDedup) store more than their base.
-    return typeid(lists) == typeid(T) ? static_cast<const T*>(&lists) : nullptr;
-}
 
 using faiss::IndexIVFFlat;
 using faiss::IndexIVFPQ;

@@ -11,6 +11,7 @@
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/QueryClassifier.h>
 #include <faiss_saap/SegmentedAssigner.h>
+#include <faiss_saap/exactly.h>
 #include <faiss_saap/faiss_compat.h>
 
 #include "check.h"
@@ -80,32 +81,32 @@ std::shared_ptr<const CellAssigner> read_blend(MemoryReader& reader, bool old) {
 }
 
 void write_assigner(const CellAssigner& assigner, faiss::IOWriter& writer) {
-    if (const auto* m = dynamic_cast<const CellMeanAssigner*>(&assigner)) {
+    if (const auto* m = exactly<CellMeanAssigner>(assigner)) {
         write_value(writer, kMeans);
         write_value<int32_t>(writer, m->d);
         write_value<int32_t>(writer, m->ncell);
         return;
     }
-    if (const auto* s = dynamic_cast<const SegmentedAssigner*>(&assigner)) {
+    if (const auto* s = exactly<SegmentedAssigner>(assigner)) {
         write_value(writer, kSegments);
         write_value(writer, s->length);
         write_value<int32_t>(writer, s->nsegment);
         write_assigner(*s->inner, writer);
         return;
     }
-    if (const auto* b = dynamic_cast<const BlendAssigner*>(&assigner)) {
+    if (const auto* b = exactly<BlendAssigner>(assigner)) {
         write_value(writer, kBlend);
         write_classifier(*b->classifier, writer);
         write_value(writer, b->scale);
         write_array(writer, b->weights.data(), b->weights.size());
         return;
     }
-    if (const auto* c = dynamic_cast<const QueryClassifier*>(&assigner)) {
+    if (const auto* c = exactly<QueryClassifier>(assigner)) {
         write_value(writer, kClassifier);
         write_classifier(*c, writer);
         return;
     }
-    const auto* q = dynamic_cast<const QuantizerAssigner*>(&assigner);
+    const auto* q = exactly<QuantizerAssigner>(assigner);
     FAISS_THROW_IF_NOT_FMT(
             q,
             "an assigner of type %s has no file form",

@@ -145,6 +145,10 @@ void TrainingParams::check() const {
             budget > 0 && budget <= 1,
             "training: budget = %g must be above 0 and at most 1",
             budget);
+    FAISS_THROW_IF_NOT_FMT(
+            dtype == DType::float32 || dtype == DType::bfloat16,
+            "training: dtype = %s must be float32 or bfloat16",
+            name(dtype));
 }
 
 Partition TrainedPartition::blended() const {

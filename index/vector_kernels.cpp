@@ -1142,7 +1142,12 @@ HWY_EXPORT(CodeProducts);
 HWY_EXPORT(CountBits);
 HWY_EXPORT(ShareScores);
 
+// Without queries there is nothing to do, and Highway allocates no memory of size 0.
+
 void attend_kernel(const AttendKernelParams& params) {
+    if (params.heads == 0 || params.nq == 0) {
+        return;
+    }
     HWY_DYNAMIC_DISPATCH(Attend)(params);
 }
 
@@ -1153,6 +1158,9 @@ void inner_products(
         int64_t n,
         const VectorRows& rows,
         float* out) {
+    if (nq == 0) {
+        return;
+    }
     HWY_DYNAMIC_DISPATCH(InnerProducts)(nq, d, q, n, rows, out);
 }
 

@@ -434,6 +434,31 @@ TEST(KvView, WrongInput) {
             KvView::head_major(
                     x.data(), x.data(), DType::float32, 8, 4, 1, 2, 2),
             "exceeds capacity");
+    // By hand.
+    const KvView whole = KvView::token_major(x.data(), x.data(), DType::float32, 8, 1, 4, 4);
+    KvView view = whole;
+    view.v_token_stride = 0;
+    EXPECT_SENTENCE(view.check(), "all tokens would be the same");
+    view.length = 1;
+    view.check();
+    view = whole;
+    view.page_size = 4;
+    EXPECT_SENTENCE(view.check(), "page_table is null, but kv.page_size = 4");
+    view = whole;
+    view.dtype = static_cast<DType>(7);
+    EXPECT_SENTENCE(view.check(), "kv.dtype = 7");
+}
+
+TEST(AttendSlots, NoQueriesAndNoHeads) {
+    std::vector<float> x(32), q(4), out = {7}, lse = {7};
+    const KvView kv = KvView::token_major(x.data(), x.data(), DType::float32, 8, 1, 4, 4);
+    const int32_t slot = 3;
+    attend_slots(kv, 0, 0, nullptr, 1, 1, &slot, nullptr, nullptr);
+    attend_range(kv, 0, 0, nullptr, 1, 0, 8, nullptr, nullptr);
+    attend_dense(kv, 0, nullptr, 1, 0, 8, nullptr, nullptr);
+    EXPECT_SENTENCE(
+            attend_dense(KvView(), 4, q.data(), 1, 0, 0, out.data(), lse.data()),
+            "kv.heads = 0");
 }
 
 TEST(DType, ConversionsRoundToNearestEven) {

@@ -439,7 +439,15 @@ TEST(AttentionAdapter, WrongInputChangesNothing) {
     EXPECT_SENTENCE(preassigned(wrong), "probed.begin");
     wrong = probed;
     wrong.begin[1] = -1;
-    EXPECT_SENTENCE(preassigned(wrong), "out of order");
+    EXPECT_SENTENCE(preassigned(wrong), "probed.begin[1] = -1 is out of order");
+    wrong = probed;
+    const auto last = static_cast<int64_t>(wrong.begin.size()) - 1;
+    wrong.begin[last] = static_cast<int64_t>(wrong.cells.size()) + 1;
+    EXPECT_SENTENCE(
+            preassigned(wrong),
+            ("probed.begin[" + std::to_string(last) + "] = " +
+             std::to_string(wrong.begin[last]))
+                    .c_str());
     EXPECT_EQ(out, std::vector<float>(32, 7.0f));
 }
 

@@ -279,6 +279,26 @@ TEST(SegmentedAssigner, PutsKeysIntoCellsOfTheirSegment) {
     EXPECT_SENTENCE(
             SegmentedAssigner(std::make_shared<CellMeanAssigner>(d, 3), 1, 1),
             "statistics");
+    EXPECT_SENTENCE(
+            SegmentedAssigner(std::make_shared<SegmentedAssigner>(inner, 9, 2), 1, 1),
+            "segmented itself");
+}
+
+TEST(CellAssigner, NoVectorsNeedNothing) {
+    auto flat = std::make_shared<faiss::IndexFlatL2>(d);
+    flat->add(3, std::vector<float>(3 * d, 1.0f).data());
+    const auto inner = std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
+    const CellMeanAssigner means(d, 3);
+    const SegmentedAssigner segments(inner, 9, 2);
+    for (const CellAssigner* a : {(const CellAssigner*)inner.get(), (const CellAssigner*)&means,
+                                  (const CellAssigner*)&segments}) {
+        RoutingInput none;
+        none.d = d;
+        std::vector<float> scores = {7};
+        a->scores(none, nullptr, scores.data());
+        a->assign(none, nullptr, 1, nullptr, nullptr);
+        EXPECT_EQ(scores[0], 7);
+    }
 }
 
 } // namespace

@@ -283,6 +283,8 @@ TEST(CellLists, WrongInput) {
     EXPECT_SENTENCE(CellLists(0, 2, 0, false), "ncell = 0");
     EXPECT_SENTENCE(CellLists(65537, 2, 0, false), "ncell = 65537");
     EXPECT_SENTENCE(CellLists(4, 2, -1, false), "first_slot = -1");
+    EXPECT_SENTENCE(CellLists(4, 0, 0, false), "d = 0");
+    EXPECT_SENTENCE(CellLists(4, -1, 0, true), "d = -1");
 }
 
 } // namespace

@@ -1,3 +1,4 @@
+#include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/index_io.h>
 
 #include <cstring>
@@ -170,6 +171,43 @@ TEST(IndexIOErrors, NothingHalfWritten) {
     const tests::TemporaryFile file;
     EXPECT_SENTENCE(write_index(*untrained, file.path), "not trained");
     EXPECT_FALSE(std::ifstream(file.path).good());
+}
+
+/// Does something else than what is known of its base.
+struct Derived : QuantizerAssigner {
+    using QuantizerAssigner::QuantizerAssigner;
+};
+
+TEST(IndexIOErrors, APartitionThatDoesNotFitOrHasNoFileForm) {
+    tests::Random random;
+    const auto x = random.normal(n * d);
+    const auto index = make_index("AIVF12,Flat", x);
+    const auto other = make_index("AIVF12,Flat", x);
+    const tests::TemporaryFile file;
+    const Partition own = index->partition;
+    const auto expect = [&](const char* sentence, bool merges) {
+        EXPECT_SENTENCE(write_index(*index, file.path), sentence);
+        EXPECT_SENTENCE(write_index_to_memory(*index), sentence);
+        if (!merges) {
+            EXPECT_SENTENCE(other->merge_from(*index), sentence);
+            EXPECT_SENTENCE(index->merge_from(*other), sentence);
+        }
+        EXPECT_FALSE(std::ifstream(file.path).good());
+        index->partition = own;
+    };
+    index->partition.query = nullptr;
+    expect("no query assigner", false);
+    index->partition.key = nullptr;
+    expect("no key assigner", false);
+    index->partition = make_index("AIVF8,Flat", x)->partition;
+    expect("partition has 8 cells, lists have nlist = 12", false);
+    const auto& query = dynamic_cast<const QuantizerAssigner&>(*own.query);
+    index->partition.query = std::make_shared<Derived>(
+            query.quantizer, static_cast<RoutingNeeds>(query.needs));
+    EXPECT_SENTENCE(other->merge_from(*index), "other has other cells");
+    expect("no file form", true);
+    other->merge_from(*index);
+    EXPECT_EQ(other->ntotal, 2 * n);
 }
 
 TEST(IndexIOErrors, StockFaissRefusesToLoseTheQueryAssigner) {

@@ -543,6 +543,15 @@ TEST(CandidatePlans, SpendTheBudget) {
     params = small_params();
     params.prefill = 1;
     EXPECT_SENTENCE(candidate_plans(trained, tokens, params), "prefill = 1");
+    params = small_params();
+    params.asked = 0;
+    EXPECT_SENTENCE(candidate_plans(trained, tokens, params), "asked = 0");
+    EXPECT_SENTENCE(
+            candidate_plans(TrainedPartition(), tokens, small_params()), "no key assigner");
+    EXPECT_SENTENCE(
+            planned_partition(TrainedPartition(), make_plan(TrainedQuery::mean, .1, 0, 0)),
+            "no key assigner");
+    EXPECT_SENTENCE(mean_figures({{}, {}}, 3), "plan = 3, a text has figures of 0");
 }
 
 TEST(ChoosePlan, TakesTheLeastLossWithinTheBudget) {

@@ -169,6 +169,14 @@ TEST(ProbePolicy, ChecksItsFields) {
         EXPECT_SENTENCE(p.check(), "max_selectivity");
     }
     p = {};
+    EXPECT_SENTENCE(p.share(2, 2), "partition = 2, there are 2");
+    EXPECT_SENTENCE(p.share(0, -1, 2), "partition = -1");
+    p.head_split = {{.5, .5}};
+    EXPECT_SENTENCE(p.share(0, 2, 2), "partition = 2, there are 2");
+    EXPECT_SENTENCE(p.share(-1, 0, 2), "KV head -1");
+    EXPECT_SENTENCE(p.share(1, 0, 2), "KV head 1");
+    EXPECT_EQ(p.share(0, 1, 2), .5);
+    p = {};
     p.max_keys = 70;
     p.max_selectivity = 0.05;
     EXPECT_EQ(p.key_limit(1000), 50);

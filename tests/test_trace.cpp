@@ -283,6 +283,9 @@ TEST_F(Safetensors, WriterChecksWhatItGets) {
             "cannot be created");
     write_safetensors(file.path, tensors, {});
     EXPECT_EQ(SafetensorsFile(file.path).tensor("a").to_float(), x);
+    tensors["__metadata__"] = t;
+    EXPECT_SENTENCE(write_safetensors(file.path, tensors, {}), "keeps this name");
+    EXPECT_EQ(SafetensorsFile(file.path).tensor("a").to_float(), x);
 }
 
 TEST_F(Safetensors, AllFloatTypesAreRead) {

@@ -366,6 +366,9 @@ TEST(TrainPartition, WrongInput) {
     EXPECT_SENTENCE(
             train_partition(texts, 5, 6, params), "'planted' has no layer 5");
     EXPECT_SENTENCE(train_partition(texts, 4, 0, params), "KV head 0");
+    auto half = params;
+    half.dtype = DType::float16;
+    EXPECT_SENTENCE(train(texts, half), "training: dtype = float16");
     auto wide = params;
     wide.window = PlantedTrace::tokens;
     EXPECT_SENTENCE(train(texts, wide), "3072 tokens leave no far keys");
