@@ -192,12 +192,15 @@ int main(int argc, char** argv) {
             "vectors read and time, of IVF with distinct assigners, plain IVF and "
             "HNSW."};
     auto* trace = add_input(app, "--trace", o.trace, "trace file");
-    app.add_option("--layer", o.layer, "of the trace")->capture_default_str();
-    app.add_option("--kv-head", o.kv_head, "of the trace")->capture_default_str();
+    auto* layer = app.add_option("--layer", o.layer, "of the trace");
+    auto* kv_head = app.add_option("--kv-head", o.kv_head, "of the trace");
     auto* base = add_input(
             app,
             "--base", o.base, "database in place of a trace: .fvecs or .fbin");
     auto* query = add_input(app, "--query", o.query, "its queries");
+    for (CLI::Option* of_trace : {layer, kv_head}) {
+        of_trace->capture_default_str()->excludes(base);
+    }
     base->needs(query)->excludes(trace);
     query->needs(base);
     app.add_option("--ncell", o.ncell, "cells")
@@ -208,7 +211,8 @@ int main(int argc, char** argv) {
             ->capture_default_str();
     app.add_option("--queries", o.queries, "taken from the trace")
             ->check(CLI::PositiveNumber)
-            ->capture_default_str();
+            ->capture_default_str()
+            ->excludes(base);
     app.add_option(
             "--export",
             o.export_prefix,

@@ -7,11 +7,14 @@
 #include <numeric>
 #include <random>
 
+#include <unistd.h>
+
 #include <faiss/impl/FaissAssert.h>
 
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/attend_slots.h>
 
+#include "common/GroundTruth.h"
 #include "common/decode.h"
 #include "common/report.h"
 
@@ -159,6 +162,7 @@ struct Stage {
     std::string name;
     double bytes;
     std::function<void(Sequence&)> work;
+    std::function<void(Sequence&)> before = {}; ///< is not timed
 };
 
 void run(const DecodeOptions& o) {
@@ -176,8 +180,18 @@ void run(const DecodeOptions& o) {
     const double cache = row * o.heads_kv * o.tokens;
     const int group = o.heads_q / o.heads_kv;
     // Enough copies in turn that no cache helps.
-    const int copies = std::max<int>(
-            o.sequences, static_cast<int>(std::ceil(o.buffer_gib * (1u << 30) / cache)));
+    const double wanted =
+            std::max<double>(o.sequences, std::ceil(o.buffer_gib * (1u << 30) / cache));
+    const double memory = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
+    FAISS_THROW_IF_NOT_FMT(
+            wanted * cache <= memory,
+            "buffers = %g and sequences = %d: caches of %g GiB do not fit into a memory of "
+            "%.0f GiB",
+            o.buffer_gib,
+            o.sequences,
+            wanted * cache / (1u << 30),
+            memory / (1u << 30));
+    const int copies = static_cast<int>(wanted);
     std::vector<std::unique_ptr<Sequence>> all;
     Progress progress("making caches", copies);
     for (int i = 0; i < copies; i++) {
@@ -185,20 +199,17 @@ void run(const DecodeOptions& o) {
         progress.advance();
     }
 
-    // The append comes first in a step; then route and attend see the state
-    // that it leaves.
-    std::vector<double> append_seconds, coded_append_seconds;
-    const auto time_append = [&](Sequence& s, AttentionAdapter& adapter,
-                                 int64_t id, std::vector<double>& seconds) {
-        adapter.truncate(id, o.tokens - 1, s.kv);
-        const double start = seconds_now();
-        adapter.append(id, s.kv);
-        seconds.push_back(seconds_now() - start);
+    // Of one token, the last.
+    const auto take_back = [&](AttentionAdapter& adapter, int64_t id, const KvView& kv) {
+        adapter.truncate(id, o.tokens - 1, kv);
     };
+    std::vector<double> append_seconds;
     for (int r = 0; r < o.repeat; r++) {
         for (auto& s : all) {
-            time_append(*s, *s->adapter, s->id, append_seconds);
-            time_append(*s, *s->coded, s->ranked, coded_append_seconds);
+            take_back(*s->adapter, s->id, s->kv);
+            const double start = seconds_now();
+            s->adapter->append(s->id, s->kv);
+            append_seconds.push_back(seconds_now() - start);
         }
     }
     double keys_read = 0, far_keys = 0, keys_ranked = 0;
@@ -285,17 +296,21 @@ void run(const DecodeOptions& o) {
              }},
             {"sparse", attend_bytes + route_bytes,
              [&](Sequence& s) {
+                 s.adapter->append(s.id, s.kv);
                  s.adapter->attend(
                          s.batch(), s.queries.data(), {out.data(), lse.data()});
-             }},
+             },
+             [&](Sequence& s) { take_back(*s.adapter, s.id, s.kv); }},
             {"sparse_codes",
              attend_bytes + route_bytes +
                      keys_ranked / copies * KeyCodes::code_size(o.d),
              [&](Sequence& s) {
+                 s.coded->append(s.ranked, s.kv);
                  s.coded->attend(
                          {{s.ranked, s.kv}}, s.queries.data(),
                          {out.data(), lse.data()});
-             }},
+             },
+             [&](Sequence& s) { take_back(*s.coded, s.ranked, s.kv); }},
             {"route", route_bytes,
              [&](Sequence& s) {
                  s.adapter->route(s.batch(), s.queries.data());
@@ -320,6 +335,9 @@ void run(const DecodeOptions& o) {
             double spent = 0;
             for (int b = 0; b < o.sequences; b++) {
                 Sequence& s = *all[(r * stages.size() + i + b) % all.size()];
+                if (stages[i].before) {
+                    stages[i].before(s);
+                }
                 const double start = seconds_now();
                 stages[i].work(s);
                 spent += seconds_now() - start;
@@ -332,14 +350,10 @@ void run(const DecodeOptions& o) {
     const double append = percentile(append_seconds, 0.5) * o.sequences;
     std::vector<DecodeStage> rows;
     for (size_t i = 0; i < stages.size(); i++) {
-        const double extra = stages[i].name == "sparse" ? append
-                : stages[i].name == "sparse_codes"
-                ? percentile(coded_append_seconds, 0.5) * o.sequences
-                : 0;
         rows.push_back({stages[i].name,
                         stages[i].bytes * o.sequences,
-                        percentile(seconds[i], 0.5) + extra,
-                        percentile(seconds[i], 0.99) + extra});
+                        percentile(seconds[i], 0.5),
+                        percentile(seconds[i], 0.99)});
     }
     rows.push_back({"append",
                     double(o.sequences) * o.heads_kv * o.d * element_size(dtype),
@@ -391,6 +405,9 @@ int main(int argc, char** argv) {
     add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
     return run_program(app, [&] {
+        for (const int64_t tokens : o.lengths()) {
+            check_far_keys(tokens - 1, o.sink, o.window);
+        }
         if (o.device == "cpu") {
             FAISS_THROW_IF_NOT_FMT(
                     o.ragged == 0, "ragged = %g: on the CPU sequences are alike", o.ragged);

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from end_to_end_results import Results, WITHOUT_BUDGET, environment, plot, print_table, table_of
+from output_files import check_output
 from pass_key import DIGITS, PassKey, hide_pass_key
 from smollm2 import SmolLM2, has_cuda
 from sparse_decoding import METHODS, METHODS_OF_CELLS, SINK, WINDOW, CpuDecoding, Method
@@ -362,12 +363,20 @@ def config_of(options: argparse.Namespace) -> dict:
     return {name: plain(value) for name, value in vars(options).items() if name not in skipped}
 
 
+def check_outputs(options: argparse.Namespace) -> None:
+    read = [options.partitions, *(getattr(options, "text", None) or ()), *(getattr(options, "haystack", None) or ())]
+    for option, path in (("--json", options.json), ("--plot", options.plot)):
+        if path:
+            check_output(option, path, read)
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse(arguments)
     try:
         if options.command == "stream":
             stream(options)
             return 0
+        check_outputs(options)
         where = environment(fs.__version__, on_cuda(options))
         results = Results(options.json, config_of(options), where, options.resume)
         (measure_loss if options.command == "loss" else measure_needles)(options, results)

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import smollm2
+from output_files import check_output
 from trace_file import Trace, write_trace
 
 if TYPE_CHECKING:
@@ -80,11 +81,13 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"--out {options.out} must be a folder for {len(options.text)} traces, and exist.")
         if len({text.stem for text in options.text}) < len(options.text):
             raise ValueError("--text: two texts would become one trace, their names differ by folder or ending alone.")
-        return
-    if not options.out.parent.is_dir():
-        raise ValueError(f"The folder {options.out.parent} of --out does not exist.")
-    if options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a folder, not a file.")
+    for text in options.text:
+        check_output("--out", out_of(text, options), options.text)
+
+
+def out_of(text: Path, options: argparse.Namespace) -> Path:
+    """Where the trace of a text goes."""
+    return options.out if len(options.text) == 1 else options.out / f"{text.stem}.safetensors"
 
 
 def load_model(options: argparse.Namespace) -> Model:
@@ -172,7 +175,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         tokens = {file: read_tokens(file, options, model) for file in options.text}
         observer = observer_of(options, model)
         for file in options.text:
-            out = options.out if len(options.text) == 1 else options.out / f"{file.stem}.safetensors"
+            out = out_of(file, options)
             trace = record(model, observer, file, tokens[file], options)
             write_trace(out, trace)
             print(f"{out}: {len(trace.tokens):,} tokens, mean loss {trace.nll.mean():.4f} nats", flush=True)

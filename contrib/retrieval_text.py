@@ -14,6 +14,7 @@ from typing import NoReturn, Optional, Sequence
 
 import numpy as np
 
+from output_files import check_output
 from smollm2 import SmolLM2
 
 DIGITS = 10  #: of each key, one token each
@@ -54,6 +55,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file for the text")
     options = parser.parse_args(arguments)
     try:
+        check_output("--out", options.out, [options.haystack])
         model = SmolLM2()
         text, asked = hide_pass_keys(
             model, options.haystack.read_text(encoding="utf-8"), options.tokens, options.keys, options.seed

@@ -11,7 +11,9 @@ void CacheOptions::add_to(
     add_number(app, "--tokens", tokens, "tokens of a sequence");
     add_number(app, "--heads-kv", heads_kv, "KV heads");
     add_number(app, "--head-dim", d, "head dimension");
-    add_number(app, "--ncell", ncell, "cells per KV head");
+    app.add_option("--ncell", ncell, "cells per KV head")
+            ->check(CLI::Range(1, 65536))
+            ->capture_default_str();
     app.add_option("--dtype", dtype, "bf16, fp16 or fp32")
             ->check(CLI::IsMember({"bf16", "fp16", "fp32"}))
             ->capture_default_str();

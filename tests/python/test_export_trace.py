@@ -289,12 +289,14 @@ def check_refusal(capsys, changes: dict, words: str) -> None:
     assert code == 2 and written.out == ""
     assert written.err.startswith("export_trace.py: ") and written.err.count("\n") == 1 and words in written.err
     assert sorted(p.name for p in Path().iterdir()) == ["latin1.txt", "text.txt"]
+    assert Path("text.txt").read_text() == "one two three four"
 
 
 @pytest.mark.parametrize("changes, words", [
     ({"--text": "missing.txt"}, "missing.txt is not a file"),
     ({"--out": "no/such/t.safetensors"}, "does not exist"),
     ({"--out": "."}, "is a folder"),
+    ({"--out": "./text.txt"}, "is read, too"),
     ({"--tokens": "1"}, "at least 2"),
     ({"--tokens": "many"}, "invalid int"),
     ({"--offset": "-1"}, "negative"),

@@ -121,6 +121,31 @@ def test_demo_on_wrong_input(tmp_path):
     assert result.returncode == 1 and "window = 7168 leave no far keys to token 7168" in result.stderr
 
 
+def test_what_cannot_be_measured_is_refused(tmp_path):
+    small = ["--tokens", 4096, "--heads-q", 4, "--heads-kv", 2, "--ncell", 8, "--repeat", 1, "--buffers", 0.01]
+    recall = ["--trace", TRACE, "--layer", 9, "--methods", "streaming_llm", "--queries", 2]
+    out = tmp_path / "out.json"
+    for program, options, code, sentence in (
+        ("bench_decode", [*small, "--window", 4080], 1, "sink = 16 and window = 4080 leave no far keys to token 4095"),
+        ("bench_decode", [*small, "--sink", 9999999], 1, "sink = 9999999"),
+        ("bench_decode", [*small[:-1], 1e10], 1, "buffers = 1e+10"),
+        ("bench_decode", ["--ncell", 65537], 105, "--ncell"),
+        ("bench_recall", [*recall, "--window", 8200], 1, "window = 8200 leave no far keys"),
+        ("bench_search", ["--n", 10**13, "--queries", 1], 1, "error: out of memory"),
+        ("bench_ann", ["--base", "b.fbin", "--query", "q.fbin", "--kv-head", 1], 108, "--base"),
+    ):
+        result = run(Path(BIN) / program, *options, "--json", out)
+        assert result.returncode == code and sentence in result.stderr, (program, options, result.stderr)
+        assert not out.exists()
+
+
+def test_a_table_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "w") as full:
+        options = ["--n", 500, "--ncell", 4, "--queries", 4, "--repeat", 1]
+        done = subprocess.run([Path(BIN) / "bench_search", *map(str, options)], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "error: " in done.stderr
+
+
 def test_results_do_not_take_the_place_of_other_files(tmp_path, monkeypatch):
     real, trace = tmp_path / "real.safetensors", tmp_path / "trace.safetensors"
     shutil.copy(TRACE, real)

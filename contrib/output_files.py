@@ -1,0 +1,17 @@
+"""Files that a program writes, checked before it computes what goes into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterable
+
+
+def check_output(option: str, path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raises ValueError unless `path` can be a new file, or take the place of one that is not read, too."""
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder {path.parent} of {option} does not exist.")
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder, not a file.")
+    for other in inputs:
+        if path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other)):
+            raise ValueError(f"{option} {path} is read, too, and would lose what is in it.")
