@@ -205,17 +205,19 @@ def test_wrong_options_are_refused_with_a_sentence(capsys, arguments, sentence):
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_what_is_not_there_is_named(capsys, tmp_path):
-    assert end_to_end.main(["loss", "--text", str(tmp_path / "none.txt")]) == 1
+def test_results_do_not_take_the_place_of_a_text(capsys, tmp_path):
     (tmp_path / "text.txt").write_text("old")
     for option, path, words in (
         ("--json", tmp_path / "text.txt", "is read, too"),
         ("--plot", tmp_path / "no" / "p.png", "does not exist"),
     ):
-        capsys.readouterr()
         assert end_to_end.main(["loss", "--text", str(tmp_path / "text.txt"), option, str(path)]) == 1
         assert words in capsys.readouterr().err
     assert (tmp_path / "text.txt").read_text() == "old"
+
+
+def test_what_is_not_there_is_named(capsys, tmp_path):
+    assert end_to_end.main(["loss", "--text", str(tmp_path / "none.txt")]) == 1
     assert "none.txt" in capsys.readouterr().err
     assert end_to_end.main(["needle", "--lengths", "20000", "--cache", str(tmp_path)]) == 1
     assert "haystack" in capsys.readouterr().err
