@@ -115,11 +115,6 @@ void KvView::check_shape() const {
             length == 1 || page_size == 1 || (k_token_stride != 0 && v_token_stride != 0),
             "kv.k_token_stride or kv.v_token_stride is 0: all tokens would be the same");
     if (!page_table) {
-        FAISS_THROW_IF_NOT_FMT(
-                page_size == 0 && npages == 0,
-                "kv.page_table is null, but kv.page_size = %d and kv.npages = %" PRId64,
-                page_size,
-                npages);
         return;
     }
     FAISS_THROW_IF_NOT_FMT(

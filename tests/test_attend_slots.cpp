@@ -442,9 +442,6 @@ TEST(KvView, WrongInput) {
     view.length = 1;
     view.check();
     view = whole;
-    view.page_size = 4;
-    EXPECT_SENTENCE(view.check(), "page_table is null, but kv.page_size = 4");
-    view = whole;
     view.dtype = static_cast<DType>(7);
     EXPECT_SENTENCE(view.check(), "kv.dtype = 7");
 }
