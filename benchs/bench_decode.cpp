@@ -199,7 +199,7 @@ void run(const DecodeOptions& o) {
         progress.advance();
     }
 
-    // Of one token, the last.
+    // The last token, which a step appends; then route and attend see the state that it leaves.
     const auto take_back = [&](AttentionAdapter& adapter, int64_t id, const KvView& kv) {
         adapter.truncate(id, o.tokens - 1, kv);
     };

@@ -10,6 +10,7 @@
 
 #include <faiss_saap/PartitionSet.h>
 
+#include "common/GroundTruth.h"
 #include "common/evaluate.h"
 #include "common/report.h"
 #include "methods/MethodList.h"
@@ -154,6 +155,10 @@ void run(const Options& options) {
     for (int layer : options.layers) {
         for (int kv_head : options.kv_heads) {
             const HeadData data(trace, layer, kv_head);
+            check_far_keys(
+                    query_tokens(data.tokens, options.queries).front(),
+                    options.sink,
+                    options.window);
             Setup setup(data);
             setup.sink = options.sink;
             setup.window = options.window;

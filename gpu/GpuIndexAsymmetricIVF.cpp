@@ -11,6 +11,7 @@
 #include <faiss/IndexScalarQuantizer.h>
 
 #include <faiss_saap/dtype.h>
+#include <faiss_saap/exactly.h>
 #include <faiss_saap/gpu/select_k.h>
 
 #include "CellScorer.h"
@@ -127,10 +128,10 @@ void check_sizes(idx_t n, const void* x, const char* name) {
 
 /// Whether vectors are float16, of the storages that there are.
 bool is_float16(const faiss::IndexIVF& lists) {
-    if (typeid(lists) == typeid(faiss::IndexIVFFlat)) {
+    if (exactly<faiss::IndexIVFFlat>(lists)) {
         return false;
     }
-    const auto* sq = dynamic_cast<const faiss::IndexIVFScalarQuantizer*>(&lists);
+    const auto* sq = exactly<faiss::IndexIVFScalarQuantizer>(lists);
     FAISS_THROW_IF_NOT_FMT(
             sq && sq->sq.qtype == faiss::ScalarQuantizer::QT_fp16,
             "index->lists is a %s: on the GPU storage must be "

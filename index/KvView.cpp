@@ -112,7 +112,8 @@ void KvView::check_shape() const {
     FAISS_THROW_IF_NOT_MSG(k, "kv.k is null");
     FAISS_THROW_IF_NOT_MSG(v, "kv.v is null");
     FAISS_THROW_IF_NOT_MSG(
-            length == 1 || page_size == 1 || (k_token_stride != 0 && v_token_stride != 0),
+            length == 1 || (page_table && page_size == 1) ||
+                    (k_token_stride != 0 && v_token_stride != 0),
             "kv.k_token_stride or kv.v_token_stride is 0: all tokens would be the same");
     if (!page_table) {
         return;

@@ -439,6 +439,8 @@ TEST(KvView, WrongInput) {
     KvView view = whole;
     view.v_token_stride = 0;
     EXPECT_SENTENCE(view.check(), "all tokens would be the same");
+    view.page_size = 1; // without a table it says nothing
+    EXPECT_SENTENCE(view.check(), "all tokens would be the same");
     view.length = 1;
     view.check();
     view = whole;

@@ -290,8 +290,8 @@ TEST(CellAssigner, NoVectorsNeedNothing) {
     const auto inner = std::make_shared<QuantizerAssigner>(flat, NEEDS_POST_ROPE);
     const CellMeanAssigner means(d, 3);
     const SegmentedAssigner segments(inner, 9, 2);
-    for (const CellAssigner* a : {(const CellAssigner*)inner.get(), (const CellAssigner*)&means,
-                                  (const CellAssigner*)&segments}) {
+    for (const CellAssigner* a :
+         std::initializer_list<const CellAssigner*>{inner.get(), &means, &segments}) {
         RoutingInput none;
         none.d = d;
         std::vector<float> scores = {7};

@@ -149,7 +149,6 @@ Figures evaluate(
         const Evaluation& evaluation,
         const std::vector<std::unique_ptr<Method>>& methods) {
     const auto tokens = query_tokens(data.tokens, evaluation.queries);
-    check_far_keys(tokens.front(), evaluation.sink, evaluation.window);
     Figures all;
     all.sums.resize(methods.size() * evaluation.budgets.size() * data.group);
     all.keys_for_95.resize(data.group);
