@@ -1,11 +1,12 @@
 #include <faiss_saap/ProbePolicy.h>
 
 #include <algorithm>
-#include <array>
 #include <cinttypes>
 #include <cmath>
 #include <numeric>
 #include <string>
+
+#include <hwy/contrib/sort/vqsort.h>
 
 #include <faiss_saap/ordered_float.h>
 
@@ -157,62 +158,25 @@ std::vector<int32_t> take_cells(
         int nprobe,
         int64_t key_limit,
         bool at_least_one) {
-    // Into bins by falling score; of a bin, what still fits is sorted when the
-    // bin is reached, which is nothing for most of them.
-    constexpr int kBins = 128;
-    std::vector<int32_t> cells(ncell); // those that may be taken
-    int n = 0;
-    float highest = -INFINITY, lowest = INFINITY;
-    for (int32_t c = 0; c < ncell; c++) {
-        const bool there = counts[c] > 0 && scores[c] > -INFINITY;
-        cells[n] = c;
-        n += there;
-        highest = std::max(highest, there ? scores[c] : -INFINITY);
-        lowest = std::min(lowest, there ? scores[c] : INFINITY);
+    std::vector<uint64_t> best_first(ncell); // of those that may be taken
+    size_t n = 0;
+    for (int c = 0; c < ncell; c++) {
+        best_first[n] = SelectionKey::make(
+                scores[c], static_cast<uint32_t>(c), /*largest=*/true);
+        n += counts[c] > 0 && scores[c] > -INFINITY;
     }
-    // Equal, or farther apart than a float can say: the first and the last bin hold
-    // all, as 0 * infinity is no number below the last.
-    const float per_score = (kBins - 1) / (highest - lowest);
-    const float factor = per_score < INFINITY ? per_score : 0.0f;
-    std::vector<uint8_t> bin_of(n);
-    std::array<int32_t, kBins + 1> end{};
-    for (int i = 0; i < n; i++) {
-        const float bin = (highest - scores[cells[i]]) * factor;
-        bin_of[i] = static_cast<uint8_t>(bin < kBins - 1 ? bin : kBins - 1);
-        end[bin_of[i] + 1]++;
-    }
-    std::partial_sum(end.begin(), end.end(), end.begin());
-    std::vector<int32_t> by_bin(n);
-    for (int i = 0; i < n; i++) {
-        by_bin[end[bin_of[i]]++] = cells[i];
-    }
+    const hwy::Sorter sort;
+    sort(best_first.data(), n, hwy::SortAscending());
 
     std::vector<int32_t> taken;
     int64_t keys = 0;
-    const auto may_take = [&](int32_t c) {
-        return (at_least_one && taken.empty()) || keys + counts[c] <= key_limit;
-    };
-    std::vector<uint64_t> best_first; // of a bin
-    for (int bin = 0, i = 0; i < n && (taken.empty() || keys < key_limit);
-         bin++) {
-        best_first.clear();
-        for (; i < end[bin]; i++) {
-            const int32_t c = by_bin[i];
-            if (may_take(c)) { // what does not fit now will not fit later
-                best_first.push_back(SelectionKey::make(
-                        scores[c], static_cast<uint32_t>(c), /*largest=*/true));
-            }
-        }
-        std::sort(best_first.begin(), best_first.end());
-        for (uint64_t key : best_first) {
-            if (static_cast<int>(taken.size()) >= nprobe) {
-                return taken;
-            }
-            const auto c = static_cast<int32_t>(SelectionKey::id(key));
-            if (may_take(c)) {
-                taken.push_back(c);
-                keys += counts[c];
-            }
+    for (size_t i = 0; i < n && static_cast<int>(taken.size()) < nprobe &&
+         (taken.empty() || keys < key_limit);
+         i++) {
+        const auto c = static_cast<int32_t>(SelectionKey::id(best_first[i]));
+        if ((at_least_one && taken.empty()) || keys + counts[c] <= key_limit) {
+            taken.push_back(c);
+            keys += counts[c];
         }
     }
     return taken;

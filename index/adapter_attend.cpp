@@ -253,9 +253,13 @@ std::vector<std::vector<int32_t>> AttentionAdapter::Call::probe(
         std::vector<float> scores(size_t(group) * ncell);
         const CellStats stats = lists.stats();
         partition.query->scores(routed.input, &stats, scores.data());
-        for (size_t i = 0; i < scores.size(); i++) {
+        int wrong = 0; // counted first, as that loop is vectors
+        for (const float score : scores) {
+            wrong += !(score < INFINITY); // NaN, too
+        }
+        for (size_t i = 0; wrong > 0 && i < scores.size(); i++) {
             FAISS_THROW_IF_NOT_FMT(
-                    scores[i] < INFINITY, // false for NaN
+                    scores[i] < INFINITY,
                     "the query assigner of KV head %d gives cell %d a "
                     "score of %f",
                     h,

@@ -104,6 +104,26 @@ HWY_INLINE void arrange(int width, const float* from, float* to) {
     }
 }
 
+/// Queries that are compared together: a vector of each of them in turns, then what is left of
+/// their components, so that one pointer leads to all.
+/// @param from  size nq * width
+/// @param to    likewise
+template <class T>
+HWY_INLINE void arrange_queries(int nq, int width, const float* from, float* to) {
+    const int lanes = static_cast<int>(hn::Lanes(D()));
+    const int whole = width / lanes * lanes;
+    std::vector<float> arranged(width);
+    for (int h = 0; h < nq; h++) {
+        arrange<T>(width, from + h * width, arranged.data());
+        for (int c = 0; c < whole; c += lanes) {
+            std::copy_n(arranged.data() + c, lanes, to + c * nq + h * lanes);
+        }
+        for (int c = whole; c < width; c++) {
+            to[c * nq + h] = arranged[c];
+        }
+    }
+}
+
 /// Back into their own order.
 template <class T>
 HWY_INLINE void restore(int width, const float* from, float* to) {
@@ -200,49 +220,45 @@ HWY_INLINE void store_block(const V (&sum)[NQ][kRows], float* to) {
 }
 
 /// Asks the memory for the lines of a row, all together: one by one between the arithmetic, a
-/// gather takes twice as long (measured).
+/// gather takes twice as long (measured). The last one first: what asks for ascending lines looks
+/// like a stream to some processors, which then fetch what lies behind the row.
 /// @tparam kLocality  that of `__builtin_prefetch`: 3 for the first cache, 2
 ///                    for the second
 template <int kLocality>
 HWY_INLINE void ask_for(const void* row, int bytes) {
     const auto* at = static_cast<const char*>(row);
-    int b = 0;
-    // Unrolled for the reason that `inner_products_of_rows` is.
-    for (; b + 256 <= bytes; b += 256) {
-        __builtin_prefetch(at + b, 0, kLocality);
-        __builtin_prefetch(at + b + 64, 0, kLocality);
-        __builtin_prefetch(at + b + 128, 0, kLocality);
-        __builtin_prefetch(at + b + 192, 0, kLocality);
+    if (HWY_LIKELY(bytes == 256)) {
+        __builtin_prefetch(at + 192, 0, kLocality);
+        __builtin_prefetch(at + 128, 0, kLocality);
+        __builtin_prefetch(at + 64, 0, kLocality);
+        __builtin_prefetch(at, 0, kLocality);
+        return;
     }
-    for (; b < bytes; b += 64) {
+    for (int b = 0; b < bytes; b += 64) {
         __builtin_prefetch(at + b, 0, kLocality);
     }
 }
 
 /// Rows that are needed later and asked for while others are at work, one of each kind with
 /// each of those: more at once wait for each other, and the arithmetic for them.
-template <class T>
+/// @tparam kScattered  rows do not follow each other in the memory
+template <class T, bool kScattered>
 struct RowsAhead {
-    struct Rows {
-        const T* const* row = nullptr;
-        int n = 0;
-        int bytes = 0; ///< of a row
-    };
-    Rows far;  ///< into the second cache
-    Rows near; ///< from there into the first
-    int first = 0;
+    const T* const* far = nullptr;  ///< into the second cache
+    const T* const* near = nullptr; ///< from there into the first, scattered ones
+    int far_bytes = 0, near_bytes = 0; ///< of a row
+    int n = 0; ///< of each kind
 
     HWY_INLINE void ask(int i) const {
-        i += first;
-        if (i < far.n) {
-            ask_for<2>(far.row[i], far.bytes);
-        }
-        if (i < near.n) {
-            ask_for<3>(near.row[i], near.bytes);
+        if (i < n) {
+            ask_for<2>(far[i], far_bytes);
+            if constexpr (kScattered) {
+                ask_for<3>(near[i], near_bytes);
+            }
         }
     }
     HWY_INLINE RowsAhead from(int i) const {
-        return {far, near, first + i};
+        return {far + i, near + i, far_bytes, near_bytes, n - i};
     }
 };
 
@@ -254,7 +270,7 @@ struct RowsAhead {
 /// longer. So there each line of a row has a load of its own.
 /// @param kScattered  rows do not follow each other in the memory
 /// @param rows      kRows pointers, `stride` apart
-/// @param q         size NQ * width, in the order of `load_half`
+/// @param q         size NQ * width, in the order of `arrange_queries`
 /// @param ahead     kRows of each kind
 /// @param products  output, a block
 template <int NQ, bool kScattered, class T>
@@ -263,7 +279,7 @@ HWY_INLINE void inner_products_of_rows(
         int stride,
         int width,
         const float* q,
-        const RowsAhead<T>& ahead,
+        const RowsAhead<T, kScattered>& ahead,
         float* products) {
     const D d;
     const int lanes = static_cast<int>(hn::Lanes(d));
@@ -279,7 +295,7 @@ HWY_INLINE void inner_products_of_rows(
     }
     const auto add = [&](int column, const V* k) HWY_ATTR {
         for (int h = 0; h < NQ; h++) {
-            const V x = hn::LoadU(d, q + h * width + column);
+            const V x = hn::LoadU(d, q + column * NQ + h * lanes);
             for (int r = 0; r < kRows; r++) {
                 sum[h][r] = hn::MulAdd(k[r], x, sum[h][r]);
             }
@@ -325,8 +341,7 @@ HWY_INLINE void inner_products_of_rows(
     for (; c < width; c++) {
         for (int h = 0; h < NQ; h++) {
             for (int r = 0; r < kRows; r++) {
-                products[h * kRows + r] +=
-                        to_scalar(row[r] + c) * q[h * width + c];
+                products[h * kRows + r] += to_scalar(row[r] + c) * q[c * NQ + h];
             }
         }
     }
@@ -420,12 +435,12 @@ HWY_INLINE void weigh_tile(
 /// @param weights  blocks
 /// @param asks     bits of those of kRows with which a row ahead is asked for
 /// @param output   in the order of `load_half`
-template <int NQ, int NV, class T>
+template <int NQ, int NV, class T, bool kScattered>
 HWY_INLINE void add_value_columns(
         const T* const* rows,
         int stride,
         int n,
-        RowsAhead<T> ahead,
+        RowsAhead<T, kScattered> ahead,
         unsigned asks,
         int column,
         int width,
@@ -481,12 +496,12 @@ HWY_INLINE void add_value_columns(
 /// The same over whole rows.
 /// @param ahead    n of each kind, up to a multiple of kRows
 /// @param output   size NQ * width
-template <int NQ, class T>
+template <int NQ, class T, bool kScattered>
 HWY_INLINE void add_values(
         const T* const* rows,
         int stride,
         int n,
-        const RowsAhead<T>& ahead,
+        const RowsAhead<T, kScattered>& ahead,
         int width,
         const float* weights,
         const float* shrink,
@@ -579,18 +594,18 @@ struct OnlineSoftmax {
     const int d, d_v;
     const int queries; ///< of all heads
     const int tokens_per_tile;
-    Aligned<float> q;      ///< in the order of `load_half`
-    Aligned<float> output; ///< likewise
+    Aligned<float> q;      ///< in the order of `arrange_queries`
+    Aligned<float> output; ///< in that of `load_half`
     std::vector<SoftmaxState> state; ///< of each query
-    /// `n` rows of some heads, token by token. Up to a multiple of kRows the last key stands
-    /// in for missing ones, and zeros for values: a weight of 0 makes NaN of an infinite one.
+    /// `n` rows of some heads, token by token. The last key stands in for missing ones, and
+    /// zeros for values: a weight of 0 makes NaN of an infinite one.
     struct Tile {
         int n = 0; ///< 0: there is none
         int first_head = 0;
-        std::vector<const T*> keys, values;
+        std::vector<const T*> keys, values; ///< of a whole tile
     };
+    const std::vector<T> no_row; ///< zeros
     Tile now, next;
-    const std::vector<T> no_value; ///< zeros
     std::vector<int64_t> taken; ///< of each head's rows
 
     explicit OnlineSoftmax(const AttendKernelParams& params)
@@ -607,12 +622,19 @@ struct OnlineSoftmax {
               q(hwy::AllocateAligned<float>(size_t(queries) * d)),
               output(hwy::AllocateAligned<float>(size_t(queries) * d_v)),
               state(queries),
-              no_value(d_v),
+              no_row(std::max(d, d_v)),
               taken(kScattered ? p.heads : 1, 0) {
+        for (Tile* tile : {&now, &next}) {
+            tile->keys.assign(tokens_per_tile * heads(), no_row.data());
+            tile->values = tile->keys;
+        }
         std::fill_n(output.get(), size_t(queries) * d_v, 0.0f);
-        for (int i = 0; i < queries; i++) {
-            const int64_t at = int64_t(i) * d;
-            arrange<T>(d, p.queries + at, q.get() + at);
+        for (int i = 0; i < queries; i += p.nq) { // of a head
+            for (int first = 0; first < p.nq; first += kQueries) {
+                const int64_t at = int64_t(i + first) * d;
+                arrange_queries<T>(
+                        std::min(kQueries, p.nq - first), d, p.queries + at, q.get() + at);
+            }
         }
     }
 
@@ -630,10 +652,7 @@ struct OnlineSoftmax {
     template <class Slot>
     HWY_INLINE void fill(Tile& tile, int n, const Slot& slot) const {
         tile.n = n;
-        const int rows = padded(n);
-        tile.keys.resize(rows * heads());
-        tile.values.resize(rows * heads());
-        for (int h = 0; h < heads() && n > 0; h++) {
+        for (int h = 0; h < heads(); h++) {
             const int head = kScattered ? p.lists[tile.first_head].kv_head
                                         : p.kv_head + h;
             const auto k = HeadRows<T>::keys(*p.kv, head);
@@ -645,9 +664,9 @@ struct OnlineSoftmax {
                 to_k[i * heads()] = k.at(s);
                 to_v[i * heads()] = v.at(s);
             }
-            for (int i = n; i < rows; i++) {
-                to_k[i * heads()] = to_k[(n - 1) * heads()];
-                to_v[i * heads()] = no_value.data();
+            for (int i = n; i < tokens_per_tile; i++) {
+                to_k[i * heads()] = n > 0 ? to_k[(n - 1) * heads()] : no_row.data();
+                to_v[i * heads()] = no_row.data();
             }
         }
     }
@@ -685,19 +704,20 @@ struct OnlineSoftmax {
         taken[h] += n;
     }
 
-    using Rows = typename RowsAhead<T>::Rows;
-    HWY_INLINE Rows keys_of(const Tile& tile) const {
-        return {tile.keys.data(), tile.n * heads(), d * static_cast<int>(sizeof(T))};
+    /// What is asked for during products, and during sums of values: as many rows as are at
+    /// work, or where a tile is longer than the one before it, those beyond.
+    using Ahead = RowsAhead<T, kScattered>;
+    HWY_INLINE Ahead keys_ahead(int rows) const {
+        return {next.keys.data(), now.values.data(), key_bytes(), value_bytes(), rows};
     }
-    HWY_INLINE Rows values_of(const Tile& tile) const {
-        return {tile.values.data(), tile.n * heads(), d_v * static_cast<int>(sizeof(T))};
+    HWY_INLINE Ahead values_ahead(int rows) const {
+        return {next.values.data(), next.keys.data(), value_bytes(), key_bytes(), rows};
     }
-    /// What is asked for during products, and during sums of values.
-    HWY_INLINE RowsAhead<T> keys_ahead() const {
-        return {keys_of(next), kScattered ? values_of(now) : Rows(), 0};
+    HWY_INLINE int key_bytes() const {
+        return d * static_cast<int>(sizeof(T));
     }
-    HWY_INLINE RowsAhead<T> values_ahead() const {
-        return {values_of(next), kScattered ? keys_of(next) : Rows(), 0};
+    HWY_INLINE int value_bytes() const {
+        return d_v * static_cast<int>(sizeof(T));
     }
 
     /// Queries first .. first + NQ - 1 over the rows of head h of the tile.
@@ -708,7 +728,8 @@ struct OnlineSoftmax {
         alignas(64) float weights[kTile / kRows * kBlock];
         float shrink[NQ];
         const int asked = h * padded(now.n); // by the heads before
-        const RowsAhead<T> keys = asks ? keys_ahead().from(asked) : RowsAhead<T>();
+        const int end = asks ? asked + padded(now.n) : asked;
+        const Ahead keys = keys_ahead(end).from(asked);
         for (int i = 0; i < now.n; i += kRows) {
             inner_products_of_rows<NQ, kScattered>(
                     now.keys.data() + i * heads() + h,
@@ -723,7 +744,7 @@ struct OnlineSoftmax {
                 now.values.data() + h,
                 heads(),
                 now.n,
-                asks ? values_ahead().from(asked) : RowsAhead<T>(),
+                values_ahead(end).from(asked),
                 d_v,
                 weights,
                 shrink,
@@ -761,9 +782,10 @@ struct OnlineSoftmax {
         look_ahead();
         while (next.n > 0) {
             // The first tile, or what a shorter one before it left.
-            for (int i = padded(now.n) * heads(); i < next.n * heads(); i++) {
-                keys_ahead().ask(i);
-                values_ahead().ask(i);
+            const int rows = next.n * heads();
+            for (int i = padded(now.n) * heads(); i < rows; i++) {
+                keys_ahead(rows).ask(i);
+                values_ahead(rows).ask(i);
             }
             std::swap(now, next);
             look_ahead();
@@ -839,7 +861,7 @@ void inner_products_of(
         for (int64_t b = ahead; b < end; b += 64) {
             __builtin_prefetch(all + b);
         }
-        inner_products_of_rows<NQ, false>(row, 1, d, q, RowsAhead<T>(), products);
+        inner_products_of_rows<NQ, false>(row, 1, d, q, RowsAhead<T, false>(), products);
         for (int h = 0; h < NQ; h++) {
             std::copy_n(products + h * kRows, count, out + h * n + begin);
         }
@@ -855,17 +877,18 @@ void inner_products_with(
         const T* rows,
         float* out) {
     const Aligned<float> queries = hwy::AllocateAligned<float>(size_t(nq) * d);
-    for (int64_t i = 0; i < nq; i++) {
-        arrange<T>(d, q + i * d, queries.get() + i * d);
-    }
     int i = 0;
     for (; i + kQueries <= nq; i += kQueries) {
+        const int64_t at = int64_t(i) * d;
+        arrange_queries<T>(kQueries, d, q + at, queries.get() + at);
         inner_products_of<kQueries>(
-                d, queries.get() + int64_t(i) * d, n, rows, out + i * n);
+                d, queries.get() + at, n, rows, out + i * n);
     }
     for (; i < nq; i++) {
+        const int64_t at = int64_t(i) * d;
+        arrange<T>(d, q + at, queries.get() + at);
         inner_products_of<1>(
-                d, queries.get() + int64_t(i) * d, n, rows, out + i * n);
+                d, queries.get() + at, n, rows, out + i * n);
     }
 }
 
