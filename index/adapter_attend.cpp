@@ -408,7 +408,7 @@ void AttentionAdapter::Call::attend(
             const int64_t dense = token.window_end - token.far_keys();
             const int64_t most = int64_t(64) * threads / ntoken() + 1;
             const int64_t stretch = std::max<int64_t>(
-                    {64, length / (4 * params.heads_kv), dense / most});
+                    {64, length / (2 * params.heads_kv), dense / most});
             cut_dense(t, 0, token.sink_end, stretch, pieces);
             cut_dense(t, token.window_begin, token.window_end, stretch, pieces);
         }

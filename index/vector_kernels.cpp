@@ -40,7 +40,7 @@ using Aligned = hwy::AlignedFreeUniquePtr<T[]>;
 constexpr int kTile = 96;
 /// Keys and values of two tiles, the one at work and the next, stay in the
 /// second cache.
-constexpr int64_t kTileBytes = 128 << 10;
+constexpr int64_t kTileBytes = 64 << 10;
 /// Rows that share the loads of a query.
 constexpr int kRows = 4;
 /// Queries that share the loads of a row: kRows * kQueries sums stay in
@@ -67,7 +67,7 @@ HWY_INLINE V load(D d, const T* p) {
 /// One of the two vectors that make a block of 2 * Lanes(d) components.
 /// Pairs of bfloat16 are widened in place, the odd one by a mask and the even
 /// one by a shift, which is cheaper than to bring them into order; queries and
-/// sums are kept in the order in which rows come out (see `arrange`).
+/// sums are kept in the order in which rows come out (see `arrange_queries`).
 template <int kHalf, class T>
 HWY_INLINE V load_half(D d, const T* block) {
 #if HWY_TARGET != HWY_SCALAR
@@ -91,49 +91,51 @@ template <class T>
 constexpr bool kByParity = HWY_TARGET != HWY_SCALAR &&
         std::is_same_v<T, hwy::bfloat16_t>;
 
-/// Components into the order of `load_half`.
-template <class T>
-HWY_INLINE void arrange(int width, const float* from, float* to) {
-    const int lanes = static_cast<int>(hn::Lanes(D()));
-    std::copy_n(from, width, to);
-    for (int c = 0; kByParity<T> && c + 2 * lanes <= width; c += 2 * lanes) {
-        for (int i = 0; i < lanes; i++) {
-            to[c + i] = from[c + 2 * i];
-            to[c + lanes + i] = from[c + 2 * i + 1];
-        }
-    }
-}
-
-/// Queries that are compared together: a vector of each of them in turns, then what is left of
-/// their components, so that one pointer leads to all.
+/// Queries that are compared together: a vector of each of them in turns, in the order of
+/// `load_half`, then what is left of their components. So one pointer leads to all.
 /// @param from  size nq * width
 /// @param to    likewise
 template <class T>
 HWY_INLINE void arrange_queries(int nq, int width, const float* from, float* to) {
-    const int lanes = static_cast<int>(hn::Lanes(D()));
-    const int whole = width / lanes * lanes;
-    std::vector<float> arranged(width);
-    for (int h = 0; h < nq; h++) {
-        arrange<T>(width, from + h * width, arranged.data());
-        for (int c = 0; c < whole; c += lanes) {
-            std::copy_n(arranged.data() + c, lanes, to + c * nq + h * lanes);
+    const D d;
+    const int lanes = static_cast<int>(hn::Lanes(d));
+    for (int h = 0; h < nq; h++, from += width) {
+        int c = 0;
+        if constexpr (kByParity<T>) {
+            for (; c + 2 * lanes <= width; c += 2 * lanes) {
+                V even, odd;
+                hn::LoadInterleaved2(d, from + c, even, odd);
+                hn::StoreU(even, d, to + c * nq + h * lanes);
+                hn::StoreU(odd, d, to + (c + lanes) * nq + h * lanes);
+            }
         }
-        for (int c = whole; c < width; c++) {
-            to[c * nq + h] = arranged[c];
+        for (; c + lanes <= width; c += lanes) {
+            hn::StoreU(hn::LoadU(d, from + c), d, to + c * nq + h * lanes);
+        }
+        for (; c < width; c++) {
+            to[c * nq + h] = from[c];
         }
     }
 }
 
-/// Back into their own order.
+/// From the order of `load_half` into their own, times a factor.
 template <class T>
-HWY_INLINE void restore(int width, const float* from, float* to) {
-    const int lanes = static_cast<int>(hn::Lanes(D()));
-    std::copy_n(from, width, to);
-    for (int c = 0; kByParity<T> && c + 2 * lanes <= width; c += 2 * lanes) {
-        for (int i = 0; i < lanes; i++) {
-            to[c + 2 * i] = from[c + i];
-            to[c + 2 * i + 1] = from[c + lanes + i];
+HWY_INLINE void restore(int width, const float* from, float factor, float* to) {
+    const D d;
+    const int lanes = static_cast<int>(hn::Lanes(d));
+    const V f = hn::Set(d, factor);
+    int c = 0;
+    if constexpr (kByParity<T>) {
+        for (; c + 2 * lanes <= width; c += 2 * lanes) {
+            hn::StoreInterleaved2(
+                    hn::Mul(f, hn::LoadU(d, from + c)),
+                    hn::Mul(f, hn::LoadU(d, from + c + lanes)),
+                    d,
+                    to + c);
         }
+    }
+    for (; c < width; c++) {
+        to[c] = factor * from[c];
     }
 }
 
@@ -802,11 +804,7 @@ struct OnlineSoftmax {
         for (int64_t i = 0; i < queries; i++) {
             const SoftmaxState& s = state[i];
             const float norm = (s.sum > 0 ? 1 / s.sum : 0.0f) + s.poison;
-            float* o = p.output + i * d_v;
-            restore<T>(d_v, output.get() + i * d_v, o);
-            for (int j = 0; j < d_v; j++) {
-                o[j] *= norm;
-            }
+            restore<T>(d_v, output.get() + i * d_v, norm, p.output + i * d_v);
             p.lse[i] = s.sum > 0 ? s.maximum + std::log(s.sum) : -INFINITY;
             p.lse[i] += s.poison;
         }
@@ -886,7 +884,7 @@ void inner_products_with(
     }
     for (; i < nq; i++) {
         const int64_t at = int64_t(i) * d;
-        arrange<T>(d, q + at, queries.get() + at);
+        arrange_queries<T>(1, d, q + at, queries.get() + at);
         inner_products_of<1>(
                 d, queries.get() + at, n, rows, out + i * n);
     }
