@@ -40,7 +40,7 @@ using Aligned = hwy::AlignedFreeUniquePtr<T[]>;
 constexpr int kTile = 96;
 /// Keys and values of two tiles, the one at work and the next, stay in the
 /// second cache.
-constexpr int64_t kTileBytes = 64 << 10;
+constexpr int64_t kTileBytes = 128 << 10;
 /// Rows that share the loads of a query.
 constexpr int kRows = 4;
 /// Queries that share the loads of a row: kRows * kQueries sums stay in
