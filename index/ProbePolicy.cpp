@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <numeric>
 #include <string>
 
 #include <hwy/contrib/sort/vqsort.h>
