@@ -885,19 +885,18 @@ void inner_products_with(
         int64_t n,
         const T* rows,
         float* out) {
-    const Aligned<float> queries = hwy::AllocateAligned<float>(size_t(nq) * d);
+    const Aligned<float> queries = hwy::AllocateAligned<float>(size_t(kQueries) * d);
     int i = 0;
-    for (; i + kQueries <= nq; i += kQueries) {
-        const int64_t at = int64_t(i) * d;
-        arrange_queries<T>(kQueries, d, q + at, queries.get() + at);
-        inner_products_of<kQueries>(
-                d, queries.get() + at, n, rows, out + i * n);
+    const auto compare = [&](auto count) HWY_ATTR {
+        arrange_queries<T>(count, d, q + int64_t(i) * d, queries.get());
+        inner_products_of<count>(d, queries.get(), n, rows, out + i * n);
+        i += count;
+    };
+    while (i + kQueries <= nq) {
+        compare(std::integral_constant<int, kQueries>());
     }
-    for (; i < nq; i++) {
-        const int64_t at = int64_t(i) * d;
-        arrange_queries<T>(1, d, q + at, queries.get() + at);
-        inner_products_of<1>(
-                d, queries.get() + at, n, rows, out + i * n);
+    while (i < nq) {
+        compare(std::integral_constant<int, 1>());
     }
 }
 
