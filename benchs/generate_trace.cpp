@@ -67,8 +67,6 @@ void run(const Options& o) {
     }
     const Trace& first = traces.front();
     const int d = first.d, group = first.group();
-    check_once(o.layers, "layer");
-    check_once(o.kv_heads, "kv-head");
     RopeParams rope = first.rope;
     rope.set_scaling(
             o.rope_scaling != "longer"

@@ -224,8 +224,6 @@ void run(Options options) {
     if (options.kv_heads.empty()) {
         options.kv_heads = texts.front().kv_heads;
     }
-    check_once(options.layers, "layers");
-    check_once(options.kv_heads, "kv-heads");
     PartitionSet set;
     set.model = texts.front().model;
     set.rope = texts.front().rope;

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
+
+from input_files import read_report
 
 FIGURES = ("selectivity", "mass_recall", "output_error")
 
@@ -19,10 +20,13 @@ def main() -> None:
     options = parser.parse_args()
     values = defaultdict(list)
     quarters = {}
-    for path in options.json:
-        rows = json.loads(path.read_text())["rows"]
-        longest = max(row["tokens"] for row in rows)
-        for row in rows:
+    try:
+        reports = [read_report(path, ("partitions", "choice", "budget", "tokens", *FIGURES)) for path in options.json]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}")
+    for report in reports:
+        longest = max((row["tokens"] for row in report["rows"]), default=0)
+        for row in report["rows"]:
             if row["budget"] != options.budget:
                 continue
             quarter = round(4 * row["tokens"] / longest)

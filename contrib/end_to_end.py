@@ -15,6 +15,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from end_to_end_results import Results, WITHOUT_BUDGET, environment, plot, print_table, table_of
+from input_files import read_text
 from output_files import check_output
 from pass_key import DIGITS, PassKey, hide_pass_key
 from smollm2 import SmolLM2, has_cuda
@@ -124,7 +125,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
 
 def haystack_of(model: SmolLM2, file: Optional[Path]) -> np.ndarray:
     if file:
-        return model.encode(file.read_text())
+        return model.encode(read_text(file))
     with safe_open(ROOT / "data" / "kjv_8k.safetensors", "np") as trace:
         return trace.get_tensor("tokens")
 
@@ -146,9 +147,13 @@ def decoding_for(tokens: int, options: argparse.Namespace):
 
 
 def trained_of(options: argparse.Namespace, methods: Sequence[str]) -> Optional[fs.PartitionSet]:
-    if "planned" in methods or any(METHODS_OF_CELLS.get(name, [False])[0] for name in methods):
-        return fs.read_partitions(str(options.partitions))
-    return None
+    planned = "planned" in methods
+    if not planned and not any(METHODS_OF_CELLS.get(name, [False])[0] for name in methods):
+        return None
+    trained = fs.read_partitions(str(options.partitions))
+    if planned and not trained.plans:
+        raise ValueError(f"{options.partitions} has no plans for the method planned: choose_partitions makes them")
+    return trained
 
 
 @contextmanager
@@ -238,7 +243,7 @@ def measure_loss(options: argparse.Namespace, results: Results) -> None:
 
 
 def tokens_of(model: SmolLM2, file: Path, n: int) -> np.ndarray:
-    tokens = model.encode(file.read_text())[:n]
+    tokens = model.encode(read_text(file))[:n]
     if len(tokens) < n:
         raise ValueError(f"{file} has only {len(tokens):,} tokens, --tokens asks for {n:,}")
     return tokens

@@ -17,10 +17,14 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from input_files import read_report
+
 #: that read all far keys, none, or what their plans allow
 WITHOUT_BUDGET = ("dense", "window", "planned")
 #: what tells a row from all others, as far as rows have it
 IDENTITY = ("text", "tokens", "sparse", "depth", "key", "layers", "method", "budget")
+#: that rows have, besides what was measured
+FIELDS = ("tokens", "method", "budget", "selectivity", "index_bytes_fraction")
 CASE = ("text", "tokens", "sparse", "depth", "key")
 
 
@@ -36,10 +40,11 @@ class Results:
         self.path, self.config, self.environment = path, config, environment
         self.rows: list[dict] = []
         if resume and path and path.exists():
-            before = json.loads(path.read_text())
-            for name in ("command", "partitions", "rope_scale", "keys_per_cell", "trained_share", "refine"):
-                if before["config"].get(name) != config.get(name):
-                    raise ValueError(f"{path} was made with {name} = {before['config'].get(name)}, "
+            settings = ("command", "partitions", "rope_scale", "keys_per_cell", "trained_share", "refine")
+            before = read_report(path, FIELDS, settings)
+            for name in settings:
+                if before["config"][name] != config.get(name):
+                    raise ValueError(f"{path} was made with {name} = {before['config'][name]}, "
                                      f"not {config.get(name)}: --resume cannot go on with it")  # fmt: skip
             self.rows = before["rows"]
         self._known = {identity(row) for row in self.rows}
@@ -189,10 +194,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         rows: dict[tuple, dict] = {}
         for file in options.files:
-            rows.update((identity(row), row) for row in json.loads(file.read_text())["rows"])
+            rows.update((identity(row), row) for row in read_report(file, FIELDS)["rows"])
         if len({measured_of([row]) for row in rows.values()}) != 1:
             raise ValueError("the files hold no rows, or losses and pass keys together")
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     table = table_of(list(rows.values()))

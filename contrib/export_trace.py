@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import smollm2
+from input_files import read_text
 from output_files import check_output
 from trace_file import Trace, write_trace
 
@@ -123,11 +124,7 @@ def check_heads(options: argparse.Namespace, model: Model) -> None:
 
 def read_tokens(file: Path, options: argparse.Namespace, model: Model) -> np.ndarray:
     """Tokens (options.tokens,) int32: what the model expects before a text, then the text from options.offset on."""
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The text {file} is not UTF-8: byte {error.start} is wrong.") from error
-    tokens = model.encode(text)
+    tokens = model.encode(read_text(file))
     end = options.offset + options.tokens - len(model.prefix)
     if len(tokens) < end:
         raise ValueError(

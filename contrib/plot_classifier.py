@@ -7,7 +7,6 @@ Texts are averaged. The JSON comes from `bench_recall --methods oracle_topk,offl
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -16,6 +15,8 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
+
+from input_files import read_report  # noqa: E402
 
 LINES = [
     ("oracle_topk", "mass_recall", "oracle: best keys one by one", "-"),
@@ -36,9 +37,14 @@ def main() -> None:
     parser.add_argument("--heads", type=head, nargs="+", required=True, metavar="LAYER:HEAD", help="the panels")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     options = parser.parse_args()
+    fields = ("layer", "query_head", "method", "budget", "head_selectivity", "mass_recall", "ceiling")
+    try:
+        reports = [read_report(path, fields) for path in options.json]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}")
     rows = defaultdict(list)
-    for path in options.json:
-        for row in json.loads(path.read_text())["rows"]:
+    for report in reports:
+        for row in report["rows"]:
             rows[row["layer"], row["query_head"], row["method"], row["budget"]].append(row)
     budgets = sorted({key[3] for key in rows})
 

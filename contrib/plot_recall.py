@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,18 +12,24 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 
+from input_files import read_report  # noqa: E402
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("json", type=Path, help="results of demo or bench_recall")
     parser.add_argument("png", type=Path, help="picture to write")
     options = parser.parse_args()
-    report = json.loads(options.json.read_text())
+    fields = ("method", "budget", "selectivity", "mass_recall", "ceiling")
+    try:
+        report = read_report(options.json, fields, ("model", "tokens", "trace"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}")
 
     # Heads and layers are averaged at equal budget.
     points: dict[str, dict[float, list]] = defaultdict(lambda: defaultdict(list))
     for row in report["rows"]:
-        if "budget" in row and row["method"] != "dense attention":
+        if row["method"] != "dense attention":
             points[row["method"]][row["budget"]].append(row)
 
     def mean(rows: list, key: str) -> float:

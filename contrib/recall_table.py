@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
+
+from input_files import read_report
 
 
 def main() -> None:
@@ -15,8 +16,12 @@ def main() -> None:
     parser.add_argument("json", type=Path, nargs="+", help="results of bench_recall or demo")
     options = parser.parse_args()
     recall, ceiling = defaultdict(list), defaultdict(list)
-    for path in options.json:
-        for row in json.loads(path.read_text())["rows"]:
+    try:
+        reports = [read_report(path, ("method", "budget", "mass_recall", "ceiling")) for path in options.json]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}")
+    for report in reports:
+        for row in report["rows"]:
             key = row["method"], row["budget"]
             recall[key].append(row["mass_recall"])
             if row["ceiling"] is not None:

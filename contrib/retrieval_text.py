@@ -14,6 +14,7 @@ from typing import NoReturn, Optional, Sequence
 
 import numpy as np
 
+from input_files import read_text
 from output_files import check_output
 from smollm2 import SmolLM2
 
@@ -58,7 +59,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         check_output("--out", options.out, [options.haystack])
         model = SmolLM2()
         text, asked = hide_pass_keys(
-            model, options.haystack.read_text(encoding="utf-8"), options.tokens, options.keys, options.seed
+            model, read_text(options.haystack), options.tokens, options.keys, options.seed
         )
         options.out.write_text(text + asked, encoding="utf-8")
         total = len(model.encode(text + asked))

@@ -1,6 +1,7 @@
 #include "arguments.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
@@ -50,15 +51,18 @@ std::vector<Named> files_of(const CLI::App& app) {
             continue;
         }
         for (const std::string& path : option->results()) {
-            if (!path.empty() || option->get_required()) {
-                files.push_back({option->get_name(), path, written});
-            }
+            files.push_back({option->get_name(), path, written});
         }
     }
     return files;
 }
 
 void check_files(const std::vector<Named>& files) {
+    for (const Named& file : files) {
+        if (file.path.empty()) {
+            throw std::runtime_error(file.option + ": '' is not the name of a file");
+        }
+    }
     for (const Named& out : files) {
         if (!out.written || is_written_in_place(out.path)) {
             continue;
@@ -67,7 +71,7 @@ void check_files(const std::vector<Named>& files) {
         const fs::path directory =
                 target.has_parent_path() ? target.parent_path() : fs::path(".");
         std::error_code error;
-        if (out.path.empty() || fs::is_directory(target, error) ||
+        if (fs::is_directory(target, error) ||
             !fs::is_directory(directory, error) || access(directory.c_str(), W_OK) != 0) {
             throw std::runtime_error(out.option + ": '" + out.path + "' cannot be created");
         }
@@ -81,34 +85,54 @@ void check_files(const std::vector<Named>& files) {
     }
 }
 
-void check_numbers(const CLI::App& app) {
-    for (const CLI::Option* option : app.get_options()) {
-        if (option->get_type_name().rfind("FLOAT", 0) != 0) {
-            continue;
+/// As they are read: hexadecimal ones, too.
+double value_of(const std::string& number) {
+    return std::strtod(number.c_str(), nullptr);
+}
+
+bool begins(const std::string& text, const char* start) {
+    return text.rfind(start, 0) == 0;
+}
+
+void check_numbers(const CLI::Option& option) {
+    const std::string type = option.get_type_name();
+    for (const std::string& number : option.results()) {
+        if (begins(type, "FLOAT") && !std::isfinite(value_of(number))) {
+            throw std::runtime_error(
+                    option.get_name() + ": " + number + " must be a finite number");
         }
-        for (const std::string& number : option->results()) {
-            if (!std::isfinite(std::strtod(number.c_str(), nullptr))) {
-                throw std::runtime_error(
-                        option->get_name() + ": " + number + " must be a finite number");
-            }
+        // CLI11 takes the nearest number that there is.
+        errno = 0;
+        std::strtoll(number.c_str(), nullptr, 0);
+        if (begins(type, "INT") && errno == ERANGE) {
+            throw std::runtime_error(
+                    option.get_name() + ": " + number + " is beyond 64 bits");
+        }
+    }
+}
+
+void check_list(const CLI::Option& option) {
+    const bool numbers = begins(option.get_type_name(), "INT") ||
+            begins(option.get_type_name(), "FLOAT");
+    const std::vector<std::string>& all = option.results();
+    for (auto i = all.begin(); i != all.end(); ++i) {
+        const bool twice = std::any_of(all.begin(), i, [&](const std::string& before) {
+            return numbers ? value_of(before) == value_of(*i) : before == *i;
+        });
+        if (twice) {
+            throw std::runtime_error(option.get_name() + " has " + *i + " more than once");
         }
     }
 }
 
 } // namespace
 
-void check_once(std::vector<int> numbers, const std::string& option) {
-    std::sort(numbers.begin(), numbers.end());
-    const auto twice = std::adjacent_find(numbers.begin(), numbers.end());
-    if (twice != numbers.end()) {
-        throw std::runtime_error(
-                "--" + option + " has " + std::to_string(*twice) + " more than once");
-    }
-}
-
 void check_arguments(const CLI::App& app) {
     check_files(files_of(app));
-    check_numbers(app);
+    for (const CLI::Option* option : app.get_options()) {
+        check_numbers(*option);
+        check_list(*option);
+    }
 }
 
 } // namespace faiss_saap::benchs

@@ -37,11 +37,9 @@ void add_number(
             ->capture_default_str();
 }
 
-/// @throws std::runtime_error naming the option when the list has a number twice
-void check_once(std::vector<int> numbers, const std::string& option);
-
-/// Before any work: a file that is written must not be another of those that were given, it
-/// must be possible to create it, and numbers must be finite, which CLI11's ranges let pass.
+/// Before any work: a file that is written must not be another of those that were given, and it
+/// must be possible to create it; numbers must be finite and within 64 bits, which CLI11 lets
+/// pass; a list has nothing more than once.
 /// @param app  after it has read the arguments
 /// @throws std::runtime_error naming the option and its value
 void check_arguments(const CLI::App& app);

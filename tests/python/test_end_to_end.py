@@ -160,6 +160,17 @@ def test_programs(tmp_path, capsys):
     capsys.readouterr()
     assert end_to_end.main([*loss, "--resume", "--partitions", str(tmp_path / "other.saap")]) == 1
     assert "made with partitions = smollm2_135m.saap" in capsys.readouterr().err
+    assert end_to_end.main([*loss, "--methods", "planned"]) == 1
+    assert "smollm2_135m.saap has no plans" in capsys.readouterr().err
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_bytes(b"\xff")
+    assert end_to_end.main([*loss[:2], str(wrong), *loss[3:]]) == 1
+    assert f"{wrong} is not UTF-8" in capsys.readouterr().err
+    wrong.write_text('{"rows": []}')
+    assert end_to_end.main([*loss, "--resume", "--json", str(wrong)]) == 1
+    assert f"{wrong}: config has no command" in capsys.readouterr().err
+    assert end_to_end_results.main([str(wrong)]) == 1
+    assert "hold no rows" in capsys.readouterr().err
     assert end_to_end_results.main([str(tmp_path / "r.json")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 

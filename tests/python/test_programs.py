@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+CONTRIB = Path(__file__).resolve().parents[2] / "contrib"
 BIN = os.environ.get("FAISS_SAAP_BIN")
 TRACE = os.environ.get("FAISS_SAAP_TRACE")
 if not BIN or not TRACE:
@@ -194,10 +196,16 @@ def test_links_and_pipes_stay_what_they_are(tmp_path):
     assert done.returncode == 0 and json.loads(done.stderr)["rows"]
 
 
-def test_numbers_must_be_finite_and_heads_given_once(tmp_path):
-    out = tmp_path / "out"
+def test_numbers_must_be_numbers_and_lists_have_no_value_twice(tmp_path):
+    out, recall = tmp_path / "out", ["--trace", TRACE, "--layer", 9]
     for program, options, sentence in (
-        ("bench_recall", ["--trace", TRACE, "--layer", 9, "--budget", "nan"], "--budget: nan must be a finite number"),
+        ("bench_recall", [*recall, "--budget", "nan"], "--budget: nan must be a finite number"),
+        ("bench_recall", [*recall, "--budget", ".05,0.050"], "--budget has 0.050 more than once"),
+        ("bench_recall", [*recall, "--methods", "saap,streaming_llm,saap"], "--methods has saap more than once"),
+        ("bench_recall", [*recall, "--window", "9223372036854775808"], "--window: 9223372036854775808 is beyond 64 bits"),
+        ("bench_recall", [*recall, "--json", ""], "--json: '' is not the name of a file"),
+        ("bench_recall", [*recall, "--partitions", ""], "--partitions: '' is not the name of a file"),
+        ("bench_adapter", ["--trace", TRACE, "--layer", "9,15,9"], "--layer has 9 more than once"),
         ("generate_trace", ["--trace", TRACE, "--layer", "9,9", "--out", out], "--layer has 9 more than once"),
         ("generate_trace", ["--trace", TRACE, "--layer", 9, "--out", out, "--rope-scaling", "cubic:2"], "'cubic:2'"),
         ("train_partitions", ["--trace", TRACE, "--layers", "9,9", "--out", out], "--layers has 9 more than once"),
@@ -205,6 +213,33 @@ def test_numbers_must_be_finite_and_heads_given_once(tmp_path):
         result = run(Path(BIN) / program, *options)
         assert result.returncode == 1 and sentence in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_tables_and_pictures_name_what_they_cannot_show(tmp_path):
+    pytest.importorskip("matplotlib")
+    report, absent, empty, text, picture = (tmp_path / name for name in ("r.json", "a.json", "e.json", "t", "p.png"))
+    done = run(
+        Path(BIN) / "bench_recall", "--trace", TRACE, "--layer", 9, "--methods", "streaming_llm", "--queries", 2,
+        "--budget", 0.05, "--json", report,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    empty.write_text("{}")
+    text.write_bytes(b"no JSON \xff")
+    for program, options in (
+        ("recall_table.py", []), ("plot_recall.py", [picture]), ("adapter_table.py", []),
+        ("plot_classifier.py", ["--heads", "9:0", "--out", picture]),
+    ):  # fmt: skip
+        for file, sentence in ((absent, "No such file"), (empty, "has no rows"), (text, "is not UTF-8: byte 8")):
+            done = run(sys.executable, CONTRIB / program, file, *options)
+            assert done.returncode == 1 and str(file) in done.stderr and sentence in done.stderr, done.stderr
+            assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = run(sys.executable, CONTRIB / "adapter_table.py", report)
+    assert done.returncode == 1 and f"{report}: row 0 has no partitions" in done.stderr
+    assert not picture.exists()
+    done = run(sys.executable, CONTRIB / "recall_table.py", report)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("| streaming_llm | 0.")
+    assert run(sys.executable, CONTRIB / "plot_recall.py", report, picture).returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_generated_trace_is_a_trace(tmp_path):
