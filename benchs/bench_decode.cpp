@@ -100,7 +100,10 @@ using Line = uint64_t __attribute__((vector_size(64)));
 /// Reads rows without computing. Every load is an instruction of its own: one
 /// executed again for each line of a row looks like a stride, and the hardware
 /// fetches what lies behind the row. Each `bytes` must be 64 at least.
-WIDEST_LOADS uint64_t read_rows(const RowPair* rows, size_t n, size_t bytes) {
+inline __attribute__((always_inline)) uint64_t read_rows_of(
+        const RowPair* rows,
+        size_t n,
+        size_t bytes) {
     constexpr size_t kAhead = 16;
     Line sum = {};
     for (size_t i = 0; i < n; i++) {
@@ -131,6 +134,21 @@ WIDEST_LOADS uint64_t read_rows(const RowPair* rows, size_t n, size_t bytes) {
         total += sum[j];
     }
     return total;
+}
+
+/// The same. Of a usual length with no more instructions than it takes: fewer
+/// of them between requests leave room for more requests at a time.
+WIDEST_LOADS uint64_t read_rows(const RowPair* rows, size_t n, size_t bytes) {
+    switch (bytes) {
+        case 128:
+            return read_rows_of(rows, n, 128);
+        case 256:
+            return read_rows_of(rows, n, 256);
+        case 512:
+            return read_rows_of(rows, n, 512);
+        default:
+            return read_rows_of(rows, n, bytes);
+    }
 }
 
 /// The rows of some slots of each KV head, in turns by 256 tokens: in this
