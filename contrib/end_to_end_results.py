@@ -23,9 +23,9 @@ from input_files import read_report
 WITHOUT_BUDGET = ("dense", "window", "planned")
 #: what tells a row from all others, as far as rows have it
 IDENTITY = ("text", "tokens", "sparse", "depth", "key", "layers", "method", "budget")
+CASE = ("text", "tokens", "sparse", "depth", "key")
 #: that rows have, besides what was measured
 FIELDS = ("tokens", "method", "budget", "selectivity", "index_bytes_fraction")
-CASE = ("text", "tokens", "sparse", "depth", "key")
 
 
 def identity(row: dict) -> tuple:
