@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-from input_files import read_report
+from input_files import reports_of
 
 FIGURES = ("selectivity", "mass_recall", "output_error")
 
@@ -20,11 +20,7 @@ def main() -> None:
     options = parser.parse_args()
     values = defaultdict(list)
     quarters = {}
-    try:
-        reports = [read_report(path, ("partitions", "choice", "budget", "tokens", *FIGURES)) for path in options.json]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}")
-    for report in reports:
+    for report in reports_of(options.json, ("partitions", "choice", "budget", "tokens", *FIGURES)):
         longest = max((row["tokens"] for row in report["rows"]), default=0)
         for row in report["rows"]:
             if row["budget"] != options.budget:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Sequence
+from typing import Iterable, Sequence
 
 
 def read_text(path: Path) -> str:
@@ -31,3 +31,11 @@ def read_report(path: Path, fields: Sequence[str], settings: Sequence[str] = ())
             if not isinstance(part, dict) or field not in part:
                 raise ValueError(f"{path}: {name} has no {field}, it is another program's report.")
     return report
+
+
+def reports_of(paths: Iterable[Path], fields: Sequence[str], settings: Sequence[str] = ()) -> list[dict]:
+    """`read_report` of each file, for programs that have nothing to do without: ends them with its sentence."""
+    try:
+        return [read_report(path, fields, settings) for path in paths]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}")

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 
-from input_files import read_report  # noqa: E402
+from input_files import reports_of  # noqa: E402
 
 LINES = [
     ("oracle_topk", "mass_recall", "oracle: best keys one by one", "-"),
@@ -38,12 +38,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     options = parser.parse_args()
     fields = ("layer", "query_head", "method", "budget", "head_selectivity", "mass_recall", "ceiling")
-    try:
-        reports = [read_report(path, fields) for path in options.json]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}")
     rows = defaultdict(list)
-    for report in reports:
+    for report in reports_of(options.json, fields):
         for row in report["rows"]:
             rows[row["layer"], row["query_head"], row["method"], row["budget"]].append(row)
     budgets = sorted({key[3] for key in rows})

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 
-from input_files import read_report  # noqa: E402
+from input_files import reports_of  # noqa: E402
 
 
 def main() -> None:
@@ -21,10 +21,7 @@ def main() -> None:
     parser.add_argument("png", type=Path, help="picture to write")
     options = parser.parse_args()
     fields = ("method", "budget", "selectivity", "mass_recall", "ceiling")
-    try:
-        report = read_report(options.json, fields, ("model", "tokens", "trace"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}")
+    (report,) = reports_of([options.json], fields, ("model", "tokens", "trace"))
 
     # Heads and layers are averaged at equal budget.
     points: dict[str, dict[float, list]] = defaultdict(lambda: defaultdict(list))

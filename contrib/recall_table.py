@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-from input_files import read_report
+from input_files import reports_of
 
 
 def main() -> None:
@@ -16,11 +16,7 @@ def main() -> None:
     parser.add_argument("json", type=Path, nargs="+", help="results of bench_recall or demo")
     options = parser.parse_args()
     recall, ceiling = defaultdict(list), defaultdict(list)
-    try:
-        reports = [read_report(path, ("method", "budget", "mass_recall", "ceiling")) for path in options.json]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}")
-    for report in reports:
+    for report in reports_of(options.json, ("method", "budget", "mass_recall", "ceiling")):
         for row in report["rows"]:
             key = row["method"], row["budget"]
             recall[key].append(row["mass_recall"])

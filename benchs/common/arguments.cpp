@@ -19,12 +19,14 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr char kInt[] = "INT", kFloat[] = "FLOAT"; ///< as CLI11 calls them
+
 struct Named {
     std::string option, path;
     bool written;
 };
 
-/// @param kind  kInput or kOutput; behind it stand an option's checks
+/// @param kind  kInput, kOutput, or what CLI11 calls numbers; behind it stand an option's checks
 bool is_of(const CLI::Option* option, const std::string& kind) {
     const std::string type = option->get_type_name();
     return type.substr(0, type.find(':')) == kind;
@@ -90,21 +92,20 @@ double value_of(const std::string& number) {
     return std::strtod(number.c_str(), nullptr);
 }
 
-bool begins(const std::string& text, const char* start) {
-    return text.rfind(start, 0) == 0;
+/// CLI11 would take the nearest number that there is.
+bool beyond_64_bits(const std::string& number) {
+    errno = 0;
+    std::strtoll(number.c_str(), nullptr, 0);
+    return errno == ERANGE;
 }
 
 void check_numbers(const CLI::Option& option) {
-    const std::string type = option.get_type_name();
     for (const std::string& number : option.results()) {
-        if (begins(type, "FLOAT") && !std::isfinite(value_of(number))) {
+        if (is_of(&option, kFloat) && !std::isfinite(value_of(number))) {
             throw std::runtime_error(
                     option.get_name() + ": " + number + " must be a finite number");
         }
-        // CLI11 takes the nearest number that there is.
-        errno = 0;
-        std::strtoll(number.c_str(), nullptr, 0);
-        if (begins(type, "INT") && errno == ERANGE) {
+        if (is_of(&option, kInt) && beyond_64_bits(number)) {
             throw std::runtime_error(
                     option.get_name() + ": " + number + " is beyond 64 bits");
         }
@@ -112,8 +113,7 @@ void check_numbers(const CLI::Option& option) {
 }
 
 void check_list(const CLI::Option& option) {
-    const bool numbers = begins(option.get_type_name(), "INT") ||
-            begins(option.get_type_name(), "FLOAT");
+    const bool numbers = is_of(&option, kInt) || is_of(&option, kFloat);
     const std::vector<std::string>& all = option.results();
     for (auto i = all.begin(); i != all.end(); ++i) {
         const bool twice = std::any_of(all.begin(), i, [&](const std::string& before) {
