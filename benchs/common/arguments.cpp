@@ -19,7 +19,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr char kInt[] = "INT", kFloat[] = "FLOAT"; ///< as CLI11 calls them
+constexpr char kInt[] = "INT", kUint[] = "UINT", kFloat[] = "FLOAT"; ///< as CLI11 calls them
 
 struct Named {
     std::string option, path;
@@ -93,9 +93,13 @@ double value_of(const std::string& number) {
 }
 
 /// CLI11 would take the nearest number that there is.
-bool beyond_64_bits(const std::string& number) {
+bool beyond_64_bits(const CLI::Option& option, const std::string& number) {
     errno = 0;
-    std::strtoll(number.c_str(), nullptr, 0);
+    if (is_of(&option, kInt)) {
+        std::strtoll(number.c_str(), nullptr, 0);
+    } else if (is_of(&option, kUint)) {
+        std::strtoull(number.c_str(), nullptr, 0);
+    }
     return errno == ERANGE;
 }
 
@@ -105,7 +109,7 @@ void check_numbers(const CLI::Option& option) {
             throw std::runtime_error(
                     option.get_name() + ": " + number + " must be a finite number");
         }
-        if (is_of(&option, kInt) && beyond_64_bits(number)) {
+        if (beyond_64_bits(option, number)) {
             throw std::runtime_error(
                     option.get_name() + ": " + number + " is beyond 64 bits");
         }

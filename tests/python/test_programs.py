@@ -208,6 +208,7 @@ def test_numbers_must_be_numbers_and_lists_have_no_value_twice(tmp_path):
         ("bench_adapter", ["--trace", TRACE, "--layer", "9,15,9"], "--layer has 9 more than once"),
         ("generate_trace", ["--trace", TRACE, "--layer", "9,9", "--out", out], "--layer has 9 more than once"),
         ("generate_trace", ["--trace", TRACE, "--layer", 9, "--out", out, "--rope-scaling", "cubic:2"], "'cubic:2'"),
+        ("generate_trace", ["--trace", TRACE, "--layer", 9, "--out", out, "--seed", 2**64], f"--seed: {2**64} is beyond"),
         ("train_partitions", ["--trace", TRACE, "--layers", "9,9", "--out", out], "--layers has 9 more than once"),
     ):
         result = run(Path(BIN) / program, *options)
