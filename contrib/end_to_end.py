@@ -150,6 +150,8 @@ def trained_of(options: argparse.Namespace, methods: Sequence[str]) -> Optional[
     planned = "planned" in methods
     if not planned and not any(METHODS_OF_CELLS.get(name, [False])[0] for name in methods):
         return None
+    if planned and on_cuda(options):
+        raise ValueError("the method planned needs --device cpu: on the device, KV heads have no shares of their own")
     trained = fs.read_partitions(str(options.partitions))
     if planned and not trained.plans:
         raise ValueError(f"{options.partitions} has no plans for the method planned: choose_partitions makes them")
@@ -197,9 +199,9 @@ def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def measure_loss(options: argparse.Namespace, results: Results) -> None:
+    trained = trained_of(options, options.methods)
     decoding = decoding_for(options.tokens, options)
     model = decoding.model
-    trained = trained_of(options, options.methods)
     if options.layer_groups > model.num_layers:
         raise ValueError(f"--layer-groups {options.layer_groups}: the model has {model.num_layers} layers")
     everywhere = range(model.num_layers)

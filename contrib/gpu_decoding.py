@@ -336,8 +336,6 @@ class GpuDecoding:
                     yield HostCells(name, cache, self.model, *cells, refine)
                 else:
                     yield GpuCells(name, cache, self.model, *cells)
-            elif name == "planned":
-                raise ValueError("planned needs --device cpu: on the device, KV heads have no shares of their own")
             else:
                 yield {"dense": Dense, "window": WindowOnly, "oracle_topk": OracleTopK}[name](name, cache)
 

@@ -128,7 +128,7 @@ def test_a_pass_key_is_hidden_whole(model, tokens):
         hide_pass_key(model, tokens, 2000, 0.5, seed=3)
 
 
-def test_programs(tmp_path, capsys):
+def test_programs(tmp_path, capsys, monkeypatch):
     common = ["--cache", str(tmp_path / "cache")]
     measured = ["--budgets", "0.1", "--methods", "dense,window,saap", "--json", str(tmp_path / "r.json"),
                 "--plot", str(tmp_path / "r.png")]  # fmt: skip
@@ -162,6 +162,11 @@ def test_programs(tmp_path, capsys):
     assert "made with partitions = smollm2_135m.saap" in capsys.readouterr().err
     assert end_to_end.main([*loss, "--methods", "planned"]) == 1
     assert "smollm2_135m.saap has no plans" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(end_to_end, "on_cuda", lambda options: True)
+        options = end_to_end.parse([*loss, "--methods", "planned"])
+        with pytest.raises(ValueError, match="planned needs --device cpu"):
+            end_to_end.trained_of(options, options.methods)
     wrong = tmp_path / "wrong.txt"
     wrong.write_bytes(b"\xff")
     assert end_to_end.main([*loss[:2], str(wrong), *loss[3:]]) == 1

@@ -107,11 +107,6 @@ def test_each_text_is_decoded_as_alone_in_numpy(decoding, model, tokens, cache, 
             pytest.approx(loss, abs=1e-4))  # fmt: skip
 
 
-def test_plans_are_refused(decoding, cache, trained):
-    with pytest.raises(ValueError, match="planned needs --device cpu"):
-        list(decoding.methods(["planned"], cache, trained, 32, 0.5))
-
-
 def test_one_kv_head_of_one_layer_is_sparse(decoding, model, tokens, cache, trained, expected, tmp_path):
     (method,) = decoding.methods(["window"], cache, trained, 32, 0.5)
     errors = []
