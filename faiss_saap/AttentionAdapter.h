@@ -143,7 +143,8 @@ class AttentionAdapter {
     /// same state, to the bit where key assigners are flat quantizers. O(1) per
     /// token.
     /// @throws faiss::FaissException when the view is shorter than length(), of
-    ///         another shape, or a new key is not finite; state unchanged
+    ///         another shape, or a new key is not finite or has a squared norm
+    ///         that is not; state unchanged
     void append(int64_t sequence, const KvView& kv);
     /// Forgets the tokens from `length` on, as after rejected speculation. The
     /// state is as if they had never been appended. Where statistics are kept,

@@ -34,7 +34,9 @@ struct ProbePolicy {
     std::vector<double> split;
     /// shares of each KV head where heads differ, as a `LayerPlan` says:
     /// head_split[h] in place of `split`, one share for each partition, a single
-    /// one too. GPU adapters refuse it.
+    /// one too. They are limits by themselves: without max_keys and max_selectivity
+    /// shares of all far keys, where `split` has nothing to share out. GPU adapters
+    /// refuse it.
     std::vector<std::vector<double>> head_split;
 
     /// @throws faiss::FaissException naming the field that is out of range
@@ -54,6 +56,9 @@ struct ProbePolicy {
             int partition,
             int npartition,
             int64_t far_keys) const;
+    /// Far keys that all of a head's partitions may propose together, each counted
+    /// by every partition that reaches it; no limit where all far keys may be read.
+    int64_t candidate_limit(int64_t far_keys) const;
     /// Far keys that a KV head (without share_group: a query head) may read, all
     /// its partitions together.
     int64_t head_limit(int kv_head, int npartition, int64_t far_keys) const;

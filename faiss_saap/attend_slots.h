@@ -53,6 +53,7 @@ void attend_range(
 /// end - 1. Parallel inside (OpenMP, over stretches of tokens that all heads
 /// share), so that one long sequence occupies all cores.
 ///
+/// @param kv       checked here
 /// @param heads_q  query heads, a multiple of kv.heads
 /// @param queries  size heads_q * kv.d
 /// @param output   size heads_q * kv.d_v

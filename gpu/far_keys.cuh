@@ -44,6 +44,13 @@ __device__ inline int key_limit(
     return takes_all || most >= far ? far : static_cast<int>(share * most + 1e-9);
 }
 
+/// Keys that the partitions still to come may add to those taken: the best cell of the one
+/// before may have been more than its share.
+__device__ inline int keys_left(int64_t max_keys, double max_selectivity, int far, int taken) {
+    const int64_t most = min(max_keys, static_cast<int64_t>(max_selectivity * far));
+    return most >= far ? INT32_MAX : max(static_cast<int>(most) - taken, 0);
+}
+
 /// The plan of a row before its cells: nothing, and a fault, where the caller's
 /// view lacks slots of the sequence.
 /// @param view_length  of the caller's cache

@@ -384,7 +384,11 @@ __device__ void select_row(
                 keys[c] = cell_key(score, c);
             }
             __syncthreads();
-            const int limit = key_limit(p.max_keys, p.max_selectivity, share, far, all);
+            int limit = key_limit(p.max_keys, p.max_selectivity, share, far, all);
+            if (!all) {
+                limit = min(
+                        limit, keys_left(p.max_keys, p.max_selectivity, far, taken_keys));
+            }
             RowCell* cells = p.work.cells + r * p.work.stride;
             clear_selection(s);
             const Bins bins = find_bins(s, keys, padded);

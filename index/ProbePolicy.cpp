@@ -138,6 +138,12 @@ int64_t ProbePolicy::candidate_limit(
             std::min(keys + 1e-9, static_cast<double>(far_keys)));
 }
 
+int64_t ProbePolicy::candidate_limit(int64_t far_keys) const {
+    const int64_t all = key_limit(far_keys);
+    return all < far_keys ? static_cast<int64_t>(refine * static_cast<double>(all) + 1e-9)
+                          : INT64_MAX;
+}
+
 int64_t ProbePolicy::head_limit(
         int kv_head,
         int npartition,

@@ -219,6 +219,8 @@ std::vector<std::vector<int32_t>> AttentionAdapter::Call::probe(
     const int64_t far_keys = token.far_keys();
     std::vector<std::vector<int32_t>> chosen(policy.share_group ? 1 : group);
     int32_t first_cell = 0;
+    std::vector<int64_t> left(
+            chosen.size(), policy.candidate_limit(far_keys)); // of each choice
     for (int p = 0; p < npartition && far_keys > 0; p++) {
         const Partition& partition = head[p].partition;
         const CellLists& lists = head[p].lists;
@@ -286,9 +288,10 @@ std::vector<std::vector<int32_t>> AttentionAdapter::Call::probe(
                          scores.data() + g * ncell,
                          counts.data(),
                          policy.nprobe,
-                         limit,
+                         std::min(limit, left[g]),
                          /*at_least_one=*/row.empty())) {
                 row.push_back(first_cell + c);
+                left[g] -= counts[c];
             }
         }
         first_cell += ncell;
@@ -343,8 +346,12 @@ void AttentionAdapter::Call::rank(
         return;
     }
     const auto npartition = static_cast<int>(token.sequence->heads[h].size());
+    bool any = false;
+    for (int p = 0; p < npartition; p++) {
+        any |= policy.share(h, p, npartition) > 0;
+    }
     const int64_t limit = std::max<int64_t>(
-            1, policy.head_limit(h, npartition, token.far_keys()));
+            any, policy.head_limit(h, npartition, token.far_keys()));
     if (limit < far.n) {
         far.ranked = far.n;
         far.assign(token.sequence->codes[h].best(

@@ -121,7 +121,7 @@ void attend_dense(
         int64_t end,
         float* output,
         float* lse) {
-    kv.check_shape();
+    kv.check();
     FAISS_THROW_IF_NOT_FMT(
             heads_q >= 0 && heads_q % kv.heads == 0,
             "heads_q = %d must be a multiple of the view's %d heads",

@@ -18,7 +18,7 @@ const auto& not_null(const Pointer& pointer, const char* name) {
 }
 
 /// Whether all components are finite and so is the squared norm: then every
-/// inner product and distance between checked vectors is finite too.
+/// inner product of checked vectors is finite, too.
 inline bool finite_norm(const float* x, int64_t d) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)

@@ -249,6 +249,14 @@ TEST_P(AttendSlots, DenseOverAllHeads) {
             EXPECT_LT(relative_error(out.data() + h * in.d_v, expected), tolerance_of(in));
         }
     }
+    if (in.layout == Layout::paged) {
+        KvView view = c.view;
+        view.npages = 1;
+        std::vector<float> out(heads_q * in.d_v), lse(heads_q);
+        EXPECT_SENTENCE(
+                attend_dense(view, heads_q, q.data(), 1, 0, 1, out.data(), lse.data()),
+                "there are 1 pages");
+    }
     std::vector<float> out(in.d_v), lse(1);
     EXPECT_SENTENCE(
             attend_dense(c.view, 1, q.data(), 1, 0, 1, out.data(), lse.data()),

@@ -305,6 +305,47 @@ TEST(AttentionAdapter, AssignersLearnWhichQueryHeadAsks) {
             "partition.key needs query heads");
 }
 
+/// The best cell of one partition may be more than its share; the others get what is left.
+TEST(AttentionAdapter, SeveralPartitionsKeepTheLimitTogether) {
+    tests::Random random;
+    const World world(random, 4, 2, 16, 600, 12, NEEDS_POST_ROPE);
+    AttentionAdapter adapter(world.params(4, 36), world.partitions);
+    const KvView kv = world.view(600);
+    const int64_t sequence = adapter.create(sequence_partitions(kv, 4, 564, 40));
+    adapter.append(sequence, kv);
+    int64_t largest = 0;
+    for (int h = 0; h < 2; h++) {
+        for (int p = 0; p < 2; p++) {
+            const CellLists& lists = adapter.lists(sequence, h, p);
+            for (int c = 0; c < lists.ncell(); c++) {
+                largest = std::max(largest, lists.count_before(c, 564));
+            }
+        }
+    }
+    std::vector<float> out(4 * 16);
+    std::vector<AttendStats> stats(4);
+    for (const std::vector<double>& split :
+         {std::vector<double>{}, {.01, .99}, {.99, .01}, {0, 1}}) {
+        for (bool share_group : {true, false}) {
+            for (int64_t more : {0, 1, 7, 50}) {
+                ProbePolicy policy;
+                policy.split = split;
+                policy.share_group = share_group;
+                policy.max_keys = largest + more;
+                for (int64_t i = 590; i < 600; i++) {
+                    adapter.attend(
+                            {{sequence, kv}}, world.queries(i),
+                            {out.data(), nullptr, stats.data()}, &policy);
+                    for (const AttendStats& s : stats) {
+                        EXPECT_GT(s.keys_read, 0);
+                        EXPECT_LE(s.keys_read, policy.max_keys);
+                    }
+                }
+            }
+        }
+    }
+}
+
 TEST(AttentionAdapter, FewFarKeysAreReadDensely) {
     tests::Random random;
     const World world(random, 2, 1, 8, 100, 6, NEEDS_POST_ROPE);

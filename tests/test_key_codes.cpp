@@ -442,6 +442,13 @@ TEST_F(Refining, SeveralPartitionsRankTheirKeysTogether) {
     attend(adapter, a);
     EXPECT_EQ(stats[0].keys_read, limit / 2);
     EXPECT_EQ(stats[5].keys_read, limit);
+    // Of a head all of whose shares are 0, no far key, whoever chose its cells.
+    const ProbedCells probed = adapter.route({{a, kv}}, world.queries(kLength - 1), &policy);
+    policy.head_split = {{0, 0}, {0, 1}};
+    adapter.attend_preassigned({{a, kv}}, world.queries(kLength - 1), probed,
+                               {out.data(), nullptr, stats.data()}, &policy);
+    EXPECT_EQ(stats[0].keys_read, 0);
+    EXPECT_EQ(stats[5].keys_read, limit);
 }
 
 TEST_F(Refining, NeedsCodes) {

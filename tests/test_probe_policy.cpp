@@ -181,6 +181,10 @@ TEST(ProbePolicy, ChecksItsFields) {
     p.max_selectivity = 0.05;
     EXPECT_EQ(p.key_limit(1000), 50);
     EXPECT_EQ(p.key_limit(10000), 70);
+    p.refine = 3;
+    EXPECT_EQ(p.candidate_limit(1000), 150);
+    p = {};
+    EXPECT_EQ(p.candidate_limit(1000), INT64_MAX); // nothing to share out
 }
 
 } // namespace

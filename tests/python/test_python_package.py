@@ -252,6 +252,47 @@ def test_far_keys_merge_with_a_dense_kernel_of_the_callers(random):
         np.testing.assert_allclose(mine, theirs[GROUP:], atol=1e-5)
 
 
+def test_slots_and_cells_are_integers_of_32_bits(random):
+    k = random.standard_normal((8, HEADS_KV, D), dtype=np.float32)
+    view = fs.KvView.token_major(k, k)
+    q = random.standard_normal((1, D), dtype=np.float32)
+    expected = fs.attend_slots(view, 0, q, np.array([1, 5], np.int32))
+    for slots in ([1, 5], (1, 5), np.array([1, 5]), np.array([1, 5], np.uint8), Tensor(np.array([1, 5]))):
+        for mine, theirs in zip(fs.attend_slots(view, 0, q, slots), expected):
+            np.testing.assert_array_equal(mine, theirs)
+    assert fs.attend_slots(view, 0, q, [])[1] == -np.inf
+    with pytest.raises(fs.Error, match=r"slots\[1\] = 4294967297 is beyond 32 bits"):
+        fs.attend_slots(view, 0, q, np.array([1, 2**32 + 1]))
+    with pytest.raises(fs.Error, match="slots has elements that are no integers"):
+        fs.attend_slots(view, 0, q, np.array([1.7]))
+    with pytest.raises(fs.Error, match=r"cells\[0\] = 4294967297"):
+        fs.ProbedCells(np.array([0, 1]), [2**32 + 1])
+    np.testing.assert_array_equal(fs.ProbedCells(np.array([0, 2]), [3, 4]).cells, [3, 4])
+
+
+def test_scale_is_what_was_given(random):
+    k = random.standard_normal((8, HEADS_KV, D), dtype=np.float32)
+    view = fs.KvView.token_major(k, k)
+    q = random.standard_normal((HEADS_Q, D), dtype=np.float32)
+    np.testing.assert_array_equal(fs.attend_dense(view, q)[1], fs.attend_dense(view, q, scale=D**-0.5)[1])
+    np.testing.assert_array_equal(fs.attend_dense(view, q, scale=-0.5)[1], fs.attend_dense(view, -q, scale=0.5)[1])
+    with pytest.raises(fs.Error, match="scale = nan"):
+        fs.attend_slots(view, 0, q, [1], scale=np.nan)
+
+
+def test_pages_are_checked_when_they_are_read():
+    pages = np.ones((5, 4, HEADS_KV, D), np.float32)
+    table = np.array([0, 3, -1, -1], np.int32)
+    view = fs.KvView.paged(pages, pages, table, length=8)
+    q = np.ones((HEADS_Q, D), np.float32)
+    view.length = 9
+    for read in (lambda: fs.attend_dense(view, q), lambda: fs.attend_slots(view, 0, q, [0])):
+        with pytest.raises(fs.Error, match=r"page_table\[2\] = -1"):
+            read()
+    table[2] = 1
+    np.testing.assert_array_equal(fs.attend_dense(view, q)[0], 1)
+
+
 def test_the_cache_is_read_where_it_lies_and_kept_alive(random):
     cache = random.standard_normal((2, 200, HEADS_KV, D), dtype=np.float32)
     view = fs.KvView.token_major(cache[0], cache[1], 150)

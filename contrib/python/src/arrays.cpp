@@ -114,6 +114,33 @@ AnyArray array_of(nb::handle object, const char* name) {
     return array;
 }
 
+std::vector<int32_t> integers_of(const nb::object& object, const char* name) {
+    const bool sequence = nb::isinstance<nb::list>(object) || nb::isinstance<nb::tuple>(object);
+    const nb::object array =
+            sequence ? nb::module_::import_("numpy").attr("asarray")(object) : object;
+    const AnyArray given = array_of(array, name);
+    check_shape(given, name, {-1});
+    const auto code = static_cast<nb::dlpack::dtype_code>(given.dtype().code);
+    FAISS_THROW_IF_NOT_FMT(
+            code == nb::dlpack::dtype_code::Int || code == nb::dlpack::dtype_code::UInt ||
+                    given.size() == 0,
+            "%s has elements that are no integers",
+            name);
+    const auto integers = nb::cast<Longs>(array);
+    std::vector<int32_t> numbers(integers.size());
+    for (size_t i = 0; i < numbers.size(); i++) {
+        const int64_t x = integers.data()[i];
+        FAISS_THROW_IF_NOT_FMT(
+                x >= INT32_MIN && x <= INT32_MAX,
+                "%s[%zd] = %lld is beyond 32 bits",
+                name,
+                i,
+                static_cast<long long>(x));
+        numbers[i] = static_cast<int32_t>(x);
+    }
+    return numbers;
+}
+
 DType stored_dtype(const char* argument, const std::string& text) {
     for (DType type : {DType::float32, DType::bfloat16}) {
         if (text == name(type)) {

@@ -22,7 +22,6 @@ namespace nb = nanobind;
 /// converted, as Faiss's Python package does.
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Longs = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
-using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 /// Any array, read-only, with its own type and strides; where it lies is asked
 /// when it is made.
 using AnyArray = nb::ndarray<nb::ro>;
@@ -52,6 +51,11 @@ AnyArray array_anywhere(nb::handle object, const char* name);
 
 /// The same, in main memory alone.
 AnyArray array_of(nb::handle object, const char* name);
+
+/// Numbers of 32 bits, from integers of any size in one dimension. (Conversion by numpy would
+/// cut off what is beyond.)
+/// @throws faiss::FaissException naming the argument
+std::vector<int32_t> integers_of(const nb::object& object, const char* name);
 
 /// Of what partitions store: float32 or bfloat16, by its name.
 /// @throws faiss::FaissException naming the argument

@@ -246,14 +246,13 @@ void bind_adapter(nb::module_& m) {
                     "__init__",
                     [](ProbedCells* self,
                        const Longs& begin,
-                       const Ints& cells,
+                       const nb::object& cells,
                        bool share_group) {
                         check_shape(AnyArray(begin), "begin", {-1});
-                        check_shape(AnyArray(cells), "cells", {-1});
                         new (self) ProbedCells{
                                 share_group,
                                 {begin.data(), begin.data() + begin.size()},
-                                {cells.data(), cells.data() + cells.size()}};
+                                integers_of(cells, "cells")};
                     },
                     "begin"_a,
                     "cells"_a,

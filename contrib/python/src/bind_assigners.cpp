@@ -49,8 +49,12 @@ struct RoutingArrays {
             input.position = position_.data();
         }
         if (!head.is_none()) {
-            head_ = nb::cast<Ints>(head);
-            check_shape(AnyArray(head_), "head", {input.n});
+            head_ = integers_of(head, "head");
+            FAISS_THROW_IF_NOT_FMT(
+                    static_cast<int64_t>(head_.size()) == input.n,
+                    "head has %zd elements, there are %lld vectors",
+                    head_.size(),
+                    static_cast<long long>(input.n));
             input.head = head_.data();
         }
     }
@@ -72,7 +76,7 @@ struct RoutingArrays {
 
     std::unique_ptr<FloatRows> pre_, post_;
     Longs position_;
-    Ints head_;
+    std::vector<int32_t> head_;
 };
 
 RoutingNeeds space_of(unsigned space) {

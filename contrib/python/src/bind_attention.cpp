@@ -16,7 +16,7 @@ namespace faiss_saap::python {
 namespace {
 
 float scale_or_default(float scale, int d) {
-    return scale > 0 ? scale : 1 / std::sqrt(static_cast<float>(d));
+    return scale != 0 ? scale : 1 / std::sqrt(static_cast<float>(d));
 }
 
 int64_t extent(const AnyArray& x, size_t axis) {
@@ -211,12 +211,13 @@ void bind_attention(nb::module_& m) {
             [](const ArrayView& view,
                int kv_head,
                const nb::object& queries,
-               const Ints& slots,
+               const nb::object& slots,
                float scale) {
                 const KvView& kv = view.in_main_memory();
+                kv.check(); // its length and its page table may have changed
                 const AnyArray q = array_of(queries, "queries");
                 check_shape(q, "queries", {-1, kv.d});
-                check_shape(AnyArray(slots), "slots", {-1});
+                const std::vector<int32_t> chosen = integers_of(slots, "slots");
                 const FloatRows rows(q, "queries");
                 NewArray<float> output({q.shape(0), size_t(kv.d_v)});
                 NewArray<float> lse({q.shape(0)});
@@ -228,8 +229,8 @@ void bind_attention(nb::module_& m) {
                             static_cast<int>(q.shape(0)),
                             rows.data(),
                             scale_or_default(scale, kv.d),
-                            extent(AnyArray(slots), 0),
-                            slots.data(),
+                            static_cast<int64_t>(chosen.size()),
+                            chosen.data(),
                             output.data(),
                             lse.data());
                 }
