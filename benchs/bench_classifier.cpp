@@ -113,7 +113,7 @@ int main(int argc, char** argv) {
             "the weights in the cache (warm) and out of it (cold), and a batch "
             "of one head's queries through BLAS, per query."};
     const auto add = [&app](const char* name, auto& value, const char* help) {
-        app.add_option(name, value, help)
+        return app.add_option(name, value, help)
                 ->check(CLI::PositiveNumber)
                 ->capture_default_str();
     };
@@ -138,7 +138,8 @@ int main(int argc, char** argv) {
     app.add_flag("--fp32", o.fp32, "weights as float32 instead of bfloat16");
     add("--queries", o.queries, "timed queries, of which the median counts");
     add("--batch", o.batch, "queries of a batch");
-    add("--cold-gib", o.cold_gib, "memory that cold weights are spread over");
+    add("--cold-gib", o.cold_gib, "memory that cold weights are spread over")
+            ->check(CLI::Range(0.0, 1024.0));
     add_output(app, "--json", o.json, "file for the results");
     CLI11_PARSE(app, argc, argv);
     return run_program(app, [&] { run(o); });

@@ -20,7 +20,8 @@ def main() -> None:
     options = parser.parse_args()
     values = defaultdict(list)
     quarters = {}
-    for report in reports_of(options.json, ("partitions", "choice", "budget", "tokens", *FIGURES)):
+    reports = reports_of(options.json, ("partitions", "choice", "budget", "tokens", *FIGURES))
+    for report in reports:
         longest = max((row["tokens"] for row in report["rows"]), default=0)
         for row in report["rows"]:
             if row["budget"] != options.budget:
@@ -30,6 +31,9 @@ def main() -> None:
             for figure in FIGURES:
                 if row[figure] is not None:  # a text without far keys has no recall
                     values[row["partitions"], row["choice"], quarter, figure].append(row[figure])
+    if not quarters:
+        budgets = sorted({row["budget"] for report in reports for row in report["rows"]})
+        parser.error(f"no rows of budget {options.budget:g}; there are {', '.join(f'{b:g}' for b in budgets)}")
     lines = list(dict.fromkeys((partitions, choice) for partitions, choice, _, _ in values))
     print("| partitions | choice per |", " | ".join(f"{quarters[q]:,} tokens" for q in sorted(quarters)), "|")
     print("|---" * (len(quarters) + 2) + "|")

@@ -11,9 +11,12 @@ import argparse
 import ctypes
 import sys
 
-import torch
-
 from c_api import Adapter, Params, load
+
+try:
+    import torch
+except ImportError:
+    torch = None
 
 
 def relative_error(library, dtype, heads_q, heads_kv, d, tokens, q_len, theta):
@@ -45,6 +48,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", required=True, help="libfaiss_saap_c.so of a CUDA build")
     args = parser.parse_args()
+    if torch is None:
+        sys.exit("error: there is no torch here")
     if not torch.cuda.is_available():
         sys.exit("error: torch sees no CUDA device")
     library = load(args.library)

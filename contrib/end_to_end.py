@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from end_to_end_results import Results, WITHOUT_BUDGET, environment, plot, print_table, table_of
 from input_files import read_text
-from output_files import check_output
+from output_files import check_output, check_picture
 from pass_key import DIGITS, PassKey, hide_pass_key
 from smollm2 import SmolLM2, has_cuda
 from sparse_decoding import METHODS, METHODS_OF_CELLS, SINK, WINDOW, CpuDecoding, Method
@@ -375,6 +375,8 @@ def check_outputs(options: argparse.Namespace) -> None:
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path:
             check_output(option, path, read)
+    if options.plot:
+        check_picture("--plot", options.plot)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

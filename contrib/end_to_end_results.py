@@ -18,6 +18,7 @@ from typing import Optional, Sequence
 import numpy as np
 
 from input_files import read_report
+from output_files import check_picture
 
 #: that read all far keys, none, or what their plans allow
 WITHOUT_BUDGET = ("dense", "window", "planned")
@@ -179,7 +180,7 @@ def plot(table: Sequence[dict], path: Path) -> None:
     axes[0, 0].set_ylabel(label)
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     figure.savefig(temporary, dpi=120)
     os.replace(temporary, path)
     plt.close(figure)
@@ -192,6 +193,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="file for a picture")
     options = parser.parse_args(arguments)
     try:
+        if options.plot:
+            check_picture("--plot", options.plot)
         rows: dict[tuple, dict] = {}
         for file in options.files:
             rows.update((identity(row), row) for row in read_report(file, FIELDS)["rows"])

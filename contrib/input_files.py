@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Sequence
 
 
 def read_text(path: Path) -> str:
@@ -33,9 +33,13 @@ def read_report(path: Path, fields: Sequence[str], settings: Sequence[str] = ())
     return report
 
 
-def reports_of(paths: Iterable[Path], fields: Sequence[str], settings: Sequence[str] = ()) -> list[dict]:
+def reports_of(paths: Sequence[Path], fields: Sequence[str], settings: Sequence[str] = ()) -> list[dict]:
     """`read_report` of each file, for programs that have nothing to do without: ends them with its sentence."""
     try:
-        return [read_report(path, fields, settings) for path in paths]
+        reports = [read_report(path, fields, settings) for path in paths]
+        for path, report in zip(paths, reports):
+            if not report["rows"]:
+                raise ValueError(f"{path} has no rows.")
+        return reports
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}")

@@ -6,6 +6,17 @@ from pathlib import Path
 from typing import Iterable
 
 
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def check_picture(name: str, path: Path) -> None:
+    """Raises ValueError unless `path` is the name of a file that matplotlib can write."""
+    if path.is_dir():
+        raise ValueError(f"{name} {path} is a folder, not a file.")
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"{name} {path} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")
+
+
 def check_output(option: str, path: Path, inputs: Iterable[Path] = ()) -> None:
     """Raises ValueError unless `path` can be a new file, or take the place of one that is not read, too."""
     if not path.parent.is_dir():

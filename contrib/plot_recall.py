@@ -13,6 +13,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 from input_files import reports_of  # noqa: E402
+from output_files import check_picture  # noqa: E402
 
 
 def main() -> None:
@@ -20,6 +21,10 @@ def main() -> None:
     parser.add_argument("json", type=Path, help="results of demo or bench_recall")
     parser.add_argument("png", type=Path, help="picture to write")
     options = parser.parse_args()
+    try:
+        check_picture("png", options.png)
+    except ValueError as error:
+        parser.error(str(error))
     fields = ("method", "budget", "selectivity", "mass_recall", "ceiling")
     (report,) = reports_of([options.json], fields, ("model", "tokens", "trace"))
 

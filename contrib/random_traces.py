@@ -7,19 +7,24 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from arguments import positive
 from safetensors.numpy import save_file
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the traces")
-    parser.add_argument("--texts", type=int, default=13)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--heads-q", type=int, default=9)
-    parser.add_argument("--heads-kv", type=int, default=3)
-    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--texts", type=positive, default=13, help="traces")
+    parser.add_argument("--tokens", type=positive, default=8192, help="of each trace")
+    parser.add_argument("--layers", type=positive, default=30, help="of each trace")
+    parser.add_argument("--heads-q", type=positive, default=9, help="query heads, a multiple of the KV heads")
+    parser.add_argument("--heads-kv", type=positive, default=3, help="KV heads")
+    parser.add_argument("--dim", type=positive, default=64, help="components of a head")
     args = parser.parse_args()
+    if args.heads_q % args.heads_kv:
+        parser.error(f"--heads-q {args.heads_q} is not a multiple of --heads-kv {args.heads_kv}")
     args.out.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(1)
     heads = args.heads_q + args.heads_kv

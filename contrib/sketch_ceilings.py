@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from safetensors import safe_open
+from arguments import positive
+from safetensors import SafetensorError, safe_open
 
 SINK, WINDOW, BUDGET = 16, 256, 0.05
 NUMBER_BYTES, COUNT_BYTES = 2, 4
@@ -32,10 +33,13 @@ class Head:
     """One KV head of a text."""
 
     def __init__(self, path: Path, layer: int):
-        with safe_open(path, "numpy") as file:
-            self.q = file.get_tensor(f"layer.{layer}.q")[:3].astype(np.float32)  # pre-RoPE (group, n, d)
-            self.k = file.get_tensor(f"layer.{layer}.k")[:1].astype(np.float32)
-            theta = float(file.metadata()["rope_theta"])
+        try:
+            with safe_open(path, "numpy") as file:
+                self.q = file.get_tensor(f"layer.{layer}.q")[:3].astype(np.float32)  # pre-RoPE (group, n, d)
+                self.k = file.get_tensor(f"layer.{layer}.k")[:1].astype(np.float32)
+                theta = float((file.metadata() or {})["rope_theta"])
+        except (OSError, KeyError, SafetensorError) as error:
+            raise SystemExit(f"error: {path} is no trace with layer {layer}: {error}")
         self.q_post, self.k_post = rotate(self.q, theta), rotate(self.k, theta)[0]
         self.k = self.k[0]
         self.n, self.d = self.k.shape
@@ -196,11 +200,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="T.safetensors")
     parser.add_argument("--test", type=Path, nargs="+", required=True, metavar="T.safetensors")
-    parser.add_argument("--layers", type=lambda s: [int(x) for x in s.split(",")], default=[9, 15, 21])
-    parser.add_argument("--queries", type=int, default=64, help="of each text")
+    parser.add_argument("--layers", type=lambda s: [int(x) for x in s.split(",")], default=[9, 15, 21],
+                        help="default: 9,15,21")
+    parser.add_argument("--queries", type=positive, default=64, help="of each text (default: 64)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     main()

@@ -96,6 +96,8 @@ def write_trace(path: Union[str, Path], trace: Trace) -> None:
 
 def read_trace(path: Union[str, Path]) -> Trace:
     """Reads a whole trace; bf16 becomes float32, which holds it exactly."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, not a trace.")
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}

@@ -60,6 +60,8 @@ def test_bench_classifier_writes_json(tmp_path):
     report = json.loads(out.read_text())
     assert [row["stage"] for row in report["rows"]] == ["warm", "cold", "batch"]
     assert all(row["us"] > 0 for row in report["rows"])
+    result = run(Path(BIN) / "bench_classifier", "--cold-gib", "4e18")
+    assert result.returncode != 0 and "--cold-gib: Value 4e18 not in range" in result.stderr
 
 
 def test_bench_decode_writes_json(tmp_path):
@@ -241,6 +243,44 @@ def test_tables_and_pictures_name_what_they_cannot_show(tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("| streaming_llm | 0.")
     assert run(sys.executable, CONTRIB / "plot_recall.py", report, picture).returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+    for name, sentence in ((tmp_path, "is a folder"), (tmp_path / "p.unknown", "must end in .png, .pdf or .svg")):
+        for command in (
+            ["plot_recall.py", report, name], ["plot_classifier.py", report, "--heads", "9:0", "--out", name],
+        ):  # fmt: skip
+            done = run(sys.executable, CONTRIB / command[0], *command[1:])
+            assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+    rows = [{"partitions": "a", "choice": "b", "budget": 0.05, "tokens": 8, "selectivity": 1, "mass_recall": 1,
+             "output_error": 0}]  # fmt: skip
+    report.write_text(json.dumps({"rows": rows}))
+    assert run(sys.executable, CONTRIB / "adapter_table.py", report).returncode == 0
+    done = run(sys.executable, CONTRIB / "adapter_table.py", report, "--budget", 0.07)
+    assert done.returncode == 2 and "no rows of budget 0.07; there are 0.05" in done.stderr
+    report.write_text(json.dumps({"rows": []}))
+    done = run(sys.executable, CONTRIB / "adapter_table.py", report)
+    assert done.returncode == 1 and done.stderr == f"error: {report} has no rows.\n"
+
+
+def test_tools_for_traces_refuse_what_they_cannot_read(tmp_path):
+    pytest.importorskip("safetensors")
+    garbage = tmp_path / "garbage.safetensors"
+    garbage.write_bytes(b"no trace")
+    sketch = ["sketch_ceilings.py", "--test", TRACE, "--train"]
+    for command, sentence in (
+        (["trace_geometry.py", tmp_path], "is a folder"),
+        (["trace_geometry.py", tmp_path / "absent"], "absent"),
+        (["trace_geometry.py", garbage], "garbage.safetensors is not a safetensors file"),
+        (["trace_geometry.py", TRACE, "--heads", "9.7"], "--heads 9.7: no trace holds that head; they hold 21.0, 9.0"),
+        ([*sketch, garbage], "garbage.safetensors is no trace with layer 9"),
+        ([*sketch, TRACE, "--layers", "2"], "is no trace with layer 2"),
+        ([*sketch, TRACE, "--queries", "0"], "0 must be at least 1"),
+        (["random_traces.py", "--out", tmp_path / "out", "--tokens", "0"], "0 must be at least 1"),
+        (["random_traces.py", "--out", tmp_path / "out", "--heads-q", "4"], "--heads-q 4 is not a multiple"),
+    ):
+        done = run(sys.executable, CONTRIB / command[0], *command[1:])
+        assert done.returncode in (1, 2) and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == [garbage]
+    done = run(sys.executable, CONTRIB / "trace_geometry.py", TRACE, "--heads", "9.0")
+    assert done.returncode == 0 and "| kjv_8k 9.0 | " in done.stdout and "21.0" not in done.stdout
 
 
 def test_generated_trace_is_a_trace(tmp_path):
