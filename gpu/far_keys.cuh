@@ -32,7 +32,12 @@ __device__ inline Reach reach_of(
     return r;
 }
 
-/// Far keys that may be read: ProbePolicy::key_limit's share of a partition.
+/// ProbePolicy::key_limit.
+__device__ inline int64_t all_keys(int64_t max_keys, double max_selectivity, int far) {
+    return min(max_keys, static_cast<int64_t>(max_selectivity * far));
+}
+
+/// Far keys that may be read: a partition's share of them.
 /// @param takes_all  there are so few that nothing is asked
 __device__ inline int key_limit(
         int64_t max_keys,
@@ -40,14 +45,14 @@ __device__ inline int key_limit(
         double share,
         int far,
         bool takes_all) {
-    const int64_t most = min(max_keys, static_cast<int64_t>(max_selectivity * far));
+    const int64_t most = all_keys(max_keys, max_selectivity, far);
     return takes_all || most >= far ? far : static_cast<int>(share * most + 1e-9);
 }
 
 /// Keys that the partitions still to come may add to those taken: the best cell of the one
 /// before may have been more than its share.
 __device__ inline int keys_left(int64_t max_keys, double max_selectivity, int far, int taken) {
-    const int64_t most = min(max_keys, static_cast<int64_t>(max_selectivity * far));
+    const int64_t most = all_keys(max_keys, max_selectivity, far);
     return most >= far ? INT32_MAX : max(static_cast<int>(most) - taken, 0);
 }
 

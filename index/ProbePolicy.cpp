@@ -140,8 +140,9 @@ int64_t ProbePolicy::candidate_limit(
 
 int64_t ProbePolicy::candidate_limit(int64_t far_keys) const {
     const int64_t all = key_limit(far_keys);
-    return all < far_keys ? static_cast<int64_t>(refine * static_cast<double>(all) + 1e-9)
-                          : INT64_MAX;
+    const double keys = refine * static_cast<double>(all) + 1e-9;
+    const bool limited = all < far_keys && keys < 0x1p62;
+    return limited ? static_cast<int64_t>(keys) : INT64_MAX;
 }
 
 int64_t ProbePolicy::head_limit(

@@ -183,6 +183,8 @@ TEST(ProbePolicy, ChecksItsFields) {
     EXPECT_EQ(p.key_limit(10000), 70);
     p.refine = 3;
     EXPECT_EQ(p.candidate_limit(1000), 150);
+    p.refine = 1e300;
+    EXPECT_EQ(p.candidate_limit(1000), INT64_MAX);
     p = {};
     EXPECT_EQ(p.candidate_limit(1000), INT64_MAX); // nothing to share out
 }
