@@ -117,6 +117,8 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     for name in ("sparse", "layer_groups", "depths", "rounds", "texts_at_once", "keys_per_cell"):
         if getattr(options, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")
+    if options.rope_scale is not None and not 0 < options.rope_scale <= 1e6:
+        parser.error(f"--rope-scale {options.rope_scale:g} must be positive and at most 1e6")
     for name in getattr(options, "methods", []):
         if name not in METHODS:
             parser.error(f"--methods: '{name}' must be one of {', '.join(METHODS)}")
@@ -138,7 +140,8 @@ def on_cuda(options: argparse.Namespace) -> bool:
 
 
 def decoding_for(tokens: int, options: argparse.Namespace):
-    model = SmolLM2(rope_scale=options.rope_scale or (1 if tokens <= 8192 else 2))
+    by_length = 1 if tokens <= 8192 else 2
+    model = SmolLM2(rope_scale=by_length if options.rope_scale is None else options.rope_scale)
     if on_cuda(options):
         from gpu_decoding import GpuDecoding
 

@@ -7,7 +7,6 @@ The model is SmolLM2-135M-Instruct in numpy or, with --model, any of the Llama f
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Optional, Sequence, Union
@@ -72,8 +71,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--tokens must be at least 2, not {options.tokens}.")
     if options.offset < 0:
         raise ValueError(f"--offset must not be negative, as {options.offset} is.")
-    if not (math.isfinite(options.rope_scale) and options.rope_scale > 0):
-        raise ValueError(f"--rope-scale must be positive and finite, not {options.rope_scale:g}.")
+    if not 0 < options.rope_scale <= 1e6:
+        raise ValueError(f"--rope-scale must be positive and at most 1e6, not {options.rope_scale:g}.")
     for text in options.text:
         if not text.is_file():
             raise ValueError(f"The text {text} is not a file.")

@@ -211,6 +211,7 @@ def test_differences_are_paired_and_intervals_are_those_of_student():
         (["needle", "--methods", "saap,magic"], "'magic' must be one of"),
         (["needle", "--budgets", "2"], "must be from 0 to 1"),
         (["needle", "--rounds", "0"], "--rounds 0 must be positive"),
+        (["needle", "--rope-scale", "0"], "--rope-scale 0 must be positive"),
         (["stream", "--nonsense"], "--nonsense"),
         ([], "required"),
     ],

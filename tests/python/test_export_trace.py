@@ -302,6 +302,7 @@ def check_refusal(capsys, changes: dict, words: str) -> None:
     ({"--offset": "-1"}, "negative"),
     ({"--rope-scale": "0"}, "positive"),
     ({"--rope-scale": "nan"}, "positive"),
+    ({"--rope-scale": "1e300"}, "at most 1e6"),
     ({"--layers": "9,x"}, "such as 9,15,21"),
     ({"--layers": "9,9"}, "twice"),
     ({"--dtype": "int8"}, "invalid choice"),
