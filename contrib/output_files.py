@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Iterable
-
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -15,6 +15,16 @@ def check_picture(name: str, path: Path) -> None:
         raise ValueError(f"{name} {path} is a folder, not a file.")
     if path.suffix.lower() not in PICTURES:
         raise ValueError(f"{name} {path} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")
+
+
+def picture(text: str) -> Path:
+    """The same as a type of arguments."""
+    path = Path(text)
+    try:
+        check_picture("picture", path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def check_output(option: str, path: Path, inputs: Iterable[Path] = ()) -> None:

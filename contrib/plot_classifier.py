@@ -17,7 +17,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 from input_files import reports_of  # noqa: E402
-from output_files import check_picture  # noqa: E402
+from output_files import picture  # noqa: E402
 
 LINES = [
     ("oracle_topk", "mass_recall", "oracle: best keys one by one", "-"),
@@ -36,12 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("json", type=Path, nargs="+", help="results of bench_recall, one or more a text")
     parser.add_argument("--heads", type=head, nargs="+", required=True, metavar="LAYER:HEAD", help="the panels")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    parser.add_argument("--out", type=picture, required=True, metavar="PNG", help="picture to write")
     options = parser.parse_args()
-    try:
-        check_picture("--out", options.out)
-    except ValueError as error:
-        parser.error(str(error))
     fields = ("layer", "query_head", "method", "budget", "head_selectivity", "mass_recall", "ceiling")
     rows = defaultdict(list)
     for report in reports_of(options.json, fields):

@@ -13,18 +13,14 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 from input_files import reports_of  # noqa: E402
-from output_files import check_picture  # noqa: E402
+from output_files import picture  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("json", type=Path, help="results of demo or bench_recall")
-    parser.add_argument("png", type=Path, help="picture to write")
+    parser.add_argument("png", type=picture, help="picture to write")
     options = parser.parse_args()
-    try:
-        check_picture("png", options.png)
-    except ValueError as error:
-        parser.error(str(error))
     fields = ("method", "budget", "selectivity", "mass_recall", "ceiling")
     (report,) = reports_of([options.json], fields, ("model", "tokens", "trace"))
 

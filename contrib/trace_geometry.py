@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from trace_file import Trace, read_trace
+from trace_file import read_trace
 
 COLUMNS = ("cos of means", "keys: mean/spread", "queries: mean/spread", "keys: dimensions", "queries: dimensions", "keys: lag 1")
 
@@ -30,35 +30,34 @@ def geometry(keys: np.ndarray, queries: np.ndarray) -> list[float]:
     return [cosine, far_k, far_q, dimensions_k, dimensions_q, lag]
 
 
-def heads_of(trace: Trace) -> list[str]:
-    return [f"{layer}.{head}" for layer, k in trace.k.items() for head in trace.kv_heads or range(len(k))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("trace", type=Path, nargs="+")
     parser.add_argument("--heads", help="LAYER.KV_HEAD, comma-separated (default: all that a trace holds)")
     options = parser.parse_args()
     wanted = options.heads.split(",") if options.heads is not None else None
-    try:
-        traces = [read_trace(path) for path in options.trace]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}")
-    held = {name for trace in traces for name in heads_of(trace)}
-    for name in wanted or ():
-        if name not in held:
-            parser.error(f"--heads {name}: no trace holds that head; they hold {', '.join(sorted(held))}")
-    print("| head | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    held: set[str] = set()
     rows = []
-    for path, trace in zip(options.trace, traces):
+    for path in options.trace:
+        try:
+            trace = read_trace(path)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"error: {error}")
         for layer in sorted(trace.k):
             group = len(trace.q[layer]) // len(trace.k[layer])
             for i, head in enumerate(trace.kv_heads or range(len(trace.k[layer]))):
-                if wanted is None or f"{layer}.{head}" in wanted:
-                    rows.append(geometry(trace.k[layer][i], trace.q[layer][i * group : (i + 1) * group]))
-                    print(f"| {path.stem} {layer}.{head} | " + " | ".join(f"{x:.2f}" for x in rows[-1]) + " |")
-    if rows:
-        print("| mean | " + " | ".join(f"{x:.2f}" for x in np.mean(rows, axis=0)) + " |")
+                name = f"{layer}.{head}"
+                held.add(name)
+                if wanted is None or name in wanted:
+                    queries = trace.q[layer][i * group : (i + 1) * group]
+                    rows.append((f"{path.stem} {name}", geometry(trace.k[layer][i], queries)))
+    for name in wanted or ():
+        if name not in held:
+            parser.error(f"--heads {name}: no trace holds that head; they hold {', '.join(sorted(held))}")
+    rows.append(("mean", np.mean([numbers for _, numbers in rows], axis=0)))
+    print("| head | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    for name, numbers in rows:
+        print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in numbers) + " |")
 
 
 if __name__ == "__main__":

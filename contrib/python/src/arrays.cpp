@@ -114,12 +114,12 @@ AnyArray array_of(nb::handle object, const char* name) {
     return array;
 }
 
-std::vector<int32_t> integers_of(const nb::object& object, const char* name) {
+std::vector<int32_t> integers_of(const nb::object& object, const char* name, int64_t n) {
     const bool sequence = nb::isinstance<nb::list>(object) || nb::isinstance<nb::tuple>(object);
     const nb::object array =
             sequence ? nb::module_::import_("numpy").attr("asarray")(object) : object;
     const AnyArray given = array_of(array, name);
-    check_shape(given, name, {-1});
+    check_shape(given, name, {n});
     const auto code = static_cast<nb::dlpack::dtype_code>(given.dtype().code);
     FAISS_THROW_IF_NOT_FMT(
             code == nb::dlpack::dtype_code::Int || code == nb::dlpack::dtype_code::UInt ||

@@ -54,8 +54,9 @@ AnyArray array_of(nb::handle object, const char* name);
 
 /// Numbers of 32 bits, from integers of any size in one dimension. (Conversion by numpy would
 /// cut off what is beyond.)
+/// @param n  how many are expected; -1: any number
 /// @throws faiss::FaissException naming the argument
-std::vector<int32_t> integers_of(const nb::object& object, const char* name);
+std::vector<int32_t> integers_of(const nb::object& object, const char* name, int64_t n = -1);
 
 /// Of what partitions store: float32 or bfloat16, by its name.
 /// @throws faiss::FaissException naming the argument

@@ -49,12 +49,7 @@ struct RoutingArrays {
             input.position = position_.data();
         }
         if (!head.is_none()) {
-            head_ = integers_of(head, "head");
-            FAISS_THROW_IF_NOT_FMT(
-                    static_cast<int64_t>(head_.size()) == input.n,
-                    "head has %zd elements, there are %lld vectors",
-                    head_.size(),
-                    static_cast<long long>(input.n));
+            head_ = integers_of(head, "head", input.n);
             input.head = head_.data();
         }
     }
