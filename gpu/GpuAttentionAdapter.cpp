@@ -891,12 +891,8 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
         d.most_keys = std::max(d.most_keys, length);
         d.all_near &= length <= params_.sink + params_.window;
         const int64_t dense = std::min(length, params_.sink + params_.window);
-        const auto far = static_cast<double>(length - dense);
         d.bytes += params_.heads_kv * 2 * params_.d * 2 *
-                (dense +
-                 std::min(
-                         params_.policy.max_keys,
-                         static_cast<int64_t>(params_.policy.max_selectivity * far)));
+                (dense + params_.policy.key_limit(length - dense));
     }
     d.grid = b.may_decode() ? decode_grid(d) : DecodeGrid();
     if (d.grid.row_blocks > 0) {

@@ -32,9 +32,14 @@ __device__ inline Reach reach_of(
     return r;
 }
 
+/// As in ProbePolicy: a product may be a last bit less than the number it stands for.
+__device__ inline int64_t whole_keys(double keys) {
+    return static_cast<int64_t>(keys + 1e-9);
+}
+
 /// ProbePolicy::key_limit.
 __device__ inline int64_t all_keys(int64_t max_keys, double max_selectivity, int far) {
-    return min(max_keys, static_cast<int64_t>(max_selectivity * far));
+    return min(max_keys, whole_keys(max_selectivity * far));
 }
 
 /// Far keys that may be read: a partition's share of them.
@@ -46,7 +51,7 @@ __device__ inline int key_limit(
         int far,
         bool takes_all) {
     const int64_t most = all_keys(max_keys, max_selectivity, far);
-    return takes_all || most >= far ? far : static_cast<int>(share * most + 1e-9);
+    return takes_all || most >= far ? far : static_cast<int>(whole_keys(share * most));
 }
 
 /// Keys that the partitions still to come may add to those taken: the best cell of the one

@@ -164,6 +164,8 @@ int64_t AttentionAdapter::insert(std::unique_ptr<Sequence> sequence) {
 
 std::unique_ptr<AttentionAdapter::Sequence> AttentionAdapter::make_sequence(
         const HeadPartitions& own) const {
+    FAISS_THROW_IF_NOT_MSG(
+            !pools_.empty(), "this adapter was moved from: it has no sequences");
     if (!own.empty()) {
         check_partitions(params_, own);
     }

@@ -30,6 +30,12 @@ void check_shares(const std::vector<double>& shares, const char* name) {
             sum <= 1 + 1e-9, "%s sums up to %g, more than 1", name, sum);
 }
 
+/// A product of fractions may be a last bit less than the number of keys it stands for:
+/// .29 of 100 are 29.
+int64_t whole_keys(double keys) {
+    return static_cast<int64_t>(keys + 1e-9);
+}
+
 /// Far keys that the share of one of a head's partitions amounts to.
 double keys_of_share(
         const ProbePolicy& policy,
@@ -123,8 +129,7 @@ double ProbePolicy::share(int kv_head, int partition, int npartition) const {
 }
 
 int64_t ProbePolicy::key_limit(int64_t far_keys) const {
-    return std::min(
-            max_keys, static_cast<int64_t>(max_selectivity * far_keys));
+    return std::min(max_keys, whole_keys(max_selectivity * static_cast<double>(far_keys)));
 }
 
 int64_t ProbePolicy::candidate_limit(
@@ -134,15 +139,14 @@ int64_t ProbePolicy::candidate_limit(
         int64_t far_keys) const {
     const double keys = refine *
             keys_of_share(*this, kv_head, partition, npartition, far_keys);
-    return static_cast<int64_t>(
-            std::min(keys + 1e-9, static_cast<double>(far_keys)));
+    return whole_keys(std::min(keys, static_cast<double>(far_keys)));
 }
 
 int64_t ProbePolicy::candidate_limit(int64_t far_keys) const {
     const int64_t all = key_limit(far_keys);
-    const double keys = refine * static_cast<double>(all) + 1e-9;
+    const double keys = refine * static_cast<double>(all);
     const bool limited = all < far_keys && keys < 0x1p62;
-    return limited ? static_cast<int64_t>(keys) : INT64_MAX;
+    return limited ? whole_keys(keys) : INT64_MAX;
 }
 
 int64_t ProbePolicy::head_limit(
@@ -153,8 +157,7 @@ int64_t ProbePolicy::head_limit(
     for (int p = 0; p < npartition; p++) {
         keys += keys_of_share(*this, kv_head, p, npartition, far_keys);
     }
-    return static_cast<int64_t>(
-            std::min(keys + 1e-9, static_cast<double>(far_keys)));
+    return whole_keys(std::min(keys, static_cast<double>(far_keys)));
 }
 
 std::vector<int32_t> take_cells(

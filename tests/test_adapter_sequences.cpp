@@ -304,6 +304,11 @@ TEST_F(Sequences, FreedOnesAreRefusedByName) {
             "sequence 0 was freed");
     EXPECT_EQ(out, std::vector<float>(64, 7.0f));
     EXPECT_EQ(adapter.create(), 2);
+
+    const AttentionAdapter now = std::move(adapter);
+    EXPECT_EQ(now.length(b), 100);
+    EXPECT_SENTENCE(adapter.create(), "moved from");
+    EXPECT_SENTENCE(adapter.length(b), "was freed");
 }
 
 TEST_F(Sequences, MemoryIsUsedAgain) {

@@ -181,6 +181,14 @@ TEST(ProbePolicy, ChecksItsFields) {
     p.max_selectivity = 0.05;
     EXPECT_EQ(p.key_limit(1000), 50);
     EXPECT_EQ(p.key_limit(10000), 70);
+    p.max_keys = INT64_MAX;
+    for (int percent = 1; percent < 100; percent++) {
+        p.max_selectivity = percent / 100.0; // times 100 often a last bit too little
+        EXPECT_EQ(p.key_limit(100), percent);
+        EXPECT_EQ(p.key_limit(700000), 7000 * percent);
+        EXPECT_EQ(p.key_limit(99), percent - 1);
+    }
+    p.max_selectivity = 0.05;
     p.refine = 3;
     EXPECT_EQ(p.candidate_limit(1000), 150);
     p.refine = 1e300;
