@@ -7,8 +7,9 @@
 
 namespace faiss_saap {
 
-/// faiss::ParameterSpace that also knows IndexAsymmetricIVF: "nprobe" and
-/// "max_codes". `set_index_parameters(index, "nprobe=32,max_codes=4096")` and
+/// faiss::ParameterSpace that also knows IndexAsymmetricIVF, by itself or in a
+/// faiss::IndexPreTransform, IndexIDMap or IndexRefine: "nprobe" and "max_codes".
+/// `set_index_parameters(index, "nprobe=32,max_codes=4096")` and
 /// `explore` work as in Faiss.
 struct AsymmetricParameterSpace : faiss::ParameterSpace {
     void initialize(const faiss::Index* index) override;

@@ -26,8 +26,8 @@ struct SearchParametersAsymmetricIVF : faiss::SearchParametersIVF {
 /// How `train` makes the cells where none are given.
 struct CellTraining {
     KMeansParams kmeans;
-    /// queries are assigned by inner product with the cells' means; false:
-    /// exactly as keys are, which is a plain faiss::IndexIVF
+    /// queries are compared with the cells' means, by the index's metric; false:
+    /// assigned exactly as keys are, which is a plain faiss::IndexIVF
     bool asymmetric = true;
 };
 
@@ -59,7 +59,8 @@ struct IndexAsymmetricIVF : faiss::Index {
     int ncell = 0;
     /// cells to probe; more than ncell is clamped, but a negative number in it refused
     size_t nprobe = 1;
-    size_t max_codes = 0; ///< stop after this many vectors; 0: no limit
+    /// stop after this many vectors; 0, and what was negative: no limit
+    size_t max_codes = 0;
     CellTraining training;
     bool cells_given = false; ///< `train` leaves the partition as it is
 
@@ -69,7 +70,8 @@ struct IndexAsymmetricIVF : faiss::Index {
 
     /// Cells are given. Trained at once unless the codec of `lists` needs
     /// training, which `train` then does without touching the cells.
-    /// `lists` may hold vectors already, put there by the same key assigner.
+    /// `lists` may hold vectors already, put there by the same key assigner,
+    /// with ids that are not negative.
     /// Their quantizer is deleted where they own it: an assigner that uses it
     /// needs a copy (faiss::clone_index).
     IndexAsymmetricIVF(
@@ -81,8 +83,8 @@ struct IndexAsymmetricIVF : faiss::Index {
     /// @param x  size n * d, n >= ncell
     void train(idx_t n, const float* x) override;
 
-    /// As `train`, then chooses how queries are assigned (inner product with
-    /// the means, or as keys) by what the training queries prefer: the recall
+    /// As `train`, then chooses how queries are assigned (compared with the
+    /// means, or as keys) by what the training queries prefer: the recall
     /// of their 10 nearest training vectors at 5 % of the vectors read.
     /// Signature as of faiss::Index in 1.14.2.
     /// @param xq_train  size n_train_q * d, n_train_q > 0
@@ -94,6 +96,7 @@ struct IndexAsymmetricIVF : faiss::Index {
 
     /// Adds vectors with ids ntotal .. ntotal + n - 1. Never re-trains. As in
     /// Faiss, ntotal shrinks with remove_ids: use add_with_ids after that.
+    /// @param x  size n * d; with SQfp16 no component may exceed 65504
     void add(idx_t n, const float* x) override;
     /// @param xids  size n, not negative. Duplicates are refused where the
     ///              direct map is on; elsewhere kept side by side, as in Faiss.
@@ -111,7 +114,8 @@ struct IndexAsymmetricIVF : faiss::Index {
             const faiss::SearchParameters* params = nullptr) const override;
 
     /// All vectors closer than radius (or with a larger inner product) in the
-    /// probed cells.
+    /// probed cells. As in Faiss, max_codes does not limit it.
+    /// @param result  for n queries, and never used before
     void range_search(
             idx_t n,
             const float* x,
@@ -141,7 +145,7 @@ struct IndexAsymmetricIVF : faiss::Index {
             idx_t* labels,
             const faiss::SearchParameters* params = nullptr) const;
 
-    /// Any selector works, with or without direct map.
+    /// Any selector works, with or without direct map; asked by one thread.
     size_t remove_ids(const faiss::IDSelector& sel) override;
 
     /// Turns the map from ids to vectors on or off. `reconstruct` needs it;
@@ -157,16 +161,17 @@ struct IndexAsymmetricIVF : faiss::Index {
     /// Removes all vectors; stays trained.
     void reset() override;
 
-    /// Moves all vectors of another index with the same cells and codec here.
+    /// Moves all vectors of another index with the same key assigner and codec here.
     /// @param add_id  added to the ids that move
     void merge_from(faiss::Index& other, idx_t add_id = 0) override;
     void check_compatible_for_merge(const faiss::Index& other) const override;
 
-    /// @throws faiss::FaissException unless `partition`, a public field, fits the lists; so
-    ///         does every function that needs it
+    /// @throws faiss::FaissException unless `lists` and `partition`, public fields, fit the
+    ///         index and each other; so does every function that needs them
     void check_partition() const;
 
    private:
+    void check_lists() const;
     void check_call(idx_t n, const float* x, const char* name) const;
     /// The given cells, or new ones with distinct assigners.
     Partition train_cells(idx_t n, const float* x) const;

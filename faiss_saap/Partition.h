@@ -3,6 +3,8 @@
 
 #include <memory>
 
+#include <faiss/MetricType.h>
+
 #include <faiss_saap/CellAssigner.h>
 #include <faiss_saap/rope.h>
 
@@ -21,8 +23,8 @@ struct Partition {
     int ncell() const;
 
     /// @throws faiss::FaissException when an assigner is missing, the two
-    ///         disagree on d or ncell, or the key assigner needs statistics
-    ///         or query heads
+    ///         disagree on d or ncell, the key assigner needs statistics or query
+    ///         heads, or `rope` is out of range
     void check() const;
 };
 
@@ -35,8 +37,8 @@ struct KMeansParams {
     bool verbose = false;
 };
 
-/// Learns a partition from keys: k-means for the keys, and inner product with
-/// the cells' means for the queries.
+/// Learns a partition from keys: k-means for the keys, and for the queries
+/// what they are compared with keys by, with the cells' means.
 ///
 /// Keys with L2 and queries with the inner product is the asymmetric choice
 /// that needs no training queries: a k-means cell is compact, and q.mean is
@@ -45,6 +47,8 @@ struct KMeansParams {
 /// @param x      size n * d, n >= ncell, finite
 /// @param space  NEEDS_PRE_ROPE or NEEDS_POST_ROPE: what x is
 /// @param rope   stored in the partition
+/// @param metric  what queries look for: METRIC_INNER_PRODUCT, as attention does, or
+///                METRIC_L2
 /// @throws faiss::FaissException on wrong input
 Partition kmeans_partition(
         int64_t n,
@@ -53,7 +57,8 @@ Partition kmeans_partition(
         int ncell,
         RoutingNeeds space,
         const KMeansParams& params = {},
-        const RopeParams& rope = {});
+        const RopeParams& rope = {},
+        faiss::MetricType metric = faiss::METRIC_INNER_PRODUCT);
 
 /// A partition whose queries are assigned exactly as its keys, as in a plain
 /// faiss::IndexIVF.

@@ -14,8 +14,8 @@ namespace faiss_saap {
 ///
 ///     [Sph|Sym]AIVF<ncell>,<storage>
 ///
-/// `AIVF1024` has 1024 cells, keys assigned by L2 k-means and queries by inner
-/// product with the cells' means; with `Sph` k-means is spherical, with `Sym`
+/// `AIVF1024` has 1024 cells, keys assigned by L2 k-means and queries by the metric,
+/// compared with the cells' means; with `Sph` k-means is spherical, with `Sym`
 /// queries are assigned as keys are. Storage is `Flat`, `SQfp16`, `SQ8` or
 /// `PQ<m>[x<bits>]` (8 bits by default and at most). Examples: "AIVF1024,Flat",
 /// "SphAIVF256,PQ16x8".

@@ -43,6 +43,9 @@ struct RopeParams {
         return !(*this == other);
     }
 
+    /// @throws faiss::FaissException when d is odd or not positive, or a parameter is out
+    ///         of range; the sentence names it
+    void check() const;
     /// Sets `scaling` and its fields from the text a trace carries: empty,
     /// "linear:2", "ntk:4", "llama3:{json}" or "yarn:{json}", the json with
     /// the keys of Hugging Face's `rope_scaling`, of which those that name the kind

@@ -2,16 +2,38 @@
 
 #include <cmath>
 
+#include <faiss/IndexIDMap.h>
+#include <faiss/IndexPreTransform.h>
+#include <faiss/IndexRefine.h>
+
 #include <faiss_saap/IndexAsymmetricIVF.h>
 
 #include "check.h"
 
 namespace faiss_saap {
 
+namespace {
+
+/// What faiss::ParameterSpace looks for its parameters in.
+const faiss::Index* unwrapped(const faiss::Index* index) {
+    if (const auto* i = dynamic_cast<const faiss::IndexPreTransform*>(index)) {
+        return unwrapped(i->index);
+    }
+    if (const auto* i = dynamic_cast<const faiss::IndexIDMap*>(index)) {
+        return unwrapped(i->index);
+    }
+    if (const auto* i = dynamic_cast<const faiss::IndexRefine*>(index)) {
+        return unwrapped(i->base_index);
+    }
+    return index;
+}
+
+} // namespace
+
 void AsymmetricParameterSpace::initialize(const faiss::Index* index) {
-    const auto* ivf = dynamic_cast<const IndexAsymmetricIVF*>(index);
+    faiss::ParameterSpace::initialize(index); // those of what is around ours
+    const auto* ivf = dynamic_cast<const IndexAsymmetricIVF*>(unwrapped(index));
     if (!ivf) {
-        faiss::ParameterSpace::initialize(index);
         return;
     }
     faiss::ParameterRange& range = add_range("nprobe");

@@ -264,6 +264,12 @@ void CellLists::restore(
     FAISS_THROW_IF_NOT_MSG(
             (newest_keys != nullptr) == with_newest_keys_,
             "newest keys must be given exactly where the lists keep them");
+    FAISS_THROW_IF_NOT_FMT(
+            n >= 0 && n <= INT32_MAX - first_slot_ + 1,
+            "n = %" PRId64 " slots from slot %" PRId64
+            " on are negative, or lead beyond 2^31 - 1",
+            n,
+            first_slot_);
     for (int64_t i = 0; i < n; i++) {
         FAISS_THROW_IF_NOT_FMT(
                 cells[i] < ncell(),

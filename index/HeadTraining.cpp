@@ -117,6 +117,16 @@ HeadTraining::HeadTraining(
     }
     split();
     standardise();
+    const auto size = static_cast<size_t>(parameter_count(shape));
+    for (const auto* x :
+         {&state.parameters, &state.first, &state.second, &state.best}) {
+        FAISS_THROW_IF_NOT_FMT(
+                x->size() == (state.parameters.empty() ? 0 : size),
+                "the training state holds %zd parameters, this network "
+                "has %zd",
+                x->size(),
+                size);
+    }
 }
 
 /// The last text is held out, or the last quarter of a single one.
@@ -253,16 +263,6 @@ void HeadTraining::begin() {
     held_out_targets();
     if (state.parameters.empty()) {
         initialise();
-    }
-    const auto size = static_cast<size_t>(parameter_count(shape));
-    for (const auto* x :
-         {&state.parameters, &state.first, &state.second, &state.best}) {
-        FAISS_THROW_IF_NOT_FMT(
-                x->size() == size,
-                "the training state holds %zd parameters, this network "
-                "has %zd",
-                x->size(),
-                size);
     }
 }
 

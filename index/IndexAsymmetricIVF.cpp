@@ -130,6 +130,9 @@ struct CallParams {
             }
         }
         check_nprobe(ivf.nprobe);
+        if (ivf.max_codes > static_cast<size_t>(INT64_MAX)) {
+            ivf.max_codes = 0; // Faiss would stop at once
+        }
         ivf.nprobe = std::min(ivf.nprobe, static_cast<size_t>(index.ncell));
     }
 
@@ -156,17 +159,6 @@ faiss::IndexIVFStats for_slices(idx_t n, const Fn& fn) {
         total.add(s);
     }
     return total;
-}
-
-template <class Fn>
-void for_each_id(const faiss::IndexIVF& lists, const Fn& fn) {
-    for (size_t c = 0; c < lists.nlist; c++) {
-        const InvertedLists::ScopedIds ids(lists.invlists, c);
-        const size_t size = lists.invlists->list_size(c);
-        for (size_t i = 0; i < size; i++) {
-            fn(ids[i], c, i);
-        }
-    }
 }
 
 void check_sizes(idx_t n, const void* x, const char* name) {
@@ -219,7 +211,20 @@ IndexAsymmetricIVF::IndexAsymmetricIVF(
 }
 
 void IndexAsymmetricIVF::check_partition() const {
+    check_lists();
     check_partition_for_index(partition, d, ncell);
+}
+
+void IndexAsymmetricIVF::check_lists() const {
+    not_null(lists, "lists");
+    FAISS_THROW_IF_NOT_FMT(
+            lists->d == d && lists->nlist == static_cast<size_t>(ncell),
+            "lists have d = %d and nlist = %zd, the index has d = %d and "
+            "ncell = %d",
+            lists->d,
+            lists->nlist,
+            d,
+            ncell);
 }
 
 void IndexAsymmetricIVF::check_call(idx_t n, const float* x, const char* name)
@@ -231,6 +236,7 @@ void IndexAsymmetricIVF::check_call(idx_t n, const float* x, const char* name)
 }
 
 Partition IndexAsymmetricIVF::train_cells(idx_t n, const float* x) const {
+    check_lists();
     check_sizes(n, x, "x");
     check_finite(x, n, d, "x");
     FAISS_THROW_IF_NOT_FMT(
@@ -249,7 +255,8 @@ Partition IndexAsymmetricIVF::train_cells(idx_t n, const float* x) const {
     }
     KMeansParams kmeans = training.kmeans;
     kmeans.verbose = verbose;
-    return kmeans_partition(n, d, x, ncell, NEEDS_POST_ROPE, kmeans);
+    return kmeans_partition(
+            n, d, x, ncell, NEEDS_POST_ROPE, kmeans, {}, metric_type);
 }
 
 void IndexAsymmetricIVF::train_codec(idx_t n, const float* x) {
@@ -314,8 +321,8 @@ void IndexAsymmetricIVF::train_with_queries(
         const double r_asymmetric = recall(*p.query);
         const double r_symmetric = recall(*p.key);
         if (verbose) {
-            printf("training queries' 10-recall at 5 %%: %.3f with the inner "
-                   "product, %.3f assigned as keys\n",
+            printf("training queries' 10-recall at 5 %%: %.3f compared with the "
+                   "cells' means, %.3f assigned as keys\n",
                    r_asymmetric,
                    r_symmetric);
         }
@@ -341,6 +348,7 @@ void IndexAsymmetricIVF::add_with_ids(
                 i,
                 xids[i]);
     }
+    check_encodable(*lists, n, x);
     const auto id_of = [&](idx_t i) { return xids ? xids[i] : ntotal + i; };
     // Faiss 1.7.3 leaves a field of its hash map uninitialised without ids.
     std::vector<idx_t> ids;
@@ -427,6 +435,9 @@ void IndexAsymmetricIVF::range_search(
             "result->nq = %zd, there are n = %" PRId64 " queries",
             result->nq,
             n);
+    FAISS_THROW_IF_NOT_MSG(
+            !result->labels && !result->distances,
+            "result holds the results of another search");
     FAISS_THROW_IF_NOT_MSG(!std::isnan(radius), "radius is NaN");
     const auto cells = cells_of(*partition.query, n, x, call.ivf.nprobe);
     const std::vector<float> unused(cells.size(), 0.0f);
@@ -505,25 +516,24 @@ void IndexAsymmetricIVF::search_preassigned(
 }
 
 size_t IndexAsymmetricIVF::remove_ids(const faiss::IDSelector& sel) {
-    size_t removed = 0;
-    if (lists->direct_map.no()) {
-        removed = lists->remove_ids(sel);
-    } else {
-        // With a hash map Faiss removes only listed ids.
-        std::vector<idx_t> ids;
-        for_each_id(*lists, [&](idx_t id, size_t, size_t) {
-            if (sel.is_member(id)) {
-                ids.push_back(id);
-            }
-        });
-        removed = lists->remove_ids(
-                faiss::IDSelectorArray(ids.size(), ids.data()));
-    }
+    check_lists();
+    // Asked here, as Faiss would ask in a parallel region, which a selector that throws
+    // ends the process from, and with a hash map removes only listed ids.
+    std::vector<idx_t> ids;
+    for_each_id(*lists, [&](idx_t id, size_t, size_t) {
+        if (sel.is_member(id)) {
+            ids.push_back(id);
+        }
+    });
+    const size_t removed = lists->direct_map.no()
+            ? lists->remove_ids(faiss::IDSelectorBatch(ids.size(), ids.data()))
+            : lists->remove_ids(faiss::IDSelectorArray(ids.size(), ids.data()));
     ntotal = lists->ntotal;
     return removed;
 }
 
 void IndexAsymmetricIVF::set_direct_map(bool on) {
+    check_lists();
     if (on) {
         std::unordered_set<idx_t> seen;
         for_each_id(*lists, [&](idx_t id, size_t, size_t) {
@@ -538,6 +548,7 @@ void IndexAsymmetricIVF::set_direct_map(bool on) {
 }
 
 void IndexAsymmetricIVF::reconstruct(idx_t key, float* recons) const {
+    check_lists();
     FAISS_THROW_IF_NOT_MSG(
             !lists->direct_map.no(),
             "reconstruct needs the direct map: call set_direct_map(true)");
@@ -551,6 +562,7 @@ void IndexAsymmetricIVF::reconstruct(idx_t key, float* recons) const {
 
 void IndexAsymmetricIVF::reconstruct_n(idx_t i0, idx_t ni, float* recons)
         const {
+    check_lists();
     FAISS_THROW_IF_NOT_FMT(
             ni >= 0 && ni <= ntotal,
             "ni = %" PRId64 " must be between 0 and ntotal = %" PRId64,
@@ -582,6 +594,7 @@ void IndexAsymmetricIVF::reconstruct_n(idx_t i0, idx_t ni, float* recons)
 }
 
 void IndexAsymmetricIVF::reset() {
+    check_lists();
     lists->reset();
     ntotal = 0;
 }

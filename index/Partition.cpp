@@ -43,6 +43,9 @@ void Partition::check() const {
     FAISS_THROW_IF_NOT_MSG(
             !(key->needs & NEEDS_HEAD),
             "partition.key needs query heads, which keys do not have");
+    if (rope.d != 0) {
+        rope.check();
+    }
 }
 
 void cell_means(
@@ -52,6 +55,8 @@ void cell_means(
         const int32_t* cells,
         int ncell,
         float* means) {
+    FAISS_THROW_IF_NOT_FMT(d > 0, "d = %d must be at least 1", d);
+    FAISS_THROW_IF_NOT_FMT(ncell >= 0, "ncell = %d must not be negative", ncell);
     std::vector<double> sum(static_cast<size_t>(ncell) * d);
     std::vector<int64_t> count(ncell);
     for (int64_t i = 0; i < n; i++) {
@@ -85,7 +90,8 @@ Partition kmeans_partition(
         int ncell,
         RoutingNeeds space,
         const KMeansParams& params,
-        const RopeParams& rope) {
+        const RopeParams& rope,
+        faiss::MetricType metric) {
     FAISS_THROW_IF_NOT_FMT(d > 0, "d = %d must be at least 1", d);
     FAISS_THROW_IF_NOT_FMT(
             ncell >= 1 && ncell <= 65536,
@@ -141,7 +147,7 @@ Partition kmeans_partition(
     // An empty cell is represented by its centroid.
     std::vector<float> means = clustering.centroids;
     cell_means(n, d, x, cells.data(), ncell, means.data());
-    auto query = std::make_shared<faiss::IndexFlatIP>(d);
+    auto query = std::make_shared<faiss::IndexFlat>(d, metric);
     query->add(ncell, means.data());
     partition.query = std::make_shared<QuantizerAssigner>(query, space);
     return partition;

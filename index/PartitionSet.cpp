@@ -454,6 +454,9 @@ void PartitionSet::check_rope(const RopeParams& other) const {
 }
 
 void write_partitions(const PartitionSet& set, const std::string& path) {
+    if (set.rope.d != 0) {
+        set.rope.check();
+    }
     std::map<std::string, TensorView> tensors;
     json heads = json::array();
     std::map<std::string, std::string> metadata = {
@@ -499,6 +502,15 @@ void write_partitions(const PartitionSet& set, const std::string& path) {
                 p.layer,
                 p.kv_head);
         const QueryClassifier& classifier = classifier_of(p);
+        FAISS_THROW_IF_NOT_FMT(
+                classifier.shape.d == set.rope.d,
+                "%s: the partition of layer %d, KV head %d has d = %d, the RoPE "
+                "parameters are for d = %d",
+                path.c_str(),
+                p.layer,
+                p.kv_head,
+                classifier.shape.d,
+                set.rope.d);
         FAISS_THROW_IF_NOT_FMT(
                 p.heads.size() == static_cast<size_t>(classifier.shape.group),
                 "%s: the partition of layer %d, KV head %d has held-out results of "

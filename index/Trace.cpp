@@ -2,30 +2,35 @@
 
 #include <algorithm>
 #include <cinttypes>
-#include <sstream>
 
 #include "check.h"
+#include "parse_number.h"
 
 namespace faiss_saap {
 
 namespace {
 
+/// Numbers of layers or heads, each of them once.
 std::vector<int> parse_numbers(
         const std::string& text,
         const std::string& where) {
     std::vector<int> numbers;
-    std::istringstream stream(text);
-    for (std::string item; std::getline(stream, item, ',');) {
-        try {
-            size_t end = 0;
-            numbers.push_back(std::stoi(item, &end));
-            FAISS_THROW_IF_NOT(end == item.size() && numbers.back() >= 0);
-        } catch (const std::exception&) {
-            FAISS_THROW_FMT(
-                    "%s = '%s' is not a list of numbers",
-                    where.c_str(),
-                    text.c_str());
-        }
+    for (size_t begin = 0; begin <= text.size();) {
+        const size_t end = std::min(text.find(',', begin), text.size());
+        const auto number = parse_number<int>(text.substr(begin, end - begin));
+        FAISS_THROW_IF_NOT_FMT(
+                number && *number >= 0,
+                "%s = '%s' is not a list of numbers",
+                where.c_str(),
+                text.c_str());
+        FAISS_THROW_IF_NOT_FMT(
+                std::find(numbers.begin(), numbers.end(), *number) == numbers.end(),
+                "%s = '%s' names %d twice",
+                where.c_str(),
+                text.c_str(),
+                *number);
+        numbers.push_back(*number);
+        begin = end + 1;
     }
     return numbers;
 }
@@ -77,8 +82,6 @@ Trace::Trace(const std::string& path)
         return value;
     };
     layers = parse_numbers(required("layers"), path + ": layers");
-    FAISS_THROW_IF_NOT_FMT(
-            !layers.empty(), "%s: the metadata names no layers", file_name);
     for (int layer : layers) {
         const TensorView& q = tensor3(file_, tensor_name(layer, "q"));
         const TensorView& k = tensor3(file_, tensor_name(layer, "k"));
@@ -146,16 +149,13 @@ Trace::Trace(const std::string& path)
             layout == "half" ? RopeLayout::half : RopeLayout::interleaved;
     rope.d = d;
     const std::string theta = required("rope_theta");
-    try {
-        size_t end = 0;
-        rope.theta = std::stod(theta, &end);
-        FAISS_THROW_IF_NOT(end == theta.size());
-    } catch (const std::exception&) {
-        FAISS_THROW_FMT(
-                "%s: rope_theta = '%s' is not a number",
-                file_name,
-                theta.c_str());
-    }
+    const auto theta_number = parse_number<double>(theta);
+    FAISS_THROW_IF_NOT_FMT(
+            theta_number,
+            "%s: rope_theta = '%s' is not a number",
+            file_name,
+            theta.c_str());
+    rope.theta = *theta_number;
     try {
         rope.set_scaling(file_.meta("rope_scaling"));
     } catch (const faiss::FaissException& e) {

@@ -238,6 +238,19 @@ void check_figures(
                 "the figures of a text are for %zd plans, there are %zd",
                 figures.size(),
                 plans.size());
+        for (size_t p = 0; p < plans.size(); p++) {
+            const PlanFigures& f = figures[p];
+            FAISS_THROW_IF_NOT_FMT(
+                    std::isfinite(f.loss()) && std::isfinite(f.bytes) &&
+                            std::isfinite(f.selectivity),
+                    "the figures of plan %zd are not finite: recall %g, output_error %g, "
+                    "bytes %g, selectivity %g",
+                    p,
+                    f.recall,
+                    f.output_error,
+                    f.bytes,
+                    f.selectivity);
+        }
     }
 }
 
@@ -319,7 +332,9 @@ std::vector<ProbePlan> candidate_plans(
         const PlanParams& params) {
     params.check();
     FAISS_THROW_IF_NOT_FMT(
-            tokens >= 1, "tokens = %" PRId64 " must be at least 1", tokens);
+            tokens >= 1 && tokens <= INT32_MAX,
+            "tokens = %" PRId64 " must be between 1 and 2^31 - 1",
+            tokens);
     trained.partition.check();
     const int d = trained.partition.d();
     const double dense = 2 * kNumberBytes * static_cast<double>(tokens) * d;

@@ -1,5 +1,7 @@
 #include "lists_codec.h"
 
+#include <cinttypes>
+#include <cmath>
 #include <memory>
 
 #include <faiss/IndexFlat.h>
@@ -9,6 +11,7 @@
 #include <faiss/impl/FaissAssert.h>
 
 #include <faiss_saap/exactly.h>
+#include <faiss_saap/faiss_compat.h>
 
 namespace faiss_saap {
 
@@ -43,6 +46,19 @@ void adopt_storage(faiss::IndexIVF& lists) {
             "lists->metric_type = %d must be METRIC_L2 or "
             "METRIC_INNER_PRODUCT",
             static_cast<int>(lists.metric_type));
+    FAISS_THROW_IF_NOT_FMT(
+            lists.d <= kMostDimensions,
+            "lists->d = %d must be at most %d",
+            lists.d,
+            kMostDimensions);
+    for_each_id(lists, [](idx_t id, size_t cell, size_t) {
+        FAISS_THROW_IF_NOT_FMT(
+                id >= 0,
+                "lists hold a vector with id %" PRId64
+                " in cell %zd: ids must not be negative",
+                id,
+                cell);
+    });
     // Never asked again, but written with the lists: it must live as long.
     auto empty =
             std::make_unique<faiss::IndexFlat>(lists.d, lists.metric_type);
@@ -87,6 +103,21 @@ bool codec_untrained(const faiss::IndexIVF& lists) {
                 type != faiss::ScalarQuantizer::QT_8bit_direct;
     }
     return exactly<IndexIVFPQ>(lists) != nullptr;
+}
+
+void check_encodable(const faiss::IndexIVF& lists, int64_t n, const float* x) {
+    const auto* sq = exactly<IndexIVFScalarQuantizer>(lists);
+    if (!sq || sq->sq.qtype != faiss::ScalarQuantizer::QT_fp16) {
+        return;
+    }
+    constexpr float kLargest = 65504; // that float16 holds
+    for (int64_t i = 0; i < n * lists.d; i++) {
+        FAISS_THROW_IF_NOT_FMT(
+                std::fabs(x[i]) <= kLargest,
+                "x[%" PRId64 "] = %g is beyond the 65504 that SQfp16 can store",
+                i,
+                double(x[i]));
+    }
 }
 
 } // namespace faiss_saap

@@ -7,6 +7,8 @@
 
 #include <faiss_saap/faiss_compat.h>
 
+#include "lists_codec.h"
+
 namespace faiss_saap {
 
 namespace {
@@ -61,7 +63,7 @@ std::unique_ptr<faiss::IndexIVF> read_lists(MemoryReader& reader) {
     expect(nlist >= 1 && nlist <= 65536 && nlist <= reader.left / 8,
            reader,
            "the number of lists");
-    expect(d >= 1 && d <= 1 << 20, reader, "the dimension");
+    expect(d >= 1 && d <= kMostDimensions, reader, "the dimension");
     auto quantizer = std::make_unique<faiss::IndexFlat>(d, metric);
     std::unique_ptr<faiss::IndexIVF> lists;
     if (kind == kFlat) {

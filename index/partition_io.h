@@ -11,7 +11,7 @@ namespace faiss_saap {
 void write_partition(const Partition& partition, faiss::IOWriter& writer);
 Partition read_partition(MemoryReader& reader);
 
-/// Whether two partitions have the same cells: the same assigners, or equal
+/// Whether two partitions have the same cells: the same key assigner, or equal
 /// ones where they can be written.
 bool same_cells(const Partition& a, const Partition& b);
 

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "check.h"
+#include "parse_number.h"
 #include "shallow_json.h"
 
 namespace faiss_saap {
@@ -51,60 +52,17 @@ nlohmann::json parse_json(const std::string& text) {
 }
 
 double parse_factor(const std::string& text, const std::string& whole) {
-    try {
-        size_t end = 0;
-        const double factor = std::stod(text, &end);
-        FAISS_THROW_IF_NOT(end == text.size());
-        return factor;
-    } catch (const std::exception&) {
-        FAISS_THROW_FMT(
-                "rope_scaling: '%s' has no number behind the colon",
-                whole.c_str());
-    }
+    const auto factor = parse_number<double>(text);
+    FAISS_THROW_IF_NOT_FMT(
+            factor,
+            "rope_scaling: '%s' has no number behind the colon",
+            whole.c_str());
+    return *factor;
 }
 
 /// The correction that YaRN's length factor asks for (arXiv 2309.00071, 3.4).
 double yarn_magnitude(double factor, double mscale) {
     return factor <= 1 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0;
-}
-
-void check(const RopeParams& p) {
-    FAISS_THROW_IF_NOT_FMT(
-            p.d > 0 && p.d % 2 == 0, "rope: d = %d must be even", p.d);
-    FAISS_THROW_IF_NOT_FMT(
-            std::isfinite(p.theta) && p.theta > 1,
-            "rope: theta = %g must be greater than 1",
-            p.theta);
-    FAISS_THROW_IF_NOT_FMT(
-            std::isfinite(p.factor) && p.factor > 0,
-            "rope: factor = %g must be positive",
-            p.factor);
-    FAISS_THROW_IF_NOT_FMT(
-            p.scaling != RopeScaling::ntk || p.d > 2,
-            "rope: d = %d is too small for ntk scaling",
-            p.d);
-    FAISS_THROW_IF_NOT_FMT(
-            std::isfinite(p.original_max_position_embeddings) &&
-                    p.original_max_position_embeddings > 0,
-            "rope: original_max_position_embeddings = %g must be positive",
-            p.original_max_position_embeddings);
-    FAISS_THROW_IF_NOT_FMT(
-            p.scaling != RopeScaling::llama3 ||
-                    (p.low_freq_factor > 0 &&
-                     p.high_freq_factor > p.low_freq_factor),
-            "rope: high_freq_factor = %g must exceed low_freq_factor = %g > 0",
-            p.high_freq_factor,
-            p.low_freq_factor);
-    FAISS_THROW_IF_NOT_FMT(
-            p.scaling != RopeScaling::yarn ||
-                    (p.beta_slow > 0 && p.beta_fast > p.beta_slow),
-            "rope: beta_fast = %g must exceed beta_slow = %g > 0",
-            p.beta_fast,
-            p.beta_slow);
-    FAISS_THROW_IF_NOT_FMT(
-            std::isfinite(p.attention_factor) && p.attention_factor >= 0,
-            "rope: attention_factor = %g must not be negative",
-            p.attention_factor);
 }
 
 /// Llama 3.1: wavelengths that fit the training context often keep their
@@ -179,6 +137,45 @@ bool RopeParams::operator==(const RopeParams& o) const {
             scaling_text() == o.scaling_text();
 }
 
+void RopeParams::check() const {
+    FAISS_THROW_IF_NOT_FMT(
+            d > 0 && d % 2 == 0, "rope: d = %d must be even", d);
+    FAISS_THROW_IF_NOT_FMT(
+            std::isfinite(theta) && theta > 1,
+            "rope: theta = %g must be greater than 1",
+            theta);
+    FAISS_THROW_IF_NOT_FMT(
+            std::isfinite(factor) && factor > 0,
+            "rope: factor = %g must be positive",
+            factor);
+    FAISS_THROW_IF_NOT_FMT(
+            scaling != RopeScaling::ntk || d > 2,
+            "rope: d = %d is too small for ntk scaling",
+            d);
+    FAISS_THROW_IF_NOT_FMT(
+            std::isfinite(original_max_position_embeddings) &&
+                    original_max_position_embeddings > 0,
+            "rope: original_max_position_embeddings = %g must be positive",
+            original_max_position_embeddings);
+    FAISS_THROW_IF_NOT_FMT(
+            scaling != RopeScaling::llama3 ||
+                    (low_freq_factor > 0 &&
+                     high_freq_factor > low_freq_factor),
+            "rope: high_freq_factor = %g must exceed low_freq_factor = %g > 0",
+            high_freq_factor,
+            low_freq_factor);
+    FAISS_THROW_IF_NOT_FMT(
+            scaling != RopeScaling::yarn ||
+                    (beta_slow > 0 && beta_fast > beta_slow),
+            "rope: beta_fast = %g must exceed beta_slow = %g > 0",
+            beta_fast,
+            beta_slow);
+    FAISS_THROW_IF_NOT_FMT(
+            std::isfinite(attention_factor) && attention_factor >= 0,
+            "rope: attention_factor = %g must not be negative",
+            attention_factor);
+}
+
 void RopeParams::set_scaling(const std::string& text) {
     RopeParams p;
     p.d = d;
@@ -226,7 +223,7 @@ void RopeParams::set_scaling(const std::string& text) {
                 text.c_str());
     }
     if (d != 0) {
-        check(p);
+        p.check();
     }
     *this = p;
 }
@@ -264,7 +261,7 @@ std::string RopeParams::scaling_text() const {
 }
 
 RotaryEmbedding::RotaryEmbedding(const RopeParams& p) : params(p) {
-    check(p);
+    p.check();
     const double theta = p.scaling == RopeScaling::ntk
             ? p.theta * std::pow(p.factor, p.d / (p.d - 2.0))
             : p.theta;

@@ -105,6 +105,10 @@ void write_file(
                 temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     } while (fd < 0 && errno == EEXIST);
     check_created(fd >= 0, path);
+    struct stat old;
+    if (stat(target.c_str(), &old) == 0) { // who may read it stays as it was
+        fchmod(fd, old.st_mode & 0777);
+    }
     try {
         write_to(fd, path, /*synced=*/true, body);
         check_created(rename(temporary.c_str(), target.c_str()) == 0, path);

@@ -278,6 +278,8 @@ TEST(CellLists, WrongInput) {
     EXPECT_SENTENCE(plain.restore(1, cells, 0, nullptr), "not empty");
     EXPECT_SENTENCE(plain.append(0, nullptr, 9), "position = 9");
     CellLists last(4, 2, INT32_MAX, false);
+    EXPECT_SENTENCE(last.restore(2, cells, 0, nullptr), "n = 2 slots from slot 2147483647");
+    EXPECT_EQ(last.size(), 0);
     last.append(0, nullptr, 0);
     EXPECT_SENTENCE(last.append(0, nullptr, 1), "beyond 2^31 - 1");
     EXPECT_SENTENCE(CellLists(0, 2, 0, false), "ncell = 0");

@@ -9,6 +9,8 @@
 #include <faiss/IndexFlat.h>
 #include <faiss/IndexIVFFlat.h>
 #include <faiss/IndexIVFPQ.h>
+#include <faiss/IndexPreTransform.h>
+#include <faiss/IndexRefine.h>
 #include <faiss/IndexScalarQuantizer.h>
 #include <faiss/impl/AuxIndexStructures.h>
 
@@ -487,6 +489,12 @@ TEST(AsymmetricIVFCells, AnExistingIndexGetsAnotherQueryAssigner) {
     float distance;
     index.search(1, x.data() + 33 * d, 1, &distance, &label);
     EXPECT_EQ(label, 33);
+
+    auto hashed = std::make_unique<faiss::IndexIVFFlat>(quantizer.get(), d, ncell);
+    hashed->is_trained = true;
+    const idx_t negative = -12;
+    hashed->add_with_ids(1, x.data(), &negative); // which Faiss allows
+    EXPECT_SENTENCE(IndexAsymmetricIVF(std::move(hashed), p), "id -12");
 }
 
 TEST(AsymmetricIVFCells, ForeignListsBecomeOurs) {
@@ -571,18 +579,121 @@ TEST(TrainWithQueries, ChoosesWhatTheQueriesPrefer) {
     index->train_with_queries(n, x.data(), nq, q.data());
     EXPECT_NE(index->partition.key, index->partition.query);
 
-    // In-distribution queries under L2: as keys is best.
-    auto l2 = index_factory(d, "AIVF40,Flat", faiss::METRIC_L2);
-    l2->train_with_queries(n, x.data(), nq, x.data());
-    EXPECT_EQ(l2->partition.key, l2->partition.query);
+    // Unit vectors, half of them in tight clusters, which have the longer means; queries
+    // are of the other half: by inner product they look into tight clusters.
+    const std::vector<float> directions = random.normal(10 * d);
+    for (int i = 0; i < n; i++) {
+        float norm = 0;
+        for (int j = 0; j < d; j++) {
+            float& y = x[i * d + j];
+            y = i % 2 ? y : directions[i / 2 % 10 * d + j] + .001f * y;
+            norm += y * y;
+        }
+        for (int j = 0; j < d; j++) {
+            x[i * d + j] /= std::sqrt(norm);
+        }
+    }
+    q.clear();
+    for (int i = 1; i < 2 * nq; i += 2) {
+        q.insert(q.end(), x.begin() + i * d, x.begin() + (i + 1) * d);
+    }
+    index->train_with_queries(n, x.data(), nq, q.data());
+    EXPECT_EQ(index->partition.key, index->partition.query);
 
     EXPECT_SENTENCE(
-            l2->train_with_queries(n, x.data(), 0, q.data()), "n_train_q = 0");
+            index->train_with_queries(n, x.data(), 0, q.data()), "n_train_q = 0");
     EXPECT_SENTENCE(
-            l2->train_with_queries(n, x.data(), 1, nullptr), "xq_train is null");
+            index->train_with_queries(n, x.data(), 1, nullptr), "xq_train is null");
     q[3] = NAN;
     EXPECT_SENTENCE(
-            l2->train_with_queries(n, x.data(), nq, q.data()), "xq_train[3]");
+            index->train_with_queries(n, x.data(), nq, q.data()), "xq_train[3]");
+}
+
+TEST(AsymmetricIVFCells, QueriesLookForWhatTheMetricIsFor) {
+    // Clusters far from the origin: the one with the largest inner product is
+    // seldom the nearest.
+    tests::Random random;
+    std::vector<float> x = random.normal(n * d);
+    const std::vector<float> centres = random.normal(ncell * d);
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < d; j++) {
+            x[i * d + j] = 30 + 3 * centres[i % ncell * d + j] + .1f * x[i * d + j];
+        }
+    }
+    auto index = index_factory(d, "AIVF20,Flat", faiss::METRIC_L2);
+    index->train(n, x.data());
+    index->add(n, x.data());
+    std::vector<float> distances(n);
+    std::vector<idx_t> labels(n);
+    index->search(n, x.data(), 1, distances.data(), labels.data());
+    int found = 0;
+    for (int i = 0; i < n; i++) {
+        found += labels[i] == i;
+    }
+    EXPECT_GT(found, .95 * n);
+}
+
+TEST(AsymmetricIVFCells, PublicFieldsAndSelectorsThatDoNotFit) {
+    tests::Random random;
+    const auto x = random.normal(n * d);
+    const auto make = [&](const char* description) {
+        auto index = index_factory(d, description);
+        index->train(n, x.data());
+        index->add(n, x.data());
+        return index;
+    };
+    auto index = make("AIVF20,Flat"), other = make("AIVF5,Flat");
+    std::vector<float> distances(k);
+    std::vector<idx_t> labels(k);
+    const auto search = [&] {
+        index->search(1, x.data(), k, distances.data(), labels.data());
+    };
+    index->lists.swap(other->lists);
+    EXPECT_SENTENCE(search(), "nlist = 5");
+    EXPECT_SENTENCE(index->add(1, x.data()), "nlist = 5");
+    EXPECT_SENTENCE(index->reset(), "nlist = 5");
+    index->lists.swap(other->lists);
+    search();
+
+    struct Throws : faiss::IDSelector {
+        bool is_member(idx_t) const override {
+            throw std::runtime_error("asked");
+        }
+    };
+    for (bool mapped : {false, true}) {
+        index->set_direct_map(mapped);
+        EXPECT_THROW(index->remove_ids(Throws()), std::runtime_error);
+        EXPECT_EQ(index->ntotal, n);
+    }
+
+    faiss::RangeSearchResult result(1);
+    index->range_search(1, x.data(), 1, &result);
+    EXPECT_SENTENCE(index->range_search(1, x.data(), 1, &result), "another search");
+
+    index->nprobe = ncell;
+    search();
+    const std::vector<idx_t> all = labels;
+    for (size_t none : {size_t(0), SIZE_MAX, static_cast<size_t>(-5)}) {
+        index->max_codes = none;
+        search();
+        EXPECT_EQ(labels, all);
+    }
+
+    auto halves = make("AIVF20,SQfp16");
+    std::vector<float> large(d, 1);
+    large[2] = -65505;
+    EXPECT_SENTENCE(halves->add(1, large.data()), "x[2] = -65505 is beyond");
+    large[2] = -65504;
+    halves->add(1, large.data());
+    EXPECT_EQ(halves->ntotal, n + 1);
+
+    IndexAsymmetricIVF now = std::move(*index);
+    EXPECT_SENTENCE(index->reset(), "lists is null");
+    EXPECT_SENTENCE(index->train(n, x.data()), "lists is null");
+    EXPECT_SENTENCE(index->set_direct_map(false), "lists is null");
+    EXPECT_SENTENCE(index->reconstruct_n(0, 1, large.data()), "lists is null");
+    EXPECT_SENTENCE(search(), "lists is null");
+    EXPECT_EQ(now.ntotal, n);
 }
 
 TEST(IndexFactory, RefusesWhatItDoesNotUnderstand) {
@@ -618,6 +729,17 @@ TEST(AsymmetricParameterSpace, SetsParametersByName) {
     ASSERT_EQ(ranges.parameter_ranges.size(), 1u);
     EXPECT_EQ(ranges.parameter_ranges[0].values.back(), 20);
     EXPECT_EQ(ranges.n_combinations(), 6u);
+    faiss::IndexPreTransform turned(index.get());
+    AsymmetricParameterSpace of_turned;
+    of_turned.initialize(&turned);
+    EXPECT_EQ(of_turned.n_combinations(), 6u);
+    faiss::IndexRefineFlat refined(index.get());
+    AsymmetricParameterSpace of_refined; // k_factor_rf, too
+    of_refined.initialize(&refined);
+    EXPECT_EQ(of_refined.parameter_ranges.size(), 2u);
+    space.set_index_parameters(&turned, "nprobe=5");
+    EXPECT_EQ(index->nprobe, 5u);
+    space.set_index_parameters(&turned, "nprobe=7");
     // Stock indexes still work through it.
     faiss::IndexFlatL2 quantizer(d);
     faiss::IndexIVFFlat plain(&quantizer, d, ncell);

@@ -2,10 +2,12 @@
 #include <faiss_saap/index_io.h>
 
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 
 #include <faiss/IndexFlat.h>
 #include <faiss/IndexIVFFlat.h>
+#include <faiss/IndexIVFPQ.h>
 #include <faiss/clone_index.h>
 #include <faiss/index_io.h>
 
@@ -204,10 +206,47 @@ TEST(IndexIOErrors, APartitionThatDoesNotFitOrHasNoFileForm) {
     const auto& query = dynamic_cast<const QuantizerAssigner&>(*own.query);
     index->partition.query = std::make_shared<Derived>(
             query.quantizer, static_cast<RoutingNeeds>(query.needs));
-    EXPECT_SENTENCE(other->merge_from(*index), "other has other cells");
     expect("no file form", false);
+    const auto& key = dynamic_cast<const QuantizerAssigner&>(*own.key);
+    index->partition.key = std::make_shared<Derived>(
+            key.quantizer, static_cast<RoutingNeeds>(key.needs));
+    EXPECT_SENTENCE(other->merge_from(*index), "other has other cells");
+    index->partition = symmetric(own); // who sends queries to cells does not matter
     other->merge_from(*index);
     EXPECT_EQ(other->ntotal, 2 * n);
+}
+
+TEST(IndexIOErrors, WhatCouldNotBeReadIsNotWritten) {
+    tests::Random random;
+    const auto x = random.normal(n * d);
+    const auto index = make_index("AIVF12,PQ4x4", x);
+    auto& pq = dynamic_cast<faiss::IndexIVFPQ&>(*index->lists);
+    pq.polysemous_ht = 12;
+    EXPECT_SENTENCE(write_index_to_memory(*index), "polysemous_ht = 12");
+    pq.polysemous_ht = 0;
+    index->partition.rope.d = d;
+    index->partition.rope.theta = .5;
+    EXPECT_SENTENCE(write_index_to_memory(*index), "theta = 0.5");
+    index->partition.rope = {};
+    write_index_to_memory(*index);
+    const auto other = make_index("AIVF8,PQ4x4", x);
+    index->lists.swap(other->lists);
+    EXPECT_SENTENCE(write_index_to_memory(*index), "nlist = 8");
+    index->lists.reset();
+    EXPECT_SENTENCE(write_index_to_memory(*index), "lists is null");
+}
+
+TEST(IndexIOErrors, AFileKeepsItsPermissions) {
+    tests::Random random;
+    const auto index = make_index("AIVF12,Flat", random.normal(n * d));
+    const tests::TemporaryFile file;
+    namespace fs = std::filesystem;
+    write_index(*index, file.path);
+    fs::permissions(file.path, fs::perms::owner_read | fs::perms::owner_write);
+    write_index(*index, file.path);
+    EXPECT_EQ(
+            fs::status(file.path).permissions(),
+            fs::perms::owner_read | fs::perms::owner_write);
 }
 
 TEST(IndexIOErrors, StockFaissRefusesToLoseTheQueryAssigner) {

@@ -150,6 +150,8 @@ TEST(CellMeans, EmptyCellsKeepTheirValue) {
     EXPECT_SENTENCE(
             cell_means(3, 1, x.data(), wrong.data(), 2, means.data()),
             "cells[1] = 2");
+    EXPECT_SENTENCE(cell_means(3, 1, x.data(), cells.data(), -1, means.data()), "ncell = -1");
+    EXPECT_SENTENCE(cell_means(3, 0, x.data(), cells.data(), 2, means.data()), "d = 0");
 }
 
 TEST(Partition, ChecksThatItsAssignersFit) {

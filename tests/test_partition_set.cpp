@@ -183,6 +183,22 @@ TEST(PartitionSet, RefusesWhatCannotBeWritten) {
     set.partitions[1].partition.rope.theta = 3;
     EXPECT_SENTENCE(write_partitions(set, file.path), "other RoPE parameters");
     set = good;
+    const auto with_rope = [&](const RopeParams& rope) {
+        set = good;
+        set.rope = rope;
+        for (auto& p : set.partitions) {
+            p.partition.rope = rope;
+        }
+        write_partitions(set, file.path);
+    };
+    RopeParams rope = good.rope;
+    rope.theta = .5;
+    EXPECT_SENTENCE(with_rope(rope), "theta = 0.5");
+    rope = good.rope;
+    rope.d += 2;
+    EXPECT_SENTENCE(with_rope(rope), "the RoPE parameters are for d = ");
+    EXPECT_SENTENCE(with_rope({}), "the RoPE parameters are for d = 0");
+    set = good;
     set.partitions[0].kv_head = -1;
     EXPECT_SENTENCE(write_partitions(set, file.path), "KV head -1");
     set = good;

@@ -549,6 +549,8 @@ TEST(CandidatePlans, SpendTheBudget) {
     EXPECT_SENTENCE(
             candidate_plans(TrainedPartition(), tokens, small_params()), "no key assigner");
     EXPECT_SENTENCE(
+            candidate_plans(trained, INT64_MAX, small_params()), "tokens = 9223372036854775807");
+    EXPECT_SENTENCE(
             planned_partition(TrainedPartition(), make_plan(TrainedQuery::mean, .1, 0, 0)),
             "no key assigner");
     EXPECT_SENTENCE(mean_figures({{}, {}}, 3), "plan = 3, a text has figures of 0");
@@ -597,6 +599,9 @@ TEST(ChoosePlan, TakesTheLeastLossWithinTheBudget) {
 
     EXPECT_SENTENCE(choose_plan({}, texts), "plans is empty");
     EXPECT_SENTENCE(choose_plan(plans, {}), "figures of no text");
+    Figures wrong = texts;
+    wrong[1][0].recall = NAN;
+    EXPECT_SENTENCE(choose_plan(plans, wrong), "plan 0 are not finite: recall nan");
     above[1].pop_back();
     EXPECT_SENTENCE(choose_plan(plans, above), "for 2 plans, there are 3");
 }

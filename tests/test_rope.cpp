@@ -128,6 +128,7 @@ TEST(Rope, WrongInput) {
     p.d = 8;
     p.theta = 0;
     EXPECT_SENTENCE(RotaryEmbedding{p}, "theta = 0");
+    EXPECT_SENTENCE(p.check(), "theta = 0");
 }
 
 } // namespace

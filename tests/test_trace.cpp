@@ -119,6 +119,8 @@ TEST(Trace, WrongMetadataOrShape) {
     EXPECT_SENTENCE(with("layers", ""), "'layers'");
     EXPECT_SENTENCE(with("layers", "3,x"), "layers = '3,x'");
     EXPECT_SENTENCE(with("layers", "-3"), "layers = '-3'");
+    EXPECT_SENTENCE(with("layers", "3,"), "layers = '3,'");
+    EXPECT_SENTENCE(with("layers", "3,5,3"), "'3,5,3' names 3 twice");
     EXPECT_SENTENCE(with("layers", "3,4"), "no tensor 'layer.4.q'");
     EXPECT_SENTENCE(with("rope_layout", "spiral"), "spiral");
     EXPECT_SENTENCE(with("rope_theta", "big"), "rope_theta = 'big'");
@@ -127,6 +129,7 @@ TEST(Trace, WrongMetadataOrShape) {
     EXPECT_SENTENCE(with("rope_scaling", "ntk"), "ntk");
     EXPECT_SENTENCE(with("rope_applied", "yes"), "pre-RoPE");
     EXPECT_SENTENCE(with("kv_heads", "0"), "names 1 heads");
+    EXPECT_SENTENCE(with("kv_heads", "5,5"), "'5,5' names 5 twice");
     const auto shaped = [](const char* name, std::vector<int64_t> shape,
                            const char* dtype = "F32") {
         Parts p;
