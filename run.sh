@@ -9,7 +9,8 @@
 #   ./run.sh bench --full      32,768 tokens too, and generated texts of 131,072
 #   ./run.sh bench --with X,Y  methods X and Y beside the usual ones
 #
-# Works on Debian 12 and Ubuntu 24.04, as root or with sudo. Safe to repeat.
+# Works on Debian 12 and Ubuntu 24.04, as root or with sudo; bench, whose texts are
+# packages of Debian 12, only there. Safe to repeat.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -187,6 +188,6 @@ case "$command" in
   test) run_tests "$@" ;;
   needle) needle "$@" ;;
   bench) bench "$@" ;;
-  -h | --help | help | '') sed -n '2,12s/^# \{0,1\}//p' "$0" ;;
+  -h | --help | help | '') sed -n '2,13s/^# \{0,1\}//p' "$0" ;;
   *) die "unknown command: $command (there are demo, test, needle and bench)" ;;
 esac

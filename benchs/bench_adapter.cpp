@@ -190,9 +190,12 @@ void run(const Options& o) {
             const HeadData data(trace, layer, kv_head);
             FAISS_THROW_IF_NOT_FMT(
                     data.tokens / 4 >= o.sink + o.keys_per_cell,
-                    "%s: %lld tokens are too few to cluster a quarter of them",
+                    "%s: a quarter of %lld tokens makes no cell of keys-per-cell = %d "
+                    "behind sink = %lld",
                     o.trace.c_str(),
-                    static_cast<long long>(data.tokens));
+                    static_cast<long long>(data.tokens),
+                    o.keys_per_cell,
+                    static_cast<long long>(o.sink));
             check_far_keys(first_to_ask(data.tokens / 4), o.sink, o.window);
             AdapterParams params;
             params.heads_q = data.group;
@@ -262,6 +265,7 @@ void run(const Options& o) {
                                      {"partitions", all[c].name},
                                      {"choice", choice},
                                      {"budget", budget},
+                                     {"queries", tokens.size()},
                                      {"selectivity", f.selectivity / n},
                                      {"mass_recall", f.read / f.far},
                                      {"output_error", f.error / n}});

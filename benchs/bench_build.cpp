@@ -27,7 +27,15 @@ void run(const BuildOptions& o) {
     params.d = o.d;
     params.sink = o.sink;
     params.window = o.window;
-    const int64_t end = std::max(o.sink, o.tokens - o.window);
+    const int64_t end = o.tokens - o.window;
+    FAISS_THROW_IF_NOT_FMT(
+            end - o.sink >= o.ncell,
+            "tokens = %lld leave fewer keys between sink = %lld and window = %lld than "
+            "ncell = %d",
+            static_cast<long long>(o.tokens),
+            static_cast<long long>(o.sink),
+            static_cast<long long>(o.window),
+            o.ncell);
 
     BuildReport report;
     const auto timed = [&](int repeat, const auto& body) {

@@ -7,6 +7,7 @@
 
 #include <faiss_saap/QueryClassifier.h>
 
+#include "common/memory.h"
 #include "common/report.h"
 
 using namespace faiss_saap;
@@ -34,6 +35,7 @@ void run(Options o) {
         x = normal(random);
     }
     // As many copies as no cache holds.
+    check_fits_memory(o.cold_gib * (1 << 30), "cold-gib: weights");
     const QueryClassifier first(s, parameters.data(), dtype);
     const auto copies = static_cast<size_t>(
             o.cold_gib * (1 << 30) / static_cast<double>(first.bytes_read()));

@@ -7,15 +7,15 @@
 #include <numeric>
 #include <random>
 
-#include <unistd.h>
-
 #include <faiss/impl/FaissAssert.h>
+#include <fmt/core.h>
 
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/attend_slots.h>
 
 #include "common/GroundTruth.h"
 #include "common/decode.h"
+#include "common/memory.h"
 #include "common/report.h"
 
 using namespace faiss_saap;
@@ -200,15 +200,10 @@ void run(const DecodeOptions& o) {
     // Enough copies in turn that no cache helps.
     const double wanted =
             std::max<double>(o.sequences, std::ceil(o.buffer_gib * (1u << 30) / cache));
-    const double memory = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
-    FAISS_THROW_IF_NOT_FMT(
-            wanted * cache <= memory,
-            "buffers = %g and sequences = %d: caches of %g GiB do not fit into a memory of "
-            "%.0f GiB",
-            o.buffer_gib,
-            o.sequences,
-            wanted * cache / (1u << 30),
-            memory / (1u << 30));
+    check_fits_memory(
+            wanted * cache,
+            fmt::format(
+                    "buffers = {:g} and sequences = {}: caches", o.buffer_gib, o.sequences));
     const int copies = static_cast<int>(wanted);
     std::vector<std::unique_ptr<Sequence>> all;
     Progress progress("making caches", copies);
@@ -283,12 +278,15 @@ void run(const DecodeOptions& o) {
     std::vector<Stage> stages = {
             {"bandwidth", cache,
              [&](Sequence& s) {
-                 const size_t piece = 1 << 20, n = s.cache.k.size() / piece;
+                 const size_t piece = 1 << 20, size = s.cache.k.size();
+                 const size_t n = (size + piece - 1) / piece; // of keys, and of values
                  uint64_t sum = 0;
 #pragma omp parallel for reduction(+ : sum)
                  for (size_t i = 0; i < 2 * n; i++) {
+                     const size_t begin = i % n * piece;
                      sum += read_all(
-                             (i < n ? s.cache.k : s.cache.v).data() + i % n * piece, piece);
+                             (i < n ? s.cache.k : s.cache.v).data() + begin,
+                             std::min(piece, size - begin));
                  }
                  sink_of_sums = sum;
              }},
@@ -405,8 +403,8 @@ int main(int argc, char** argv) {
     app.add_option(
                "--stages",
                o.stages,
-               "stages to time beside bandwidth and dense, by their names in the "
-               "table; all if none is named")
+               "stages to time beside bandwidth and dense (on the CPU append, too), by "
+               "their names in the table; all if none is named")
             ->delimiter(',');
     add_number(app, "--heads-q", o.heads_q, "query heads");
     add_number(app, "--repeat", o.repeat, "runs of each stage");

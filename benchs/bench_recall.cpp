@@ -57,9 +57,11 @@ std::vector<std::string> chosen_methods(const Options& options) {
     if (options.methods.empty()) {
         return default_methods(options);
     }
-    if (options.methods != std::vector<std::string>{"all"}) {
-        return options.methods;
+    const auto& given = options.methods;
+    if (std::find(given.begin(), given.end(), "all") == given.end()) {
+        return given;
     }
+    FAISS_THROW_IF_NOT_MSG(given.size() == 1, "methods: all stands alone");
     std::vector<std::string> names;
     for (const MethodEntry& e : all_methods()) {
         if ((!e.needs_trained || !options.partitions.empty()) &&
@@ -203,6 +205,7 @@ void run(const Options& options) {
                                 {"kv_head", kv_head},
                                 {"query_head", data.query_heads[h]},
                                 {"budget", budget},
+                                {"queries", s.queries},
                                 {"selectivity", s.selectivity / n},
                                 {"head_selectivity", s.head_selectivity / n},
                                 {"mass_recall", s.far > 0 ? s.read / s.far : 1.0},
@@ -333,7 +336,8 @@ int main(int argc, char** argv) {
     app.add_option(
                "--budget", o.budgets, "shares of far keys, comma-separated")
             ->delimiter(',')
-            ->check(CLI::Range(0.0, 1.0));
+            ->check(CLI::Range(0.0, 1.0))
+            ->default_str(fmt::format("{}", fmt::join(o.budgets, ",")));
     app.add_option("--sink", o.sink, "first tokens, always read")
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
@@ -351,7 +355,7 @@ int main(int argc, char** argv) {
             app,
             "--partitions",
             o.partitions,
-            "file of train_partitions, for the methods offline_* and saap*");
+            "file of train_partitions, for the methods offline_*, saap* and union*");
     app.add_option("--queries", o.queries, "queries in the second half")
             ->check(CLI::PositiveNumber)
             ->capture_default_str();

@@ -8,6 +8,7 @@
 #include <fmt/core.h>
 
 #include <faiss/IndexFlat.h>
+#include <omp.h>
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/attend_slots.h>
 #include <faiss_saap/index_factory.h>
@@ -385,6 +386,7 @@ nlohmann::json json_row(const Result& r, const Result& dense) {
 }
 
 void run(const Options& options) {
+    omp_set_num_threads(1); // what is timed is compared, whatever else the machine does
     const Trace trace(options.trace);
     fmt::print(
             "{}: {} tokens of {}, layers",

@@ -19,9 +19,13 @@ from input_files import read_text
 from output_files import check_output, check_picture
 from pass_key import DIGITS, PassKey, hide_pass_key
 from smollm2 import SmolLM2, has_cuda
-from sparse_decoding import METHODS, METHODS_OF_CELLS, SINK, WINDOW, CpuDecoding, Method
 
-import faiss_saap as fs  # after sparse_decoding, which says how its threads wait
+try:
+    from sparse_decoding import METHODS, METHODS_OF_CELLS, SINK, WINDOW, CpuDecoding, Method
+
+    import faiss_saap as fs  # after sparse_decoding, which says how its threads wait
+except ModuleNotFoundError as error:
+    sys.exit(f"end_to_end.py: {error}: `pip install .`, or `./run.sh needle` once and PYTHONPATH=build/python")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,8 +94,8 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
 
     needle = commands.add_parser("needle", parents=[common, measure], allow_abbrev=False,
                                  help="pass keys hidden at several depths")
-    needle.add_argument("--lengths", type=list_of(int), default=[4096, 8192, 16384], metavar="N,M",
-                        help="tokens of the texts (default: 4096,8192,16384)")
+    needle.add_argument("--lengths", type=list_of(int), default=[4096, 8192], metavar="N,M",
+                        help="tokens of the texts (default: 4096,8192)")
     needle.add_argument("--depths", type=int, default=10, metavar="N", help="depths of each length (default: 10)")
     needle.add_argument("--rounds", type=int, default=1, metavar="N",
                         help="keys of each depth; with several haystacks each round takes the next (default: 1)")
@@ -117,6 +121,11 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     for name in ("sparse", "layer_groups", "depths", "rounds", "texts_at_once", "keys_per_cell"):
         if getattr(options, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")
+    for length in getattr(options, "lengths", [getattr(options, "tokens", 1)]):
+        if length < 1:
+            parser.error(f"{'--lengths' if 'lengths' in options else '--tokens'} {length} must be positive")
+    if getattr(options, "prompt", None) == "":
+        parser.error("--prompt '' asks nothing")
     if options.rope_scale is not None and not 0 < options.rope_scale <= 1e6:
         parser.error(f"--rope-scale {options.rope_scale:g} must be positive and at most 1e6")
     for name in getattr(options, "methods", []):
@@ -260,17 +269,25 @@ def methods_of(
     return decoding.methods(names, cache, trained, options.keys_per_cell, options.trained_share, options.refine)
 
 
+def haystacks_for(model: SmolLM2, files: Sequence[Optional[Path]], tokens: int) -> list[np.ndarray]:
+    """All of them before anything is measured, long enough for the longest text."""
+    haystacks = [haystack_of(model, file) for file in files]
+    for haystack in haystacks:
+        if len(haystack) < tokens:
+            raise ValueError(f"the haystack has only {len(haystack):,} tokens, --lengths asks for {tokens:,}")
+    return haystacks
+
+
 def measure_needles(options: argparse.Namespace, results: Results) -> None:
     trained = trained_of(options, options.methods)
     files = options.haystack or [None]
     ways = [{"method": m, "budget": b} for m in options.methods for b in budgets_of(m, options.budgets)]
+    haystacks: list[np.ndarray] = []
     for length in options.lengths:
         decoding = decoding_for(length, options)
+        haystacks = haystacks or haystacks_for(decoding.model, files[: options.rounds], max(options.lengths))
         for round in range(options.rounds):
-            file = files[round % len(files)]
-            haystack = haystack_of(decoding.model, file)
-            if len(haystack) < length:
-                raise ValueError(f"the haystack has only {len(haystack):,} tokens, --lengths asks for {length:,}")
+            file, haystack = files[round % len(files)], haystacks[round % len(files)]
             first_seed = options.seed * 1000 + round * options.depths
             for depths in chunks(range(options.depths), decoding.texts_at_once):
                 keys = [

@@ -7,7 +7,7 @@
 #   contrib/make_traces.sh FOLDER
 #   contrib/make_traces.sh --bench 8k|32k FOLDER   only those of ./run.sh bench
 #
-# Needs root for apt-get, the environment that ./run.sh sets up, and about 3
+# Needs Debian 12, root or sudo, the environment that ./run.sh sets up, and about 3
 # hours on 2 cores: 5 to 9 minutes for each long trace, those to train on last,
 # or 6 s with torch and CUDA. What is there is not made again, and no text is
 # looked for whose traces are there.
@@ -17,7 +17,7 @@ if [ "${1:-}" = --bench ] && [ $# -eq 3 ]; then
   bench=$2
   shift 2
 fi
-[ $# -eq 1 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -eq 1 ] && [ "${1#-}" = "$1" ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
 cd "$1"
@@ -26,15 +26,20 @@ cd "$1"
 # bible-kjv 4.38, debian-handbook 11.20220922, html2text 1.3.2a-28,
 # jargon-text 4.4.7-4.1, libpython3.11-stdlib 3.11.2-6+deb12u6,
 # libstdc++-12-dev 12.2.0-14+deb12u1, linux-doc-6.1 6.1.192-2.
+install_packages() {
+  local root=
+  [ "$(id -u)" = 0 ] || root=sudo
+  $root apt-get install -y "$@" >&2
+}
 verses() { # from-to
-  command -v bible >/dev/null || apt-get install -y bible-kjv bible-kjv-text >&2
+  command -v bible >/dev/null || install_packages bible-kjv bible-kjv-text
   bible -f "$1" | sed 's/^[^ ]* //'
 }
 # Sections of the handbook in alphabetical order, without the navigation at both
 # ends.
 handbook() { # first letters
   command -v html2text >/dev/null && [ -d /usr/share/doc/debian-handbook ] ||
-    apt-get install -y debian-handbook html2text >&2
+    install_packages debian-handbook html2text
   for page in /usr/share/doc/debian-handbook/html/en-US/sect.[$1]*.html; do
     html2text -width 100000 -nobs -utf8 "$page" | sed '1,/^    \* Next/d' | sed '/^    \* Prev/,$d'
   done

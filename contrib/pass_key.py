@@ -30,7 +30,9 @@ def hide_pass_key(model: SmolLM2, haystack: np.ndarray, tokens: int, depth: floa
     needle = model.encode(f"\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n")
     question = model.encode(f"\n\nWhat is the pass key? The pass key is {key}")
     room = tokens - len(needle) - len(question)
-    if not 0 < room <= len(haystack):
+    if room <= 0:
+        raise ValueError(f"{tokens:,} tokens are too few for a pass key and the question for it")
+    if room > len(haystack):
         raise ValueError(f"a text of {tokens:,} tokens needs {room:,} tokens of haystack, there are {len(haystack):,}")
     at = round(depth * room)
     text = np.concatenate([haystack[:at], needle, haystack[at:room], question]).astype(np.int32)

@@ -38,7 +38,9 @@ def hide_pass_keys(model: SmolLM2, haystack: str, tokens: int, keys: int, seed: 
     # a few tokens to spare, as what stands side by side may be cut into other tokens
     room = tokens - len(model.encode("".join(hidden) + question + asked)) - 4 * keys
     hay = model.encode(haystack)
-    if not 0 < room <= len(hay):
+    if room <= 0:
+        raise ValueError(f"{tokens} tokens are too few for {keys} pass keys and the question for them")
+    if room > len(hay):
         raise ValueError(f"{tokens} tokens need {room} tokens of haystack, there are {len(hay)}")
     cuts = np.linspace(0, room, keys + 2).astype(int)
     pieces = [model.decode(hay[a:b]) for a, b in zip(cuts, cuts[1:])]

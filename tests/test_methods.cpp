@@ -1,6 +1,7 @@
 /// The selection rules of the benchmark's methods against brute force.
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -496,6 +497,7 @@ TEST(Methods, HnswFindsAsManyAsFaissAsksOfItsOwn) {
                 s.slots[h].end(),
                 best_key(data.query_post(0, h), vectors.data(), nb, d));
     }
+    std::printf("best keys found: %d of 500, Faiss asks for 470\n", found);
     EXPECT_GE(found, 470);
 }
 
@@ -642,6 +644,11 @@ TEST_P(PublishedDistortion, IsThatOfTheCodes) {
                          decoded.data(), data.keys_post.data() + i * d, d) /
                 p.keys;
     }
+    std::printf(
+            "squared error of a key: %.6g, published %.6g, ratio %.4f\n",
+            error,
+            p.error,
+            error / p.error);
     EXPECT_NEAR(error, p.error, p.tolerance * p.error);
 }
 

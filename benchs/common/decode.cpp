@@ -172,6 +172,10 @@ void report_decode(
         config["ragged"] = o.ragged;
         config["heads_q"] = o.heads_q;
         config["selectivity"] = selectivity;
+        config["requested_selectivity"] = o.selectivity;
+        config["fp32_centroids"] = o.fp32_centroids;
+        config["buffers_gib"] = o.buffer_gib;
+        config["repeat"] = o.repeat;
         config["bandwidth_bytes_per_s"] = peak;
         config["device_name"] = device;
         write_json(o.json, config, rows);

@@ -116,7 +116,7 @@ class GpuAttentionAdapter {
             const HeadPartitions& own = {},
             int64_t reserve = 4096,
             cudaStream_t stream = nullptr);
-    /// A sequence that begins as a copy: its lists are copied (about 1 % of the
+    /// A sequence that begins as a copy: its lists are copied (about 2 % of the
     /// cache that they index).
     int64_t fork(int64_t sequence, cudaStream_t stream = nullptr);
     /// Ends a sequence; its memory is used again after the stream's work so far.
