@@ -212,6 +212,9 @@ def test_differences_are_paired_and_intervals_are_those_of_student():
         (["needle", "--budgets", "2"], "must be from 0 to 1"),
         (["needle", "--rounds", "0"], "--rounds 0 must be positive"),
         (["needle", "--rope-scale", "0"], "--rope-scale 0 must be positive"),
+        (["needle", "--lengths", "4096,-1"], "--lengths -1 must be positive"),
+        (["stream", "--tokens", "0"], "--tokens 0 must be positive"),
+        (["stream", "--prompt", ""], "--prompt '' asks nothing"),
         (["stream", "--nonsense"], "--nonsense"),
         ([], "required"),
     ],
@@ -236,5 +239,8 @@ def test_results_do_not_take_the_place_of_a_text(capsys, tmp_path):
 def test_what_is_not_there_is_named(capsys, tmp_path):
     assert end_to_end.main(["loss", "--text", str(tmp_path / "none.txt")]) == 1
     assert "none.txt" in capsys.readouterr().err
-    assert end_to_end.main(["needle", "--lengths", "20000", "--cache", str(tmp_path)]) == 1
-    assert "haystack" in capsys.readouterr().err
+    assert end_to_end.main(["needle", "--lengths", "1300,20000", "--cache", str(tmp_path)]) == 1
+    assert "--lengths asks for 20,000" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # before the first text is read
+    assert end_to_end.main(["needle", "--lengths", "20", "--cache", str(tmp_path)]) == 1
+    assert "20 tokens are too few for a pass key" in capsys.readouterr().err

@@ -62,6 +62,9 @@ def test_bench_classifier_writes_json(tmp_path):
     assert all(row["us"] > 0 for row in report["rows"])
     result = run(Path(BIN) / "bench_classifier", "--cold-gib", "4e18")
     assert result.returncode != 0 and "--cold-gib: Value 4e18 not in range" in result.stderr
+    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 2**40:
+        result = run(Path(BIN) / "bench_classifier", "--cold-gib", 1024)
+        assert "weights of 1024 GiB do not fit" in result.stderr
 
 
 def test_bench_decode_writes_json(tmp_path):
