@@ -242,7 +242,8 @@ struct GpuIndexAsymmetricIVF::Impl {
             }
         };
         for_parts([&](int64_t i, int64_t m, const float* from) {
-            check_finite(from, m, d, i, "x", memory);
+            check_finite(
+                    from, m, d, i, "x", memory, params.float16 ? 65504.0f : INFINITY);
             key->assign(m, from, cells.get() + i);
         });
         lists->place(n, cells.get(), locations.get());
@@ -309,6 +310,7 @@ GpuIndexAsymmetricIVF::~GpuIndexAsymmetricIVF() = default;
 
 void GpuIndexAsymmetricIVF::copyFrom(const IndexAsymmetricIVF& index) {
     FAISS_THROW_IF_NOT_MSG(index.is_trained, "the index is not trained");
+    index.check_partition();
     FAISS_THROW_IF_NOT_FMT(
             index.d <= kMaxScanD,
             "index.d = %d must be at most %d",
@@ -460,6 +462,7 @@ void GpuIndexAsymmetricIVF::train(idx_t n, const float* x) {
             ncell,
             NEEDS_POST_ROPE,
             wanted,
+            metric_type,
             memory)[0];
     if (!training.asymmetric) {
         partition = symmetric(partition);

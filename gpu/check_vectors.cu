@@ -10,24 +10,29 @@ namespace {
 
 constexpr int kThreads = 256;
 
-/// The first vector whose squared norm is not finite. One warp per vector.
-__global__ void find_infinite_kernel(
+/// The first vector whose squared norm is not finite or that has a component beyond
+/// the largest. One warp per vector.
+__global__ void find_too_large_kernel(
         const float* x,
         int64_t n,
         int d,
+        float largest,
         unsigned long long* first) {
     const int64_t warps = int64_t(gridDim.x) * blockDim.x / 32;
     for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
          i < n;
          i += warps) {
         float sum = 0.0f;
+        bool beyond = false;
         for (int j = threadIdx.x % 32; j < d; j += 32) {
             sum = fmaf(x[i * d + j], x[i * d + j], sum);
+            beyond |= fabsf(x[i * d + j]) > largest;
         }
+        beyond = __any_sync(~0u, beyond);
         for (int apart = 16; apart > 0; apart /= 2) {
             sum += __shfl_xor_sync(~0u, sum, apart);
         }
-        if (threadIdx.x % 32 == 0 && !isfinite(sum)) {
+        if (threadIdx.x % 32 == 0 && (beyond || !isfinite(sum))) {
             atomicMin(first, static_cast<unsigned long long>(i));
         }
     }
@@ -73,13 +78,14 @@ void check_finite(
         int d,
         int64_t first,
         const char* name,
-        const StreamMemory& memory) {
+        const StreamMemory& memory,
+        float largest) {
     if (n == 0) {
         return;
     }
     const int64_t bad = find(memory, [&](unsigned long long* found) {
-        find_infinite_kernel<<<blocks(n, kThreads / 32), kThreads, 0, memory.stream>>>(
-                x, n, d, found);
+        find_too_large_kernel<<<blocks(n, kThreads / 32), kThreads, 0, memory.stream>>>(
+                x, n, d, largest, found);
     });
     if (bad < 0) {
         return;
@@ -98,6 +104,15 @@ void check_finite(
                 number,
                 j,
                 static_cast<double>(vector[j]));
+    }
+    for (int j = 0; j < d; j++) {
+        FAISS_THROW_IF_NOT_FMT(
+                std::fabs(vector[j]) <= largest,
+                "%s[%lld] = %g is beyond the %g that float16 can store",
+                name,
+                number * d + j,
+                static_cast<double>(vector[j]),
+                static_cast<double>(largest));
     }
     FAISS_THROW_FMT(
             "%s: the squared norm of vector %lld is too large for a float",

@@ -18,6 +18,7 @@ std::vector<Partition> learn_partitions(
         int ncell,
         RoutingNeeds space,
         const KMeansParams& params,
+        faiss::MetricType metric,
         const StreamMemory& memory) {
     BatchedKMeansParams k;
     k.nhead = nhead, k.n = n, k.d = d, k.ncell = ncell;
@@ -49,8 +50,8 @@ std::vector<Partition> learn_partitions(
     copy_async(host_means.data(), means.get(), size, memory.stream);
     FAISS_SAAP_CUDA_CHECK(cudaStreamSynchronize(memory.stream));
 
-    const auto assigner = [&](const float* rows, faiss::MetricType metric) {
-        auto flat = std::make_shared<faiss::IndexFlat>(d, metric);
+    const auto assigner = [&](const float* rows, faiss::MetricType by) {
+        auto flat = std::make_shared<faiss::IndexFlat>(d, by);
         flat->add(ncell, rows);
         return std::make_shared<QuantizerAssigner>(flat, space);
     };
@@ -59,8 +60,7 @@ std::vector<Partition> learn_partitions(
         heads[h].key = assigner(
                 host_centroids.data() + h * of_head,
                 params.spherical ? faiss::METRIC_INNER_PRODUCT : faiss::METRIC_L2);
-        heads[h].query = assigner(
-                host_means.data() + h * of_head, faiss::METRIC_INNER_PRODUCT);
+        heads[h].query = assigner(host_means.data() + h * of_head, metric);
     }
     return heads;
 }

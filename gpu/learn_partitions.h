@@ -10,7 +10,7 @@
 namespace faiss_saap::gpu {
 
 /// kmeans_partition of every head, all at once: keys go to the nearest centroid,
-/// queries to the mean with the largest inner product. Synchronises.
+/// queries are compared with the means by `metric`. Synchronises.
 /// @param x      device memory, size nhead * n * d, finite
 /// @param ncell  1 to 65,536 and at most n
 /// @return one for each head
@@ -23,6 +23,7 @@ std::vector<Partition> learn_partitions(
         int ncell,
         RoutingNeeds space,
         const KMeansParams& params,
+        faiss::MetricType metric,
         const StreamMemory& memory);
 
 } // namespace faiss_saap::gpu

@@ -86,7 +86,15 @@ HeadPartitions sequence_partitions(
     check_finite(x.get(), keys, kv.d, 0, "keys", memory);
     HeadPartitions heads;
     for (Partition& p : learn_partitions(
-                 x.get(), kv.heads, n, kv.d, ncell, NEEDS_POST_ROPE, params, memory)) {
+                 x.get(),
+                 kv.heads,
+                 n,
+                 kv.d,
+                 ncell,
+                 NEEDS_POST_ROPE,
+                 params,
+                 faiss::METRIC_INNER_PRODUCT,
+                 memory)) {
         heads.push_back({std::move(p)});
     }
     return heads;

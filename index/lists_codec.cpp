@@ -114,7 +114,7 @@ void check_encodable(const faiss::IndexIVF& lists, int64_t n, const float* x) {
     for (int64_t i = 0; i < n * lists.d; i++) {
         FAISS_THROW_IF_NOT_FMT(
                 std::fabs(x[i]) <= kLargest,
-                "x[%" PRId64 "] = %g is beyond the 65504 that SQfp16 can store",
+                "x[%" PRId64 "] = %g is beyond the 65504 that float16 can store",
                 i,
                 double(x[i]));
     }

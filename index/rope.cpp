@@ -139,7 +139,7 @@ bool RopeParams::operator==(const RopeParams& o) const {
 
 void RopeParams::check() const {
     FAISS_THROW_IF_NOT_FMT(
-            d > 0 && d % 2 == 0, "rope: d = %d must be even", d);
+            d > 0 && d % 2 == 0, "rope: d = %d must be positive and even", d);
     FAISS_THROW_IF_NOT_FMT(
             std::isfinite(theta) && theta > 1,
             "rope: theta = %g must be greater than 1",

@@ -113,6 +113,7 @@ struct GpuIndexAsymmetricIVF : faiss::Index {
     /// Adds vectors with ids ntotal .. ntotal + n - 1. As in Faiss, ntotal
     /// shrinks with remove_ids: use add_with_ids after that.
     /// @param n  ntotal + n is below 2^31
+    /// @param x  size n * d; stored as float16 no component may exceed 65504
     void add(idx_t n, const float* x) override;
     /// @param xids  size n, not negative; duplicates are kept side by side.
     ///              Null: as `add`

@@ -17,7 +17,7 @@ int main() {
     std::vector<faiss::Index::idx_t> ids(queries * k);
 
     gpu::GpuIndexAsymmetricIVF index(d, ncell, faiss::METRIC_INNER_PRODUCT);
-    index.train(n, x.data()); // cells by k-means, queries by inner product with means
+    index.train(n, x.data()); // cells by k-means, queries by the metric with means
     index.add(n, x.data());   // host or device pointers
     index.nprobe = 16;
     index.search(queries, q.data(), k, distances.data(), ids.data());

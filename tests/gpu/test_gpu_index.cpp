@@ -511,6 +511,26 @@ TEST_F(GpuIndex, LearnsCells) {
         found += std::count(row, row + 10, ids[i]);
     }
     EXPECT_GT(found, queries * 10 / 2);
+
+    // By L2 far from the origin the nearest cell is seldom that of the largest
+    // inner product.
+    auto far = random.normal(ncell * d);
+    for (float& f : far) {
+        f = 30 + 3 * f;
+    }
+    std::vector<float> clustered(n * d);
+    for (int i = 0; i < n * d; i++) {
+        clustered[i] = far[i / d % ncell * d + i % d] + .1f * x[i];
+    }
+    GpuIndexAsymmetricIVF l2(d, ncell, faiss::METRIC_L2);
+    l2.train(n, clustered.data());
+    l2.add(n, clustered.data());
+    l2.search(queries, clustered.data(), 1, distances.data(), ids.data());
+    found = 0;
+    for (int i = 0; i < queries; i++) {
+        found += ids[i] == i;
+    }
+    EXPECT_GT(found, .9 * queries);
 }
 
 TEST_F(GpuIndex, SearchesFromManyThreads) {
@@ -647,6 +667,17 @@ TEST_F(GpuIndex, RefusesWithASentenceAndIsAsBefore) {
     elsewhere.device = 99;
     EXPECT_SENTENCE(
             GpuIndexAsymmetricIVF(d, 4, faiss::METRIC_L2, elsewhere), "99");
+    GpuIndexParams halves;
+    halves.float16 = true;
+    GpuIndexAsymmetricIVF narrow(p.partition, faiss::METRIC_L2, halves);
+    std::vector<float> large_numbers(2 * d, 1);
+    large_numbers[d + 2] = -65505;
+    EXPECT_SENTENCE(
+            narrow.add(2, large_numbers.data()),
+            "x[" + std::to_string(d + 2) + "] = -65505 is beyond the 65504");
+    EXPECT_EQ(narrow.ntotal, 0);
+    large_numbers[d + 2] = -65504;
+    narrow.add(2, large_numbers.data());
     GpuIndexAsymmetricIVF untrained(d, 64, faiss::METRIC_L2);
     EXPECT_SENTENCE(untrained.add(1, p.x.data()), "not trained");
     EXPECT_SENTENCE(untrained.train(10, p.x.data()), "n = 10");
