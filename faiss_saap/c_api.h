@@ -3,8 +3,9 @@
 /// gpu/GpuAttentionAdapter.h, whose words are used here.
 ///
 /// Functions that return a pointer return null, and those that return an int
-/// return 1, when they fail; `saap_last_error` then has the sentence. `stream`
-/// is a cudaStream_t.
+/// return 1, when they fail; `saap_last_error` then has the sentence, of the calling thread.
+/// `stream` is a cudaStream_t. Rows of caches and queries begin at multiples of 16 bytes. What
+/// is done with an adapter is done by one thread at a time.
 #pragma once
 
 #include <stdint.h>

@@ -1,6 +1,7 @@
 #include <faiss_saap/gpu/GpuAttentionAdapter.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cinttypes>
 #include <cstring>
 
@@ -107,6 +108,7 @@ struct GpuBatch::State {
     std::vector<BatchList> lists;
     std::vector<BatchRow> rows;
     int device = 0;
+    int64_t adapter = 0; ///< the number of that which planned it
     int64_t tokens = 0, most_q_len = 0;
     int most_cells = 0, most_cols = 0, most_post = 0, most_width = 0;
     int most_cell_bytes = 0;
@@ -169,11 +171,20 @@ void GpuBatch::release(cudaStream_t stream) {
     state_->memory.release(stream);
 }
 
+namespace {
+
+int64_t next_number() {
+    static std::atomic<int64_t> last = 0;
+    return ++last;
+}
+
+} // namespace
+
 GpuAttentionAdapter::GpuAttentionAdapter(
         const AdapterParams& params,
         HeadPartitions partitions,
         int device)
-        : device_(device) {
+        : device_(device), number_(next_number()) {
     // The same checks, with the same sentences.
     params_ = AttentionAdapter(params, partitions).params();
     group_ = params_.heads_q / params_.heads_kv;
@@ -589,14 +600,23 @@ void GpuAttentionAdapter::check_view(const KvView& kv) const {
     aligned("kv.k_page_stride", kv.k_page_stride, 8);
     aligned("kv.v_page_stride", kv.v_page_stride, 8);
     const auto near = [&](const char* what, int64_t token, int64_t head, int64_t page) {
-        const int64_t last = kv.page_table
-                ? kv.npages * page + kv.page_size * token
-                : kv.length * token;
-        const int64_t bytes = (last + kv.heads * head) *
-                static_cast<int64_t>(element_size(kv.dtype));
         FAISS_THROW_IF_NOT_FMT(
-                bytes <= kMaxSpan,
-                "%s spans %" PRId64 " bytes, on the device at most %" PRId64,
+                token >= 0 && head >= 0 && page >= 0,
+                "%s has strides of %" PRId64 ", %" PRId64 " and %" PRId64
+                " for tokens, heads and pages: on the device they must not be negative",
+                what,
+                token,
+                head,
+                page);
+        // As floating-point numbers, which do not wrap.
+        const double last = kv.page_table
+                ? double(kv.npages) * double(page) + double(kv.page_size) * double(token)
+                : double(kv.length) * double(token);
+        const double bytes = (last + double(kv.heads) * double(head)) *
+                static_cast<double>(element_size(kv.dtype));
+        FAISS_THROW_IF_NOT_FMT(
+                bytes <= static_cast<double>(kMaxSpan),
+                "%s spans %.0f bytes, on the device at most %" PRId64,
                 what,
                 bytes,
                 kMaxSpan);
@@ -612,6 +632,7 @@ std::unique_ptr<GpuBatch> GpuAttentionAdapter::plan(
     auto state = std::make_unique<GpuBatch::State>();
     GpuBatch::State& b = *state;
     b.device = device_;
+    b.adapter = number_;
     b.attends = true;
     if (batch.empty()) {
         return std::unique_ptr<GpuBatch>(new GpuBatch(std::move(state)));
@@ -924,6 +945,8 @@ void GpuAttentionAdapter::check_batch(const GpuBatch& batch, bool attends) const
             "the batch lies on device %d, the adapter on %d",
             b.device,
             device_);
+    FAISS_THROW_IF_NOT_MSG(
+            b.adapter == number_, "the batch was planned by another adapter");
     FAISS_THROW_IF_NOT_MSG(!b.released, "the batch was released");
     for (int64_t sequence : b.sequences) {
         at(sequence);

@@ -6,6 +6,7 @@
 
 #include <faiss_saap/QuantizerAssigner.h>
 #include <faiss_saap/gpu/GpuAttentionAdapter.h>
+#include <faiss_saap/sentence_of.h>
 
 #include "check.h"
 
@@ -26,15 +27,24 @@ namespace {
 
 thread_local std::string last_error;
 
+template <class Sentence>
+void keep(const Sentence& sentence) noexcept {
+    try {
+        last_error = sentence();
+    } catch (...) { // out of memory: no exception may reach C
+        last_error.clear();
+    }
+}
+
 /// The result of body, or `failed` with the exception's sentence kept.
 template <class T, class Body>
 T guarded(T failed, const Body& body) {
     try {
         return body();
     } catch (const std::exception& e) {
-        last_error = e.what();
+        keep([&] { return sentence_of(e); });
     } catch (...) {
-        last_error = "an unknown exception";
+        keep([] { return "an unknown exception"; });
     }
     return failed;
 }
@@ -85,8 +95,8 @@ SaapAdapter* saap_adapter_new(
         FAISS_THROW_IF_NOT_MSG(p, "params is null");
         FAISS_THROW_IF_NOT_MSG(centroids, "centroids is null");
         FAISS_THROW_IF_NOT_FMT(
-                p->ncell >= 1 && p->d >= 1 && p->heads_kv >= 1,
-                "ncell = %d, d = %d and heads_kv = %d must be at least 1",
+                p->ncell >= 1 && p->ncell <= 65536 && p->d >= 1 && p->heads_kv >= 1,
+                "ncell = %d must be between 1 and 65536, d = %d and heads_kv = %d at least 1",
                 p->ncell,
                 p->d,
                 p->heads_kv);

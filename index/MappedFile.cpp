@@ -8,11 +8,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <faiss/impl/FaissAssert.h>
+#include "check.h"
 
 namespace faiss_saap {
 
 MappedFile::MappedFile(const std::string& path) {
+    check_path(path);
     // Without O_NONBLOCK, opening a pipe would wait for its writer.
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     FAISS_THROW_IF_NOT_FMT(

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <string>
 
 #include <faiss/impl/FaissAssert.h>
 
@@ -15,6 +16,14 @@ template <class Pointer>
 const auto& not_null(const Pointer& pointer, const char* name) {
     FAISS_THROW_IF_NOT_FMT(pointer, "%s is null", name);
     return *pointer;
+}
+
+/// @throws faiss::FaissException for what names another file, or none, to the system
+inline void check_path(const std::string& path) {
+    FAISS_THROW_IF_NOT_FMT(
+            !path.empty() && path.find('\0') == std::string::npos,
+            "path '%s' is empty or holds a NUL",
+            path.c_str());
 }
 
 /// Whether all components are finite and so is the squared norm: then every

@@ -89,6 +89,7 @@ std::string behind_links(const std::string& path) {
 void write_file(
         const std::string& path,
         const std::function<void(FileSink&)>& body) {
+    check_path(path);
     if (is_written_in_place(path)) {
         const int fd = open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
         check_created(fd >= 0, path);

@@ -272,6 +272,7 @@ class GpuAttentionAdapter {
 
     AdapterParams params_;
     int group_ = 0, device_ = 0, processors_ = 0;
+    int64_t number_ = 0; ///< of this adapter, among all of the process
     size_t route_room_ = 0; ///< shared memory of a block that routes
     int team_blocks_ = 1; ///< blocks that may score one row's cells together
     std::unique_ptr<Fault> fault_;

@@ -216,6 +216,10 @@ def test_a_batch_is_its_sequences_and_keeps_the_budget(random):
     assert (more.selectivity == 1).all()
     asked = adapter.attend([fs.SequenceInput(batch[1].sequence, batch[1].kv, 1, [347])], queries[1][:1])
     np.testing.assert_array_equal(asked.output, expected[1].output[:1])
+    # inputs that nobody else holds
+    made = (fs.SequenceInput(b.sequence, b.kv, 1, [b.kv.length - 3]) for b in batch)
+    asked = adapter.attend(made, np.concatenate([q[:1] for q in queries]))
+    np.testing.assert_array_equal(asked.output[1:], expected[1].output[:1])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -395,6 +399,10 @@ def test_training_files_and_decoding_with_them(trained, tmp_path):
     fs.write_partitions(fs.PartitionSet([partition], model="m", sink=16, window=512, texts=["t"]), path)
     read = fs.read_partitions(path)
     assert (read.model, read.window, read.texts) == ("m", 512, ["t"])
+    read.plans = [fs.ProbePlan(layer=9, kv_head=0)]
+    plan = read.plans[0]  # a copy
+    read.plans = []
+    assert plan.layer == 9 and read.plans == []
     read.check_rope(trace.rope)
     mine, theirs = partition.partition, read.find(9, 0).partition
     q = trace.queries(9, 1)[:5]
@@ -459,6 +467,17 @@ def test_what_a_callback_raises_ends_the_training(trained):
         (lambda i, x: fs.TrainingParams(cells=3), "no field 'cells'"),
         (lambda i, x: fs.TrainingParams(centroid_dtype="float16"), "centroid_dtype = 'float16'"),
         (lambda i, x: fs.CellMeanAssigner(D, 3).scores(post_rope=x), "stat"),
+        (lambda i, x: i.set_query_assigner(fs.CellMeanAssigner(D, 8)), "statistics"),
+        (lambda i, x: i.remove_ids(np.array([1.9])), "ids has elements that are no integers"),
+        (lambda i, x: i.add_with_ids(x, [0, 1, 2.5, 3]), "ids has elements that are no integers"),
+        (lambda i, x: i.search_preassigned(x, 3, np.zeros((4, 1))), "cells has elements that are no integers"),
+        (lambda i, x: fs.RotaryEmbedding(fs.RopeParams(d=D)).rotate(x, np.arange(4.0)), "position has elements"),
+        (lambda i, x: fs.write_index(i, "a\0b"), "holds a NUL"),
+        (lambda i, x: fs.read_index("a\0b"), "holds a NUL"),
+        (lambda i, x: fs.AttentionAdapter(6, 2, D, "ab"), "partitions hold a str"),
+        (lambda i, x: fs.AttentionAdapter(6, 2, D).attend([3], x), "batch[0] is a int, expected a SequenceInput"),
+        (lambda i, x: fs.train_partition([3], 0, 0), "texts[0] is a int, expected a Trace"),
+        (lambda i, x: fs.key_code_size(2**31 - 1), "d = 2147483647"),
     ],
 )
 def test_errors_are_sentences_that_name_the_argument(random, wrong, sentence):
@@ -468,6 +487,28 @@ def test_errors_are_sentences_that_name_the_argument(random, wrong, sentence):
     assert isinstance(error.value, RuntimeError)
     assert sentence in str(error.value), str(error.value)
     assert ".cpp" not in str(error.value) and "' failed" not in str(error.value)
+    index.search(x[:4], 3)  # as before
+
+
+def test_results_that_fit_no_memory_are_refused(random):
+    index, x = trained_index(random)
+    for n, k in ((4, 2**62), (8, 2**61), (1, 2**62)):
+        with pytest.raises(MemoryError):
+            index.search(x[:n], k)
+        with pytest.raises(MemoryError):
+            index.search_preassigned(x[:n], k, np.zeros((n, 1), np.int64))
+
+
+def test_lists_and_other_types_are_taken_for_vectors_and_ids():
+    x = np.arange(8 * D).reshape(8, D) % 7
+    index = fs.index_factory(D, "AIVF2,Flat", fs.METRIC_L2)
+    index.train(x.tolist())
+    index.add_with_ids(x.astype(">f4"), list(range(8)))
+    index.nprobe = 2
+    np.testing.assert_array_equal(index.search(x.astype(np.float16), 1)[0], 0)
+    assert index.remove_ids([1, 2]) == 2
+    p = fs.RopeParams(d=8, theta=500.0)
+    assert p == fs.RopeParams(d=8, theta=500.0) and len({p, fs.RopeParams(d=8, theta=500.0), fs.RopeParams(d=8)}) == 2
 
 
 def test_wrong_queries_leave_outputs_untouched(random):

@@ -30,6 +30,21 @@ struct Asking {
     }
 };
 
+/// Those of a batch, copied.
+inline std::vector<Asking> asked_of(const nb::object& batch) {
+    std::vector<Asking> all;
+    for (const nb::handle one : batch) {
+        Asking* asking = nullptr;
+        FAISS_THROW_IF_NOT_FMT(
+                nb::try_cast(one, asking) && asking,
+                "batch[%zd] is a %s, expected a SequenceInput",
+                all.size(),
+                nb::type_name(one.type()).c_str());
+        all.push_back(*asking);
+    }
+    return all;
+}
+
 inline AdapterParams adapter_params(
         int heads_q,
         int heads_kv,
@@ -64,14 +79,22 @@ inline HeadPartitions head_partitions(const nb::object& given) {
     if (given.is_none()) {
         return all;
     }
+    const auto partition = [](const nb::handle x) -> const Partition& {
+        FAISS_THROW_IF_NOT_FMT(
+                nb::isinstance<Partition>(x),
+                "partitions hold a %s, expected a Partition, or a list of them, for each KV "
+                "head",
+                nb::type_name(x.type()).c_str());
+        return nb::cast<const Partition&>(x);
+    };
     for (const nb::handle head : given) {
         std::vector<Partition> of_head;
-        if (nb::isinstance<Partition>(head)) {
-            of_head.push_back(nb::cast<const Partition&>(head));
-        } else {
+        if (nb::isinstance<nb::sequence>(head)) {
             for (const nb::handle p : head) {
-                of_head.push_back(nb::cast<const Partition&>(p));
+                of_head.push_back(partition(p));
             }
+        } else {
+            of_head.push_back(partition(head));
         }
         all.push_back(std::move(of_head));
     }

@@ -114,19 +114,53 @@ AnyArray array_of(nb::handle object, const char* name) {
     return array;
 }
 
-std::vector<int32_t> integers_of(const nb::object& object, const char* name, int64_t n) {
+namespace {
+
+/// A list as an array of numpy; what is one already as it is.
+nb::object as_array(const nb::object& object) {
     const bool sequence = nb::isinstance<nb::list>(object) || nb::isinstance<nb::tuple>(object);
-    const nb::object array =
-            sequence ? nb::module_::import_("numpy").attr("asarray")(object) : object;
+    return sequence ? nb::module_::import_("numpy").attr("asarray")(object) : object;
+}
+
+} // namespace
+
+Floats floats_of(const nb::object& object, const char* name) {
+    Floats floats;
+    if (nb::try_cast(object, floats)) {
+        return floats;
+    }
+    const nb::object numpy = nb::module_::import_("numpy");
+    const nb::object converted = numpy.attr("ascontiguousarray")(object, numpy.attr("float32"));
+    FAISS_THROW_IF_NOT_FMT(
+            nb::try_cast(converted, floats),
+            "%s is a %s, expected an array of numbers in main memory",
+            name,
+            nb::type_name(object.type()).c_str());
+    return floats;
+}
+
+Longs longs_of(const nb::object& object, const char* name) {
+    const nb::object array = as_array(object);
     const AnyArray given = array_of(array, name);
-    check_shape(given, name, {n});
     const auto code = static_cast<nb::dlpack::dtype_code>(given.dtype().code);
     FAISS_THROW_IF_NOT_FMT(
             code == nb::dlpack::dtype_code::Int || code == nb::dlpack::dtype_code::UInt ||
                     given.size() == 0,
             "%s has elements that are no integers",
             name);
-    const auto integers = nb::cast<Longs>(array);
+    Longs integers;
+    FAISS_THROW_IF_NOT_FMT(
+            nb::try_cast(array, integers),
+            "%s is a %s, whose integers must be contiguous and of 64 bits: numpy's may "
+            "be others",
+            name,
+            nb::type_name(object.type()).c_str());
+    return integers;
+}
+
+std::vector<int32_t> integers_of(const nb::object& object, const char* name, int64_t n) {
+    const Longs integers = longs_of(object, name);
+    check_shape(AnyArray(integers), name, {n});
     std::vector<int32_t> numbers(integers.size());
     for (size_t i = 0; i < numbers.size(); i++) {
         const int64_t x = integers.data()[i];

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -52,6 +53,16 @@ AnyArray array_anywhere(nb::handle object, const char* name);
 /// The same, in main memory alone.
 AnyArray array_of(nb::handle object, const char* name);
 
+/// Contiguous float32, from an array or a sequence of numbers of any type; in place where they
+/// are that already.
+/// @throws faiss::FaissException naming the argument
+Floats floats_of(const nb::object& object, const char* name);
+
+/// Numbers of 64 bits, from integers of any size in an array or a list. (Conversion by numpy
+/// would cut fractions off.)
+/// @throws faiss::FaissException naming the argument
+Longs longs_of(const nb::object& object, const char* name);
+
 /// Numbers of 32 bits, from integers of any size in one dimension. (Conversion by numpy would
 /// cut off what is beyond.)
 /// @param n  how many are expected; -1: any number
@@ -87,7 +98,9 @@ struct NewArray {
     explicit NewArray(std::vector<size_t> extents) : shape(std::move(extents)) {
         size_t n = 1;
         for (size_t s : shape) {
-            n *= s;
+            if (__builtin_mul_overflow(n, s, &n)) {
+                throw std::bad_alloc(); // MemoryError
+            }
         }
         memory.reset(new T[n]);
     }

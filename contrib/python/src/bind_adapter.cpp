@@ -37,12 +37,12 @@ struct Attention {
 class Batch {
    public:
     Batch(const AttentionAdapter& adapter,
-          const std::vector<const Asking*>& asking,
-          const nb::object& queries) {
-        for (const Asking* a : asking) {
-            FAISS_THROW_IF_NOT_MSG(a, "batch holds a None");
-            inputs.push_back(a->input(a->array_view().in_main_memory()));
-            tokens += a->q_len;
+          const nb::object& asking,
+          const nb::object& queries)
+            : asked(asked_of(asking)) {
+        for (const Asking& a : asked) {
+            inputs.push_back(a.input(a.array_view().in_main_memory()));
+            tokens += a.q_len;
             FAISS_THROW_IF_NOT_FMT(
                     inputs.back().kv.d_v == inputs.front().kv.d_v,
                     "the values of the batch have %d and %d components",
@@ -61,7 +61,9 @@ class Batch {
         d_v = inputs.empty() ? p.d : inputs.front().kv.d_v;
     }
 
-    std::vector<SequenceInput> inputs;
+    /// Copies, with their views: whose they are may change while the library works.
+    std::vector<Asking> asked;
+    std::vector<SequenceInput> inputs; ///< of `asked`
     std::unique_ptr<FloatRows> rows;
     int64_t tokens = 0;
     int heads = 0, d_v = 0;
@@ -127,7 +129,11 @@ Attention attend(
 
 void bind_adapter(nb::module_& m) {
     m.def("key_code_size",
-          &KeyCodes::code_size,
+          [](int d) {
+              FAISS_THROW_IF_NOT_FMT(
+                      d >= 1 && d <= 1 << 20, "d = %d must be between 1 and 2^20", d);
+              return KeyCodes::code_size(d);
+          },
           "d"_a,
           "Bytes of the code of a key of d components.");
     nb::class_<ProbePolicy>(
@@ -245,9 +251,10 @@ void bind_adapter(nb::module_& m) {
             .def(
                     "__init__",
                     [](ProbedCells* self,
-                       const Longs& begin,
+                       const nb::object& given,
                        const nb::object& cells,
                        bool share_group) {
+                        const Longs begin = longs_of(given, "begin");
                         check_shape(AnyArray(begin), "begin", {-1});
                         new (self) ProbedCells{
                                 share_group,
@@ -508,7 +515,7 @@ void bind_adapter(nb::module_& m) {
     adapter.def(
                    "attend",
                    [](const AttentionAdapter& a,
-                      const std::vector<const Asking*>& asking,
+                      const nb::object& asking,
                       const nb::object& queries,
                       const ProbePolicy* policy,
                       const nb::object& output,
@@ -536,7 +543,7 @@ void bind_adapter(nb::module_& m) {
                    "lse"_a = nb::none(),
                    "merge"_a = false,
                    nb::sig("def attend(self, batch: "
-                           "collections.abc.Sequence[SequenceInput], queries: "
+                           "collections.abc.Iterable[SequenceInput], queries: "
                            "object, policy: ProbePolicy | None = None, *, "
                            "output: object = None, lse: object = None, merge: "
                            "bool = False) -> Attention"),
@@ -549,7 +556,7 @@ void bind_adapter(nb::module_& m) {
             .def(
                     "route",
                     [](const AttentionAdapter& a,
-                       const std::vector<const Asking*>& asking,
+                       const nb::object& asking,
                        const nb::object& queries,
                        const ProbePolicy* policy) {
                         const Batch batch(a, asking, queries);
@@ -561,7 +568,7 @@ void bind_adapter(nb::module_& m) {
                     "queries"_a,
                     "policy"_a = nb::none(),
                     nb::sig("def route(self, batch: "
-                            "collections.abc.Sequence[SequenceInput], queries: "
+                            "collections.abc.Iterable[SequenceInput], queries: "
                             "object, policy: ProbePolicy | None = None) -> "
                             "ProbedCells"),
                     "The first half of attend: which cells to probe (with "
@@ -569,7 +576,7 @@ void bind_adapter(nb::module_& m) {
             .def(
                     "attend_preassigned",
                     [](const AttentionAdapter& a,
-                       const std::vector<const Asking*>& asking,
+                       const nb::object& asking,
                        const nb::object& queries,
                        const ProbedCells& probed,
                        const nb::object& output,
@@ -600,7 +607,7 @@ void bind_adapter(nb::module_& m) {
                     "policy"_a = nb::none(),
                     "merge"_a = false,
                     nb::sig("def attend_preassigned(self, batch: "
-                            "collections.abc.Sequence[SequenceInput], queries: "
+                            "collections.abc.Iterable[SequenceInput], queries: "
                             "object, probed: ProbedCells, *, output: object = "
                             "None, lse: object = None, policy: ProbePolicy | "
                             "None = None, merge: bool = False) -> Attention"),
@@ -667,7 +674,8 @@ void bind_adapter(nb::module_& m) {
                         HeadPartitions all;
                         {
                             nb::gil_scoped_release release;
-                            all = plan.own(view.kv, begin, end, params);
+                            all = plan.own(
+                                    view.in_main_memory(), begin, end, params);
                         }
                         return to_python(all);
                     },

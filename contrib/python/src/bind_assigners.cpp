@@ -44,7 +44,7 @@ struct RoutingArrays {
         FAISS_THROW_IF_NOT_MSG(
                 input.n >= 0, "pre_rope and post_rope are both None");
         if (!position.is_none()) {
-            position_ = nb::cast<Longs>(position);
+            position_ = longs_of(position, "position");
             check_shape(AnyArray(position_), "position", {input.n});
             input.position = position_.data();
         }
@@ -139,14 +139,20 @@ void bind_assigners(nb::module_& m) {
                         return a == b;
                     },
                     nb::is_operator(),
-                    nb::sig("def __eq__(self, other: object, /) -> bool"));
+                    nb::sig("def __eq__(self, other: object, /) -> bool"))
+            .def("__hash__", [](const RopeParams& p) {
+                return nb::hash(nb::make_tuple(
+                        p.d, p.theta, static_cast<int>(p.layout), p.scaling_text()));
+            });
 
     using Turn = void (RotaryEmbedding::*)(int64_t, const int64_t*, float*)
             const;
     const auto turned = [](Turn turn) {
         return [turn](const RotaryEmbedding& r,
-                      const Floats& x,
-                      const Longs& position) {
+                      const nb::object& given,
+                      const nb::object& positions) {
+            const Floats x = floats_of(given, "x");
+            const Longs position = longs_of(positions, "position");
             check_shape(AnyArray(x), "x", {-1, r.params.d});
             const auto n = static_cast<int64_t>(x.shape(0));
             check_shape(AnyArray(position), "position", {n});
@@ -271,9 +277,10 @@ void bind_assigners(nb::module_& m) {
             .def(
                     "__init__",
                     [](QuantizerAssigner* self,
-                       const Floats& centroids,
+                       const nb::object& given,
                        int metric,
                        unsigned space) {
+                        const Floats centroids = floats_of(given, "centroids");
                         check_shape(AnyArray(centroids), "centroids", {-1, -1});
                         FAISS_THROW_IF_NOT_FMT(
                                 metric == faiss::METRIC_L2 ||
@@ -323,7 +330,7 @@ void bind_assigners(nb::module_& m) {
             .def(
                     "__init__",
                     [](QueryClassifier* self,
-                       const Floats& parameters,
+                       const nb::object& given,
                        int d,
                        int ncell,
                        int group,
@@ -341,6 +348,7 @@ void bind_assigners(nb::module_& m) {
                         s.share_input = share_input;
                         s.share_trunk = share_trunk;
                         s.check();
+                        const Floats parameters = floats_of(given, "parameters");
                         check_shape(
                                 AnyArray(parameters),
                                 "parameters",
@@ -385,8 +393,9 @@ void bind_assigners(nb::module_& m) {
                     "__init__",
                     [](BlendAssigner* self,
                        std::shared_ptr<QueryClassifier> classifier,
-                       const Floats& weights,
+                       const nb::object& given,
                        float scale) {
+                        const Floats weights = floats_of(given, "weights");
                         check_shape(
                                 AnyArray(weights),
                                 "weights",
@@ -456,11 +465,12 @@ void bind_assigners(nb::module_& m) {
 
     m.def(
             "kmeans_partition",
-            [](const Floats& x,
+            [](const nb::object& given,
                int ncell,
                unsigned space,
                const KMeansParams& params,
                const RopeParams& rope) {
+                const Floats x = floats_of(given, "x");
                 check_shape(AnyArray(x), "x", {-1, -1});
                 const RoutingNeeds needs = space_of(space);
                 nb::gil_scoped_release release;

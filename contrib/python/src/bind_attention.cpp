@@ -23,11 +23,17 @@ int64_t extent(const AnyArray& x, size_t axis) {
     return static_cast<int64_t>(x.shape(axis));
 }
 
+int small_extent(const AnyArray& x, size_t axis, const char* name) {
+    FAISS_THROW_IF_NOT_FMT(
+            x.shape(axis) <= INT_MAX, "%s = %zd is beyond 2^31 - 1", name, x.shape(axis));
+    return static_cast<int>(x.shape(axis));
+}
+
 /// Strides of the components must be 1: rows are read as they lie.
 void check_rows(const AnyArray& x, const char* name) {
     const size_t last = x.ndim() - 1;
     FAISS_THROW_IF_NOT_FMT(
-            x.stride(last) == 1 || x.shape(last) == 1,
+            x.stride(last) == 1 || x.shape(last) == 1 || x.size() == 0,
             "%s has a stride of %lld elements in its last dimension, the "
             "components of a row must be contiguous",
             name,
@@ -83,9 +89,9 @@ ArrayView make_view(
             "k and v have elements of different types");
     kv.k = view.k.data();
     kv.v = view.v.data();
-    kv.heads = static_cast<int>(extent(view.k, head_axis));
-    kv.d = static_cast<int>(extent(view.k, ndim - 1));
-    kv.d_v = static_cast<int>(extent(view.v, ndim - 1));
+    kv.heads = small_extent(view.k, head_axis, "heads");
+    kv.d = small_extent(view.k, ndim - 1, "d");
+    kv.d_v = small_extent(view.v, ndim - 1, "d_v");
     kv.k_token_stride = view.k.stride(token_axis);
     kv.k_head_stride = view.k.stride(head_axis);
     kv.v_token_stride = view.v.stride(token_axis);
@@ -172,7 +178,7 @@ void bind_attention(nb::module_& m) {
                         view.page_table = table;
                         kv.page_table =
                                 static_cast<const int32_t*>(table.data());
-                        kv.page_size = static_cast<int>(extent(view.k, 1));
+                        kv.page_size = small_extent(view.k, 1, "page_size");
                         kv.npages = extent(view.k, 0);
                         kv.k_page_stride = view.k.stride(0);
                         kv.v_page_stride = view.v.stride(0);
@@ -286,10 +292,14 @@ void bind_attention(nb::module_& m) {
             "(heads_q,).");
     m.def(
             "merge_states",
-            [](const Floats& output,
-               const Floats& lse,
-               const Floats& output_b,
-               const Floats& lse_b) {
+            [](const nb::object& given,
+               const nb::object& given_lse,
+               const nb::object& given_b,
+               const nb::object& given_lse_b) {
+                const Floats output = floats_of(given, "output");
+                const Floats lse = floats_of(given_lse, "lse");
+                const Floats output_b = floats_of(given_b, "output_b");
+                const Floats lse_b = floats_of(given_lse_b, "lse_b");
                 check_shape(AnyArray(output), "output", {-1, -1});
                 const auto n = static_cast<int64_t>(output.shape(0));
                 const auto d_v = static_cast<int64_t>(output.shape(1));

@@ -321,12 +321,12 @@ void bind_gpu(nb::module_& m) {
                        std::vector<SequenceInput> inputs;
                        PlannedBatch planned;
                        nb::list kept;
-                       for (const nb::handle entry : batch) {
-                           const auto& asking = nb::cast<const Asking&>(entry);
+                       const std::vector<Asking> asked = asked_of(batch);
+                       for (const Asking& asking : asked) {
                            inputs.push_back(asking.input(
                                    asking.array_view().on_device(a.device())));
                            planned.dtype = inputs[0].kv.dtype;
-                           kept.append(entry);
+                           kept.append(asking.view);
                        }
                        planned.inputs = kept;
                        planned.batch =

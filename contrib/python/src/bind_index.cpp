@@ -122,16 +122,21 @@ void bind_index(nb::module_& m) {
                     "set_query_assigner",
                     [](IndexAsymmetricIVF& x,
                        std::shared_ptr<CellAssigner> query) {
-                        Partition p = x.partition;
-                        p.query = std::move(query);
-                        p.check();
-                        x.partition = p;
+                        const Partition before = x.partition;
+                        x.partition.query = std::move(query);
+                        try {
+                            x.check_partition();
+                        } catch (...) {
+                            x.partition = before;
+                            throw;
+                        }
                     },
                     "query"_a,
                     "Sends queries by another assigner over the same cells.")
             .def(
                     "train",
-                    [](IndexAsymmetricIVF& i, const Floats& x) {
+                    [](IndexAsymmetricIVF& i, const nb::object& given) {
+                        const Floats x = floats_of(given, "x");
                         const idx_t n = rows(i, x, "x");
                         nb::gil_scoped_release release;
                         i.train(n, x.data());
@@ -143,8 +148,9 @@ void bind_index(nb::module_& m) {
             .def(
                     "train_with_queries",
                     [](IndexAsymmetricIVF& i,
-                       const Floats& x,
-                       const Floats& xq) {
+                       const nb::object& given,
+                       const nb::object& given_q) {
+                        const Floats x = floats_of(given, "x"), xq = floats_of(given_q, "xq");
                         const idx_t n = rows(i, x, "x"), nq = rows(i, xq, "xq");
                         nb::gil_scoped_release release;
                         i.train_with_queries(n, x.data(), nq, xq.data());
@@ -157,7 +163,8 @@ void bind_index(nb::module_& m) {
                     "the queries xq (nq, d) prefer.")
             .def(
                     "add",
-                    [](IndexAsymmetricIVF& i, const Floats& x) {
+                    [](IndexAsymmetricIVF& i, const nb::object& given) {
+                        const Floats x = floats_of(given, "x");
                         const idx_t n = rows(i, x, "x");
                         nb::gil_scoped_release release;
                         i.add(n, x.data());
@@ -168,8 +175,10 @@ void bind_index(nb::module_& m) {
             .def(
                     "add_with_ids",
                     [](IndexAsymmetricIVF& i,
-                       const Floats& x,
-                       const Longs& ids) {
+                       const nb::object& given,
+                       const nb::object& given_ids) {
+                        const Longs ids = longs_of(given_ids, "ids");
+                        const Floats x = floats_of(given, "x");
                         const idx_t n = rows(i, x, "x");
                         check_shape(AnyArray(ids), "ids", {n});
                         nb::gil_scoped_release release;
@@ -183,9 +192,10 @@ void bind_index(nb::module_& m) {
             .def(
                     "search",
                     [](const IndexAsymmetricIVF& i,
-                       const Floats& x,
+                       const nb::object& given,
                        idx_t k,
                        const SearchParameters* params) {
+                        const Floats x = floats_of(given, "x");
                         const idx_t n = rows(i, x, "x");
                         FAISS_THROW_IF_NOT_FMT(
                                 k > 0,
@@ -219,9 +229,10 @@ void bind_index(nb::module_& m) {
             .def(
                     "range_search",
                     [](const IndexAsymmetricIVF& i,
-                       const Floats& x,
+                       const nb::object& given,
                        float radius,
                        const SearchParameters* params) {
+                        const Floats x = floats_of(given, "x");
                         const idx_t n = rows(i, x, "x");
                         faiss::RangeSearchResult r(n);
                         {
@@ -250,8 +261,9 @@ void bind_index(nb::module_& m) {
             .def(
                     "assign_queries",
                     [](const IndexAsymmetricIVF& i,
-                       const Floats& x,
+                       const nb::object& given,
                        size_t nprobe) {
+                        const Floats x = floats_of(given, "x");
                         const idx_t n = rows(i, x, "x");
                         FAISS_THROW_IF_NOT_FMT(
                                 nprobe >= 1 && nprobe <= size_t(i.ncell),
@@ -273,10 +285,12 @@ void bind_index(nb::module_& m) {
             .def(
                     "search_preassigned",
                     [](const IndexAsymmetricIVF& i,
-                       const Floats& x,
+                       const nb::object& given,
                        idx_t k,
-                       const Longs& cells,
+                       const nb::object& given_cells,
                        const SearchParameters* params) {
+                        const Longs cells = longs_of(given_cells, "cells");
+                        const Floats x = floats_of(given, "x");
                         const idx_t n = rows(i, x, "x");
                         check_shape(AnyArray(cells), "cells", {n, -1});
                         FAISS_THROW_IF_NOT_FMT(
@@ -311,7 +325,8 @@ void bind_index(nb::module_& m) {
                     "search in given cells (n, nprobe), -1: none.")
             .def(
                     "remove_ids",
-                    [](IndexAsymmetricIVF& i, const Longs& ids) {
+                    [](IndexAsymmetricIVF& i, const nb::object& given) {
+                        const Longs ids = longs_of(given, "ids");
                         check_shape(AnyArray(ids), "ids", {-1});
                         const faiss::IDSelectorBatch selector(
                                 ids.shape(0), ids.data());

@@ -266,9 +266,13 @@ void bind_training(nb::module_& m) {
                     "texts"_a = std::vector<std::string>(),
                     "seed"_a = 0)
             .def_ro("partitions", &PartitionSet::partitions)
-            .def_rw("plans",
-                    &PartitionSet::plans,
-                    "What KV heads probe; empty where nothing was chosen.")
+            .def_prop_rw(
+                    "plans",
+                    [](const PartitionSet& set) { return set.plans; },
+                    [](PartitionSet& set, std::vector<ProbePlan> plans) {
+                        set.plans = std::move(plans);
+                    },
+                    "Copies: assign a list to change them. What KV heads probe; empty where nothing was chosen.")
             .def_ro("plan_texts", &PartitionSet::plan_texts)
             .def_ro("model", &PartitionSet::model)
             .def_ro("rope", &PartitionSet::rope)
@@ -302,14 +306,19 @@ void bind_training(nb::module_& m) {
 
     m.def(
             "train_partition",
-            [](const std::vector<const Trace*>& texts,
+            [](const nb::object& texts,
                int layer,
                int kv_head,
                const TrainingParams& params,
                const nb::object& callback) {
                 std::vector<Trace> copies; // cheap: they share the mapped file
-                for (const Trace* t : texts) {
-                    FAISS_THROW_IF_NOT_MSG(t, "texts holds a None");
+                for (const nb::handle text : texts) {
+                    Trace* t = nullptr;
+                    FAISS_THROW_IF_NOT_FMT(
+                            nb::try_cast(text, t) && t,
+                            "texts[%zd] is a %s, expected a Trace",
+                            copies.size(),
+                            nb::type_name(text.type()).c_str());
                     copies.push_back(*t);
                 }
                 TrainingCallback call;
