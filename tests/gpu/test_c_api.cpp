@@ -20,6 +20,9 @@ TEST(CApiErrors, SentencesWithoutADevice) {
     expect_failed(!saap_adapter_new(nullptr, &centroid), "params is null");
     expect_failed(!saap_adapter_new(&params, nullptr), "centroids is null");
     expect_failed(!saap_adapter_new(&params, &centroid), "ncell = 0");
+    EXPECT_EQ(std::string(saap_last_error()).find("failed"), std::string::npos);
+    params.ncell = 1 << 26, params.d = params.heads_kv = 1;
+    expect_failed(!saap_adapter_new(&params, &centroid), "ncell = 67108864");
     const SaapSequenceInput input = {};
     expect_failed(saap_create(nullptr, 1, nullptr) == -1, "adapter is null");
     expect_failed(saap_fork(nullptr, 0, nullptr) == -1, "adapter is null");

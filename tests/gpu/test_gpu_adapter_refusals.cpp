@@ -120,6 +120,14 @@ TEST_F(GpuAdapterRefusals, Views) {
     EXPECT_SENTENCE(
             with([](auto& in) { in.kv.v_page_stride = int64_t(1) << 32; }),
             "kv.v spans");
+    EXPECT_SENTENCE(
+            with([](auto& in) { in.kv.k_token_stride = -64; }),
+            "kv.k has strides of -64,");
+    EXPECT_SENTENCE(
+            with([](auto& in) { in.kv.v_page_stride = -1024; }), "must not be negative");
+    EXPECT_SENTENCE( // a product beyond 64 bits
+            with([](auto& in) { in.kv.k_page_stride = INT64_MAX / 8 * 8; }),
+            "kv.k spans");
     EXPECT_SENTENCE(with([](auto& in) { in.q_len = int64_t(1) << 40; }), "q_len = ");
     SequenceInput other = p.input(1, 300);
     other.sequence = p.device.create({}, 1);
@@ -156,6 +164,11 @@ TEST_F(GpuAdapterRefusals, Calls) {
         p.device.attend(*plan, q, to, policy);
     };
     EXPECT_SENTENCE(attend(nullptr, out), "queries is null");
+    GpuAttentionAdapter another(p.world.params, p.world.partitions);
+    another.create(); // of the same number
+    EXPECT_SENTENCE(another.append(*plan), "planned by another adapter");
+    EXPECT_SENTENCE(
+            another.step(*plan, queries.data(), out), "planned by another adapter");
     EXPECT_SENTENCE(attend(queries.data() + 2, out), "queries = ");
     AttendOutput bad = out;
     bad.output++;
