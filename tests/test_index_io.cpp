@@ -232,6 +232,11 @@ TEST(IndexIOErrors, WhatCouldNotBeReadIsNotWritten) {
     const auto other = make_index("AIVF8,PQ4x4", x);
     index->lists.swap(other->lists);
     EXPECT_SENTENCE(write_index_to_memory(*index), "nlist = 8");
+    index->lists.swap(other->lists);
+    for (const std::string& path : {std::string(), std::string("a\0b", 3)}) {
+        EXPECT_SENTENCE(write_index(*other, path), "is empty or holds a NUL");
+        EXPECT_SENTENCE(read_index(path), "is empty or holds a NUL");
+    }
     index->lists.reset();
     EXPECT_SENTENCE(write_index_to_memory(*index), "lists is null");
 }

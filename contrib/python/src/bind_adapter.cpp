@@ -1,6 +1,7 @@
 /// The attention adapter: sequences, batches, results.
 #include <memory>
 
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -500,17 +501,25 @@ void bind_adapter(nb::module_& m) {
                  &AttentionAdapter::bytes_used,
                  "Bytes of all lists and their statistics; what sequences share "
                  "counts once.")
-            .def("save",
-                 &AttentionAdapter::save,
-                 "sequence"_a,
-                 "path"_a,
-                 nb::call_guard<nb::gil_scoped_release>(),
-                 "Writes the lists of a sequence and its own partitions.")
-            .def("load",
-                 &AttentionAdapter::load,
-                 "path"_a,
-                 nb::call_guard<nb::gil_scoped_release>(),
-                 "A sequence as it was saved; its number.");
+            .def(
+                    "save",
+                    [](const AttentionAdapter& adapter,
+                       int64_t sequence,
+                       const std::filesystem::path& path) {
+                        nb::gil_scoped_release release;
+                        adapter.save(sequence, path.string());
+                    },
+                    "sequence"_a,
+                    "path"_a,
+                    "Writes the lists of a sequence and its own partitions.")
+            .def(
+                    "load",
+                    [](AttentionAdapter& adapter, const std::filesystem::path& path) {
+                        nb::gil_scoped_release release;
+                        return adapter.load(path.string());
+                    },
+                    "path"_a,
+                    "A sequence as it was saved; its number.");
 
     adapter.def(
                    "attend",

@@ -1,6 +1,7 @@
 /// IndexAsymmetricIVF with the manners of Faiss's Python package.
 #include <memory>
 
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -403,18 +404,18 @@ void bind_index(nb::module_& m) {
           "users look for.");
     m.def(
             "write_index",
-            [](const IndexAsymmetricIVF& i, const std::string& path) {
+            [](const IndexAsymmetricIVF& i, const std::filesystem::path& path) {
                 nb::gil_scoped_release release;
-                write_index(i, path);
+                write_index(i, path.string());
             },
             "index"_a,
             "path"_a,
             "Writes assigners, codec and lists, whole or not at all.");
     m.def(
             "read_index",
-            [](const std::string& path) {
+            [](const std::filesystem::path& path) {
                 nb::gil_scoped_release release;
-                return read_index(path);
+                return read_index(path.string());
             },
             "path"_a);
     m.def(

@@ -2,6 +2,7 @@
 #include <functional>
 #include <memory>
 
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -62,7 +63,11 @@ void bind_training(nb::module_& m) {
             "Trace",
             "Recorded queries, keys and values of a model on a text "
             "(docs/trace-format.md), read from a file when they are asked for.")
-            .def(nb::init<const std::string&>(), "path"_a)
+            .def("__init__",
+                 [](Trace* self, const std::filesystem::path& path) {
+                     new (self) Trace(path.string());
+                 },
+                 "path"_a)
             .def_ro("tokens", &Trace::tokens)
             .def_ro("heads_q", &Trace::heads_q)
             .def_ro("heads_kv", &Trace::heads_kv)
@@ -292,16 +297,20 @@ void bind_training(nb::module_& m) {
                  "Raises unless they were trained for these parameters.");
     m.def(
             "read_partitions",
-            &read_partitions,
+            [](const std::filesystem::path& path) {
+                nb::gil_scoped_release release;
+                return read_partitions(path.string());
+            },
             "path"_a,
-            nb::call_guard<nb::gil_scoped_release>(),
             "Reads a .saap file.");
     m.def(
             "write_partitions",
-            &write_partitions,
+            [](const PartitionSet& set, const std::filesystem::path& path) {
+                nb::gil_scoped_release release;
+                write_partitions(set, path.string());
+            },
             "set"_a,
             "path"_a,
-            nb::call_guard<nb::gil_scoped_release>(),
             "Writes a .saap file, whole or not at all.");
 
     m.def(
