@@ -170,9 +170,10 @@ class AttentionAdapter {
     /// Codes of a KV head's far keys: the tokens that have left the window.
     /// @throws faiss::FaissException where none are kept
     const KeyCodes& codes(int64_t sequence, int kv_head) const;
-    /// Bytes of all lists, their statistics and codes, exactly: what sequences
-    /// share is counted once, and blocks that wait to be used again are counted.
-    /// What partitions hold (centroids, networks) is not.
+    /// Bytes of all lists, their statistics and codes, exactly as they were asked
+    /// for: what sequences share is counted once, and blocks that wait to be used
+    /// again are counted. What partitions hold (centroids, networks) is not, nor the
+    /// allocator's own and the counters of shared blocks, some 24 for each.
     size_t bytes_used() const;
 
     /// Writes the state of a sequence, its own partitions included. The

@@ -11,8 +11,8 @@ namespace faiss_saap {
 /// to every slot. Stateless and single-threaded; call it from several threads
 /// for several heads or splits and merge with `merge_states`.
 ///
-/// Accumulates in float32, in tiles, so that rounding stays near 1e-6 for any
-/// n. Slots in increasing order read fastest.
+/// Accumulates in float32, tile by tile, so that rounding stays near 1e-6 up to a
+/// million slots. Slots in increasing order read fastest.
 ///
 /// @param kv       checked by the caller (`KvView::check`)
 /// @param queries  size nq * kv.d, in the space of the cached keys

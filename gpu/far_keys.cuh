@@ -34,7 +34,7 @@ __device__ inline Reach reach_of(
 
 /// As in ProbePolicy: a product may be a last bit less than the number it stands for.
 __device__ inline int64_t whole_keys(double keys) {
-    return static_cast<int64_t>(keys + 1e-9);
+    return static_cast<int64_t>(keys + 1e-9 + 1e-14 * keys);
 }
 
 /// ProbePolicy::key_limit.

@@ -122,6 +122,9 @@ void KvView::check_shape() const {
             page_size >= 1,
             "kv.page_size = %d must be at least 1",
             page_size);
+    FAISS_THROW_IF_NOT_MSG(
+            length <= page_size || (k_page_stride != 0 && v_page_stride != 0),
+            "kv.k_page_stride or kv.v_page_stride is 0: all pages would be the same");
 }
 
 void KvView::check() const {

@@ -37,7 +37,7 @@ void Partition::check() const {
             key->ncell,
             query->ncell);
     FAISS_THROW_IF_NOT_MSG(
-            !(key->needs & NEEDS_STATS),
+            !(key->needs & (NEEDS_STATS | NEEDS_NEWEST_KEYS)),
             "partition.key needs cell statistics: a key's cell must not depend "
             "on the keys before it");
     FAISS_THROW_IF_NOT_MSG(

@@ -33,7 +33,7 @@ void check_shares(const std::vector<double>& shares, const char* name) {
 /// A product of fractions may be a last bit less than the number of keys it stands for:
 /// .29 of 100 are 29.
 int64_t whole_keys(double keys) {
-    return static_cast<int64_t>(keys + 1e-9);
+    return static_cast<int64_t>(keys + 1e-9 + 1e-14 * keys);
 }
 
 /// Far keys that the share of one of a head's partitions amounts to.

@@ -14,7 +14,7 @@ namespace {
 const CellAssigner& checked(const std::shared_ptr<const CellAssigner>& inner) {
     FAISS_THROW_IF_NOT_MSG(inner, "inner is null");
     FAISS_THROW_IF_NOT_MSG(
-            !(inner->needs & NEEDS_STATS),
+            !(inner->needs & (NEEDS_STATS | NEEDS_NEWEST_KEYS)),
             "inner needs cell statistics, which are of other cells");
     FAISS_THROW_IF_NOT_MSG(
             !dynamic_cast<const SegmentedAssigner*>(inner.get()),

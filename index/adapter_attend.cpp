@@ -134,6 +134,12 @@ AttentionAdapter::Call::Call(
 
 void AttentionAdapter::Call::check_policy_of_heads(const ProbePolicy& policy) const {
     adapter.check_policy(policy);
+    FAISS_THROW_IF_NOT_FMT(
+            policy.head_split.empty() ||
+                    policy.head_split.size() == static_cast<size_t>(params.heads_kv),
+            "policy.head_split is for %zd KV heads, the adapter has %d",
+            policy.head_split.size(),
+            params.heads_kv);
     for (const SequenceInput& in : batch) {
         const auto& heads = adapter.at(in.sequence).heads;
         for (int h = 0; h < params.heads_kv; h++) {
@@ -519,10 +525,10 @@ void AttentionAdapter::attend_preassigned(
         const ProbedCells& probed,
         const AttendOutput& out,
         const ProbePolicy* policy) const {
-    if (policy) {
-        check_policy(*policy);
-    }
     const Call call(*this, batch, queries);
+    if (policy) {
+        call.check_policy_of_heads(*policy);
+    }
     call.check_views();
     call.check_output(out);
     call.check_probed(probed);

@@ -363,7 +363,7 @@ HWY_INLINE void inner_products_of_rows(
 /// What an online softmax knows of a query.
 struct SoftmaxState {
     float maximum = -INFINITY;
-    float sum = 0; ///< of exp(logit - maximum)
+    double sum = 0; ///< of exp(logit - maximum)
     /// Becomes NaN when a logit is not finite: neither the maximum nor Highway's exponential
     /// lets a NaN through.
     float poison = 0;
@@ -442,7 +442,8 @@ HWY_INLINE void weigh_tile(
 }
 
 /// output <- output * shrink + sum of weight * row over NV vectors of n rows,
-/// for NQ queries; two vectors make a block, one is what is left of a row.
+/// for NQ queries; two vectors make a block, one is what is left of a row. The sum of a tile is
+/// added as a whole: row by row a long sequence's output would lose what is small beside it.
 /// @param rows     n pointers, `stride` apart, and those that stand in for missing ones up
 ///                 to a multiple of kRows
 /// @param weights  blocks
@@ -464,10 +465,8 @@ HWY_INLINE void add_value_columns(
     const int lanes = static_cast<int>(hn::Lanes(d));
     V sum[NQ][NV];
     for (int h = 0; h < NQ; h++) {
-        const V factor = hn::Set(d, shrink[h]);
         for (int j = 0; j < NV; j++) {
-            const float* o = output + h * width + column + j * lanes;
-            sum[h][j] = hn::Mul(hn::LoadU(d, o), factor);
+            sum[h][j] = hn::Zero(d);
         }
     }
     for (int i = 0; i < n; i += kRows) {
@@ -497,11 +496,10 @@ HWY_INLINE void add_value_columns(
         ahead = ahead.from(kRows);
     }
     for (int h = 0; h < NQ; h++) {
+        const V factor = hn::Set(d, shrink[h]);
         for (int j = 0; j < NV; j++) {
-            hn::StoreU(
-                    sum[h][j],
-                    d,
-                    output + h * width + column + j * lanes);
+            float* o = output + h * width + column + j * lanes;
+            hn::StoreU(hn::MulAdd(hn::LoadU(d, o), factor, sum[h][j]), d, o);
         }
     }
 }
@@ -553,12 +551,13 @@ HWY_INLINE void add_values(
     }
     for (; c < width; c++) {
         for (int h = 0; h < NQ; h++) {
-            float& o = output[h * width + c];
-            o *= shrink[h];
+            float sum = 0;
             for (int i = 0; i < n; i++) {
-                o += weights[i / kRows * kBlock + h * kRows + i % kRows] *
+                sum += weights[i / kRows * kBlock + h * kRows + i % kRows] *
                         to_scalar(rows[i * stride] + c);
             }
+            float& o = output[h * width + c];
+            o = o * shrink[h] + sum;
         }
     }
 }
@@ -814,9 +813,9 @@ struct OnlineSoftmax {
         }
         for (int64_t i = 0; i < queries; i++) {
             const SoftmaxState& s = state[i];
-            const float norm = (s.sum > 0 ? 1 / s.sum : 0.0f) + s.poison;
+            const float norm = (s.sum > 0 ? static_cast<float>(1 / s.sum) : 0.0f) + s.poison;
             restore<T>(d_v, output.get() + i * d_v, norm, p.output + i * d_v);
-            p.lse[i] = s.sum > 0 ? s.maximum + std::log(s.sum) : -INFINITY;
+            p.lse[i] = s.sum > 0 ? static_cast<float>(s.maximum + std::log(s.sum)) : -INFINITY;
             p.lse[i] += s.poison;
         }
     }

@@ -599,6 +599,16 @@ TEST_F(Sequences, ASplitThatDoesNotFitIsRefusedBeforeItMatters) {
     EXPECT_SENTENCE(
             adapter.attend({{a, world.view(3)}}, world.queries(2), {out.data()}, &policy),
             "3 shares, a KV head has 2");
+    const auto probed = adapter.route({{a, world.view(3)}}, world.queries(2));
+    EXPECT_SENTENCE(
+            adapter.attend_preassigned(
+                    {{a, world.view(3)}}, world.queries(2), probed, {out.data()}, &policy),
+            "3 shares, a KV head has 2");
+    policy.split.clear();
+    policy.head_split = {{.5, .5}, {.5, .5}, {.5, .5}};
+    EXPECT_SENTENCE(
+            adapter.attend({{a, world.view(3)}}, world.queries(2), {out.data()}, &policy),
+            "policy.head_split is for 3 KV heads, the adapter has 2");
 }
 
 TEST_F(Sequences, WhatHasNoFileFormIsNotSaved) {

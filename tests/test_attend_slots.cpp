@@ -322,6 +322,40 @@ TEST(AttendSlots, LongSumsStayExact) {
     EXPECT_NEAR(lse, std::log(double(n)), 1e-5);
 }
 
+TEST(AttendSlots, AMillionRowsStayExact) {
+    tests::Random random;
+    const int64_t n = 1000000;
+    const int d = 8;
+    const auto k = random.normal(n * d), q = random.normal(d);
+    auto v = random.normal(n * d);
+    for (float& x : v) {
+        x = 1 + .1f * x; // one sign: the sums grow all the time
+    }
+    const float scale = 1 / std::sqrt(float(d));
+    std::vector<double> expected(d);
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double dot = 0;
+        for (int j = 0; j < d; j++) {
+            dot += double(q[j]) * k[i * d + j];
+        }
+        const double w = std::exp(scale * dot);
+        sum += w;
+        for (int j = 0; j < d; j++) {
+            expected[j] += w * v[i * d + j];
+        }
+    }
+    const KvView kv =
+            KvView::token_major(k.data(), v.data(), DType::float32, n, 1, d, d);
+    std::vector<float> out(d);
+    float lse;
+    attend_range(kv, 0, 1, q.data(), scale, 0, n, out.data(), &lse);
+    EXPECT_NEAR(lse, std::log(sum), 3e-6);
+    for (int j = 0; j < d; j++) {
+        EXPECT_NEAR(out[j], expected[j] / sum, 1e-5) << "component " << j;
+    }
+}
+
 TEST(AttendSlots, WrongInputLeavesOutputsUntouched) {
     tests::Random random;
     const Cache c = make_cache(
@@ -450,6 +484,13 @@ TEST(KvView, WrongInput) {
     view.page_size = 1; // without a table it says nothing
     EXPECT_SENTENCE(view.check(), "all tokens would be the same");
     view.length = 1;
+    view.check();
+    const int32_t pages[] = {0, 1};
+    view = whole;
+    view.page_table = pages;
+    view.page_size = 4, view.npages = 2;
+    EXPECT_SENTENCE(view.check(), "all pages would be the same");
+    view.k_page_stride = view.v_page_stride = 16;
     view.check();
     view = whole;
     view.dtype = static_cast<DType>(7);

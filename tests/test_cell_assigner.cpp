@@ -44,6 +44,33 @@ RoutingInput post(const std::vector<float>& x) {
     return input;
 }
 
+TEST(QuantizerAssigner, OneVectorAndManyScoreTheSameToTheBit) {
+    tests::Random random;
+    constexpr int kVectors = 300;
+    for (int dim : {1, 4, 6, 20, 44, 100, 128}) {
+        for (auto metric : {faiss::METRIC_L2, faiss::METRIC_INNER_PRODUCT}) {
+            auto index = std::make_shared<faiss::IndexFlat>(dim, metric);
+            index->add(ncell, random.normal(ncell * dim).data());
+            const QuantizerAssigner assigner(index, NEEDS_POST_ROPE);
+            const auto x = random.normal(kVectors * dim);
+            RoutingInput input;
+            input.d = dim;
+            input.n = kVectors;
+            input.post_rope = x.data();
+            std::vector<float> together(kVectors * ncell), alone(ncell);
+            assigner.scores(input, nullptr, together.data());
+            input.n = 1;
+            for (int i = 0; i < kVectors; i++) {
+                input.post_rope = x.data() + i * dim;
+                assigner.scores(input, nullptr, alone.data());
+                ASSERT_TRUE(std::equal(
+                        alone.begin(), alone.end(), together.begin() + i * ncell))
+                        << "d " << dim << ", vector " << i;
+            }
+        }
+    }
+}
+
 class FlatAssigner : public ::testing::TestWithParam<Flat> {};
 
 TEST_P(FlatAssigner, ScoresAreInUnitsOfTheInnerProduct) {

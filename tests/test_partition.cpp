@@ -170,6 +170,15 @@ TEST(Partition, ChecksThatItsAssignersFit) {
     q.check();
     q.key = q.query;
     EXPECT_SENTENCE(q.check(), "statistics");
+    struct ByNewestKeys : CellAssigner {
+        ByNewestKeys() : CellAssigner(4, 8, RoutingNeeds(NEEDS_POST_ROPE | NEEDS_NEWEST_KEYS)) {}
+        void scores(const RoutingInput&, const CellStats*, float*) const override {}
+        size_t bytes_read() const override {
+            return 0;
+        }
+    };
+    q.key = std::make_shared<ByNewestKeys>();
+    EXPECT_SENTENCE(q.check(), "statistics");
     EXPECT_EQ(symmetric(p).query, p.key);
 }
 

@@ -186,6 +186,7 @@ TEST(ProbePolicy, ChecksItsFields) {
         p.max_selectivity = percent / 100.0; // times 100 often a last bit too little
         EXPECT_EQ(p.key_limit(100), percent);
         EXPECT_EQ(p.key_limit(700000), 7000 * percent);
+        EXPECT_EQ(p.key_limit(2000000000), 20000000LL * percent);
         EXPECT_EQ(p.key_limit(99), percent - 1);
     }
     p.max_selectivity = 0.05;
