@@ -37,8 +37,8 @@ struct KMeansParams {
     bool verbose = false;
 };
 
-/// Learns a partition from keys: k-means for the keys, and for the queries
-/// what they are compared with keys by, with the cells' means.
+/// Learns a partition from keys: k-means for the keys; queries are compared with
+/// the cells' means, by `metric`.
 ///
 /// Keys with L2 and queries with the inner product is the asymmetric choice
 /// that needs no training queries: a k-means cell is compact, and q.mean is

@@ -30,21 +30,6 @@ struct Asking {
     }
 };
 
-/// Those of a batch, copied.
-inline std::vector<Asking> asked_of(const nb::object& batch) {
-    std::vector<Asking> all;
-    for (const nb::handle one : batch) {
-        Asking* asking = nullptr;
-        FAISS_THROW_IF_NOT_FMT(
-                nb::try_cast(one, asking) && asking,
-                "batch[%zd] is a %s, expected a SequenceInput",
-                all.size(),
-                nb::type_name(one.type()).c_str());
-        all.push_back(*asking);
-    }
-    return all;
-}
-
 inline AdapterParams adapter_params(
         int heads_q,
         int heads_kv,

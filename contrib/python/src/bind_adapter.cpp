@@ -11,6 +11,7 @@
 
 #include "adapter_arguments.h"
 #include "bind.h"
+#include "copies_of.h"
 
 using namespace nanobind::literals;
 
@@ -40,7 +41,7 @@ class Batch {
     Batch(const AttentionAdapter& adapter,
           const nb::object& asking,
           const nb::object& queries)
-            : asked(asked_of(asking)) {
+            : asked(copies_of<Asking>(asking, "batch", "SequenceInput")) {
         for (const Asking& a : asked) {
             inputs.push_back(a.input(a.array_view().in_main_memory()));
             tokens += a.q_len;
@@ -62,7 +63,7 @@ class Batch {
         d_v = inputs.empty() ? p.d : inputs.front().kv.d_v;
     }
 
-    /// Copies, with their views: whose they are may change while the library works.
+    /// With their views.
     std::vector<Asking> asked;
     std::vector<SequenceInput> inputs; ///< of `asked`
     std::unique_ptr<FloatRows> rows;

@@ -8,6 +8,7 @@
 
 #include "adapter_arguments.h"
 #include "bind.h"
+#include "copies_of.h"
 
 using namespace nanobind::literals;
 
@@ -21,7 +22,7 @@ using gpu::GpuAttentionAdapter;
 /// long.
 struct PlannedBatch {
     std::unique_ptr<gpu::GpuBatch> batch;
-    nb::object inputs; ///< a list of Asking
+    std::vector<Asking> inputs; ///< with their views
     DType dtype = DType::bfloat16;
 };
 
@@ -318,17 +319,15 @@ void bind_gpu(nb::module_& m) {
                    [](const GpuAttentionAdapter& a,
                       const nb::object& batch,
                       const nb::object& stream) {
-                       std::vector<SequenceInput> inputs;
                        PlannedBatch planned;
-                       nb::list kept;
-                       const std::vector<Asking> asked = asked_of(batch);
-                       for (const Asking& asking : asked) {
+                       planned.inputs =
+                               copies_of<Asking>(batch, "batch", "SequenceInput");
+                       std::vector<SequenceInput> inputs;
+                       for (const Asking& asking : planned.inputs) {
                            inputs.push_back(asking.input(
                                    asking.array_view().on_device(a.device())));
                            planned.dtype = inputs[0].kv.dtype;
-                           kept.append(asking.view);
                        }
-                       planned.inputs = kept;
                        planned.batch =
                                a.plan(inputs, stream_of(stream, a.device()));
                        return planned;

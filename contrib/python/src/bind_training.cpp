@@ -14,6 +14,7 @@
 
 #include "arrays.h"
 #include "bind.h"
+#include "copies_of.h"
 
 using namespace nanobind::literals;
 
@@ -320,16 +321,8 @@ void bind_training(nb::module_& m) {
                int kv_head,
                const TrainingParams& params,
                const nb::object& callback) {
-                std::vector<Trace> copies; // cheap: they share the mapped file
-                for (const nb::handle text : texts) {
-                    Trace* t = nullptr;
-                    FAISS_THROW_IF_NOT_FMT(
-                            nb::try_cast(text, t) && t,
-                            "texts[%zd] is a %s, expected a Trace",
-                            copies.size(),
-                            nb::type_name(text.type()).c_str());
-                    copies.push_back(*t);
-                }
+                // cheap: they share the mapped file
+                const auto copies = copies_of<Trace>(texts, "texts", "Trace");
                 TrainingCallback call;
                 if (!callback.is_none()) {
                     call = [&callback](const TrainingState& s) {
