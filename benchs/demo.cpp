@@ -6,9 +6,9 @@
 
 #include <CLI/CLI.hpp>
 #include <fmt/core.h>
+#include <omp.h>
 
 #include <faiss/IndexFlat.h>
-#include <omp.h>
 #include <faiss_saap/AttentionAdapter.h>
 #include <faiss_saap/attend_slots.h>
 #include <faiss_saap/index_factory.h>

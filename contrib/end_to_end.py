@@ -118,12 +118,12 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.command == "loss" and not WINDOW + SINK < options.tokens - options.sparse:
         parser.error(f"--tokens {options.tokens} leaves no far keys before --sparse {options.sparse}")
-    for name in ("sparse", "layer_groups", "depths", "rounds", "texts_at_once", "keys_per_cell"):
+    for name in ("tokens", "sparse", "layer_groups", "depths", "rounds", "texts_at_once", "keys_per_cell"):
         if getattr(options, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")
-    for length in getattr(options, "lengths", [getattr(options, "tokens", 1)]):
+    for length in getattr(options, "lengths", []):
         if length < 1:
-            parser.error(f"{'--lengths' if 'lengths' in options else '--tokens'} {length} must be positive")
+            parser.error(f"--lengths {length} must be positive")
     if getattr(options, "prompt", None) == "":
         parser.error("--prompt '' asks nothing")
     if options.rope_scale is not None and not 0 < options.rope_scale <= 1e6:

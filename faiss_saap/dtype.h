@@ -9,6 +9,9 @@ namespace faiss_saap {
 
 enum class DType : uint8_t { float32, float16, bfloat16 };
 
+/// The largest number that float16 holds.
+constexpr float kLargestFloat16 = 65504;
+
 /// Bytes of one element.
 inline size_t element_size(DType t) {
     return t == DType::float32 ? 4 : 2;

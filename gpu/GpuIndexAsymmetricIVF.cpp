@@ -243,7 +243,7 @@ struct GpuIndexAsymmetricIVF::Impl {
         };
         for_parts([&](int64_t i, int64_t m, const float* from) {
             check_finite(
-                    from, m, d, i, "x", memory, params.float16 ? 65504.0f : INFINITY);
+                    from, m, d, i, "x", memory, params.float16 ? kLargestFloat16 : INFINITY);
             key->assign(m, from, cells.get() + i);
         });
         lists->place(n, cells.get(), locations.get());

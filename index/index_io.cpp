@@ -2,10 +2,6 @@
 
 #include <cinttypes>
 
-#include <faiss/IndexIVFPQ.h>
-
-#include <faiss_saap/exactly.h>
-
 #include "MappedFile.h"
 #include "check.h"
 #include "checked_file.h"
@@ -64,11 +60,7 @@ void check_writable(const IndexAsymmetricIVF& index) {
             "nprobe = %" PRId64 " must be at least 1",
             static_cast<int64_t>(index.nprobe));
     index.check_partition();
-    const auto* pq = exactly<faiss::IndexIVFPQ>(*index.lists);
-    FAISS_THROW_IF_NOT_FMT(
-            !pq || pq->polysemous_ht == 0,
-            "lists->polysemous_ht = %d has no file form",
-            pq->polysemous_ht);
+    check_file_form(*index.lists);
 }
 
 void write_body(const IndexAsymmetricIVF& index, faiss::IOWriter& writer) {

@@ -10,6 +10,7 @@
 #include <faiss/IndexScalarQuantizer.h>
 #include <faiss/impl/FaissAssert.h>
 
+#include <faiss_saap/dtype.h>
 #include <faiss_saap/exactly.h>
 #include <faiss_saap/faiss_compat.h>
 
@@ -110,13 +111,13 @@ void check_encodable(const faiss::IndexIVF& lists, int64_t n, const float* x) {
     if (!sq || sq->sq.qtype != faiss::ScalarQuantizer::QT_fp16) {
         return;
     }
-    constexpr float kLargest = 65504; // that float16 holds
     for (int64_t i = 0; i < n * lists.d; i++) {
         FAISS_THROW_IF_NOT_FMT(
-                std::fabs(x[i]) <= kLargest,
-                "x[%" PRId64 "] = %g is beyond the 65504 that float16 can store",
+                std::fabs(x[i]) <= kLargestFloat16,
+                "x[%" PRId64 "] = %g is beyond the %g that float16 can store",
                 i,
-                double(x[i]));
+                double(x[i]),
+                double(kLargestFloat16));
     }
 }
 

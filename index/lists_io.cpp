@@ -22,6 +22,14 @@ void expect(bool plausible, const MemoryReader& reader, const char* what) {
 
 } // namespace
 
+void check_file_form(const faiss::IndexIVF& lists) {
+    const auto* product = dynamic_cast<const faiss::IndexIVFPQ*>(&lists);
+    FAISS_THROW_IF_NOT_FMT(
+            !product || product->polysemous_ht == 0,
+            "lists->polysemous_ht = %d has no file form",
+            product->polysemous_ht);
+}
+
 void write_lists(const faiss::IndexIVF& lists, faiss::IOWriter& writer) {
     const auto* scalar =
             dynamic_cast<const faiss::IndexIVFScalarQuantizer*>(&lists);

@@ -9,7 +9,10 @@
 
 namespace faiss_saap {
 
-/// @param lists  accepted by adopt_storage
+/// @throws faiss::FaissException for what `write_lists` would leave out
+void check_file_form(const faiss::IndexIVF& lists);
+
+/// @param lists  accepted by adopt_storage and check_file_form
 void write_lists(const faiss::IndexIVF& lists, faiss::IOWriter& writer);
 
 /// Lists with an empty quantizer of their own.

@@ -278,7 +278,8 @@ void bind_training(nb::module_& m) {
                     [](PartitionSet& set, std::vector<ProbePlan> plans) {
                         set.plans = std::move(plans);
                     },
-                    "Copies: assign a list to change them. What KV heads probe; empty where nothing was chosen.")
+                    "What KV heads probe; empty where nothing was chosen. Copies: "
+                    "assign a list to change them.")
             .def_ro("plan_texts", &PartitionSet::plan_texts)
             .def_ro("model", &PartitionSet::model)
             .def_ro("rope", &PartitionSet::rope)
